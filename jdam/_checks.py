@@ -1,0 +1,82 @@
+"""Argument checks. Every message names the argument, what it got and what it wants."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+def is_concrete(*arrays: Array) -> bool:
+    """Whether the values can be looked at, which is not so under jit, vmap or grad."""
+    return not any(isinstance(x, jax.core.Tracer) for x in arrays)
+
+
+def float_array(name: str, value: ArrayLike) -> Array:
+    """`value` as a JAX array of floating dtype."""
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be an array of floats; got {type(value).__name__}"
+        ) from error
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(
+            f"{name} must have a floating dtype; got {array.dtype}: convert it explicitly, "
+            f"for example {name}.astype('float32')"
+        )
+    return array
+
+
+def same_dtype(**arrays: Array) -> None:
+    (first, head), *rest = arrays.items()
+    for name, array in rest:
+        if array.dtype != head.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of {first}, {head.dtype}; got {array.dtype}: "
+                "convert one of them"
+            )
+
+
+def finite(name: str, array: Array) -> None:
+    """Raise if a concrete array holds NaN or infinity; traced values pass."""
+    if is_concrete(array) and not bool(jnp.isfinite(array).all()):
+        bad = int((~jnp.isfinite(array)).sum())
+        raise ValueError(
+            f"{name} must be finite; got {bad} of {array.size} entries NaN or infinite"
+        )
+
+
+def nonnegative(name: str, array: Array) -> None:
+    if is_concrete(array) and bool((array < 0).any()):
+        raise ValueError(f"{name} must be ≥ 0; got {float(array.min()):g}")
+
+
+def scalar(name: str, value: Any, dtype: jnp.dtype, *, above: float) -> Array:
+    """`value` as a 0-d array of `dtype`, finite and > `above` where it can be looked at."""
+    if isinstance(value, bool | np.bool_) or not jnp.issubdtype(
+        jnp.result_type(value), jnp.number
+    ):
+        raise TypeError(f"{name} must be a real number; got {value!r}")
+    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
+        raise TypeError(f"{name} must be a real number; got dtype {jnp.result_type(value)}")
+    if jnp.ndim(value) != 0:
+        raise ValueError(
+            f"{name} must be a scalar; got shape {jnp.shape(value)}: use jax.vmap over {name}"
+        )
+    if not isinstance(value, jax.core.Tracer):
+        number = float(value)
+        if not (math.isfinite(number) and number > above):
+            raise ValueError(f"{name} must be finite and > {above:g}; got {number:g}")
+    return jnp.asarray(value).astype(dtype)
+
+
+def positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be an int; got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be ≥ 1; got {value}")
+    return int(value)

@@ -1,0 +1,198 @@
+"""The energy and everything that follows from one pass over the patterns: a streamed
+log-sum-exp, in which no array of all (query, pattern) pairs of measures ever exists."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float, Int
+
+from jdam import _checks
+from jdam.geometry.protocol import AnyMeasure, batch_size
+from jdam.memory import Memory, check_against
+
+
+class GibbsAverage(NamedTuple):
+    """What a query learns from all patterns, wᵢ = πᵢ exp(−βDᵢ)/Z being their Gibbs weights."""
+
+    log_partition: Float[Array, ""]  # log Z = log Σ πᵢ exp(−βDᵢ)
+    pull: AnyMeasure  # Σ wᵢ·pullᵢ
+    nearest: Int[Array, ""]  # the heaviest pattern
+    weight: Float[Array, ""]  # its weight
+
+
+def gibbs_average(
+    memory: Memory, query: AnyMeasure, beta: Float[Array, ""], block_size: int | None = None
+) -> GibbsAverage:
+    """The Gibbs average of the pulls, accumulated over blocks of patterns with a running
+    maximum of the logits (online softmax)."""
+
+    def absorb(running: _Running, block: _Block) -> tuple[_Running, None]:
+        divergences, pulls = memory.geometry.compare(query, block.patterns)
+        logits = _logits(divergences, block.log_prior, beta)
+        # Z and the average do not depend on the maximum, only their rounding does.
+        tops = jax.lax.stop_gradient(logits)
+        best = jnp.argmax(tops)
+        maximum = jnp.maximum(running.maximum, tops[best])
+        shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a block may be switched off whole
+        masses = jnp.exp(logits - shift)
+        decay = jnp.exp(running.maximum - shift)
+        return _Running(
+            maximum=maximum,
+            nearest=jnp.where(tops[best] > running.maximum, block.start + best, running.nearest),
+            mass=decay * running.mass + masses.sum(),
+            pull=jax.tree.map(
+                lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
+                running.pull,
+                pulls,
+            ),
+        ), None
+
+    blocks = _blocks(memory, block_size)
+    start = _Running(
+        maximum=jnp.array(-jnp.inf, memory.dtype),
+        nearest=jnp.array(0, jnp.int32),
+        mass=jnp.array(0, memory.dtype),
+        pull=jax.tree.map(jnp.zeros_like, query),
+    )
+    end = _over_blocks(absorb, start, blocks)[0]
+    return GibbsAverage(
+        log_partition=end.maximum + jnp.log(end.mass),
+        pull=jax.tree.map(lambda total: total / end.mass, end.pull),
+        nearest=end.nearest,
+        weight=1 / end.mass,
+    )
+
+
+def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+    """D(ξ, Xᵢ) to every pattern: W₂² (cost |x−y|²) for `Bures`, |x−y|² for `Euclidean`.
+
+    **Arguments:** a `memory` and one `query` of its patterns' type, dimension and dtype.
+    `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.
+
+    **Returns:** (N,), in squared units of distance.
+
+    **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory.
+    """
+    return _divergences(memory, fit_query(memory, query))
+
+
+@jax.jit
+def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+    def compare(_: None, block: _Block) -> tuple[None, Array]:
+        return None, memory.geometry.divergence(query, block.patterns)
+
+    with jax.default_matmul_precision("highest"):
+        return _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+
+
+def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, ""]:
+    """E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), πᵢ = 1 unless the memory has a prior.
+
+    For Gaussians, D = W₂²: eq. (1) of arXiv:2509.23162. Differentiable in query, patterns,
+    β and prior.
+
+    **Arguments:** a `memory`; one `query` of its patterns' type, dimension and dtype; the
+    inverse temperature `beta` > 0, a scalar, per squared unit of distance.
+
+    **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory, and
+    for a β that is no positive number. Under a trace, β ≤ 0 gives NaN.
+    """
+    query = fit_query(memory, query)
+    return _energy(memory, query, inverse_temperature(memory, beta))
+
+
+@jax.jit
+def _energy(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> Float[Array, ""]:
+    with jax.default_matmul_precision("highest"):
+        return -gibbs_average(memory, query, beta).log_partition / beta
+
+
+def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, " N"]:
+    """wᵢ(ξ) = softmaxᵢ(log πᵢ − β D(ξ, Xᵢ)), of shape (N,).
+
+    Arguments and errors as in `energy`.
+    """
+    query = fit_query(memory, query)
+    return _gibbs_weights(memory, query, inverse_temperature(memory, beta))
+
+
+@jax.jit
+def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
+    def compare(_: None, block: _Block) -> tuple[None, Array]:
+        found, _ = memory.geometry.compare(query, block.patterns)
+        return None, _logits(found, block.log_prior, beta)
+
+    with jax.default_matmul_precision("highest"):
+        logits = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+    return jax.nn.softmax(logits)
+
+
+def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
+    """The query, checked against the memory and padded to go with its patterns."""
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+    query = memory.geometry.check("query", query, 0)
+    check_against(memory, "query", query)
+    return memory.geometry.match(query, memory.patterns)
+
+
+def inverse_temperature(memory: Memory, beta: Any) -> Float[Array, ""]:
+    """β in the memory's dtype: NaN where a traced value is not positive."""
+    beta = _checks.scalar("beta", beta, memory.dtype, above=0)
+    return jnp.where(beta > 0, beta, jnp.nan) if not _checks.is_concrete(beta) else beta
+
+
+class _Running(NamedTuple):
+    maximum: Float[Array, ""]  # of the logits so far
+    nearest: Int[Array, ""]
+    mass: Float[Array, ""]  # Σ exp(logit − maximum)
+    pull: AnyMeasure  # Σ exp(logit − maximum)·pull
+
+
+class _Block(NamedTuple):
+    start: Int[Array, ""]  # index of the first pattern
+    patterns: AnyMeasure  # (B,)
+    log_prior: Float[Array, " B"] | None
+
+
+def _logits(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
+    logits = -beta * divergences
+    return logits if log_prior is None else logits + log_prior
+
+
+def _blocks(memory: Memory, block_size: int | None) -> _Block:
+    """The memory cut into equal blocks along a new leading axis.
+
+    The last block is filled up with copies of the last pattern, switched off by the prior.
+    """
+    num = len(memory)
+    size = memory.geometry.block_size(memory.patterns) if block_size is None else block_size
+    count = math.ceil(num / size)
+    size = math.ceil(num / count)
+    missing = count * size - num
+
+    def cut(leaf: Array, **fill: Any) -> Array:
+        if missing:
+            leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), **fill)
+        return leaf.reshape(count, size, *leaf.shape[1:])
+
+    prior = memory.log_prior
+    if missing and prior is None:
+        prior = jnp.zeros(num, memory.dtype)
+    return _Block(
+        start=jnp.arange(count, dtype=jnp.int32) * size,
+        patterns=jax.tree.map(lambda leaf: cut(leaf, mode="edge"), memory.patterns),
+        log_prior=None if prior is None else cut(prior, constant_values=-jnp.inf),
+    )
+
+
+def _over_blocks(look: Any, start: Any, blocks: _Block) -> tuple[Any, Any]:
+    """`lax.scan` over blocks, whose derivative looks again instead of remembering."""
+    if blocks.start.shape[0] == 1:
+        carry, found = look(start, jax.tree.map(lambda leaf: leaf[0], blocks))
+        return carry, jax.tree.map(lambda leaf: leaf[None], found)
+    return jax.lax.scan(jax.checkpoint(look, prevent_cse=False), start, blocks)

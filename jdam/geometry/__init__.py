@@ -1,0 +1,6 @@
+"""Geometries: one protocol, one file each."""
+
+from jdam.geometry.bures import Bures as Bures
+from jdam.geometry.euclidean import DotProduct as DotProduct
+from jdam.geometry.euclidean import Euclidean as Euclidean
+from jdam.geometry.protocol import Geometry as Geometry

@@ -1,0 +1,78 @@
+"""What a geometry must know. Everything else in jdam knows only numbers and pytrees."""
+
+import math
+from abc import abstractmethod
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam.linalg import safe_sqrt
+
+#: A measure: an array (…, d) or a `jdam.Gaussian`, `jdam.DiagonalGaussian`, …
+AnyMeasure: TypeAlias = Any
+
+
+class Geometry(eqx.Module):
+    """A divergence D between measures and a way to move a measure along −grad E.
+
+    To add a geometry, subclass and implement `check`, `compare` and `divergence`; override
+    the rest where the default does not fit. `patterns` always carries one leading axis (B,)
+    of patterns, `query` none. Methods are pure, traced, and never see batches of queries.
+    """
+
+    @abstractmethod
+    def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
+        """`measure` as this geometry's type with `batch_ndim` leading axes.
+
+        Raises `TypeError` or `ValueError` naming the argument `name` otherwise.
+        """
+
+    @abstractmethod
+    def compare(
+        self, query: AnyMeasure, patterns: AnyMeasure
+    ) -> tuple[Float[Array, " B"], AnyMeasure]:
+        """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
+        leaves lead with (B,) and whose Gibbs average Σ wᵢ·pullᵢ is all that `move` needs."""
+
+    @abstractmethod
+    def divergence(self, query: AnyMeasure, patterns: AnyMeasure) -> Float[Array, " B"]:
+        """D(ξ, Xᵢ) as accurately as the dtype allows, whatever it costs."""
+
+    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
+        """The query, padded to array shapes that `compare` can take with these patterns."""
+        return query
+
+    def move(self, query: AnyMeasure, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
+        """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step."""
+        return jax.tree.map(lambda x, y: x + step_size * (y - x), query, pull)
+
+    def residual(self, query: AnyMeasure, pull: AnyMeasure) -> Float[Array, ""]:
+        """How far the full step goes, in units of distance: zero at fixed points only."""
+        return norm(jax.tree.map(lambda x, y: y - x, query, pull))
+
+    def scale(self, patterns: AnyMeasure) -> Float[Array, ""]:
+        """The root mean square size of the patterns, in the units of `residual`."""
+        return norm(patterns) / math.sqrt(batch_size(patterns))
+
+    def block_size(self, patterns: AnyMeasure) -> int:
+        """How many patterns to compare at once with each query: 2¹⁶ numbers' worth."""
+        return max(1, 2**16 * batch_size(patterns) // sum(x.size for x in jax.tree.leaves(patterns)))
+
+
+def batch_size(patterns: AnyMeasure) -> int:
+    """The length of the leading axis that all leaves share."""
+    return jax.tree.leaves(patterns)[0].shape[0]
+
+
+def with_leaves(measure: AnyMeasure, *leaves: Array) -> AnyMeasure:
+    """A measure like `measure` of other arrays, unchecked: for values that need no check."""
+    return jax.tree.unflatten(jax.tree.structure(measure), leaves)
+
+
+def norm(tree: AnyMeasure) -> Float[Array, ""]:
+    """√Σ|leaf|², with derivative 0 where it vanishes."""
+    return safe_sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))

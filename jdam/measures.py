@@ -1,0 +1,226 @@
+"""The measures a memory stores: frozen pytrees whose leading axes are batch axes."""
+
+from typing import Any, Self
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from jdam import _checks
+from jdam.linalg import psd_root
+
+
+class Measure(eqx.Module):
+    """What all measures share: a mean, batch axes in front, and indexing along them."""
+
+    mean: eqx.AbstractVar[Float[Array, "*batch d"]]
+
+    @property
+    def dim(self) -> int:
+        """The dimension d of the space the measure lives on."""
+        return self.mean.shape[-1]
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch: () for a single measure."""
+        return self.mean.shape[:-1]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.mean.dtype
+
+    def __getitem__(self, index: Any) -> Self:
+        """The measures at `index` of the leading batch axis."""
+        if not self.batch_shape:
+            raise TypeError("a single measure cannot be indexed; its batch shape is ()")
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+
+class Gaussian(Measure):
+    """The Gaussian N(m, L Lᵀ), stored as its mean m and a factor L of its covariance.
+
+    Factors keep the digits that covariances lose, and make low rank and singular
+    covariances ordinary: L may have any number r ≥ 1 of columns. L and L Q are the same
+    Gaussian for every orthogonal Q, so compare covariances or W₂, never factors.
+
+    **Arguments:** `mean` (…, d); `factor` (…, d, r), of the same floating dtype.
+
+    **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for
+    shapes that do not fit and, where values are concrete, for NaN or infinity.
+    """
+
+    mean: Float[Array, "*batch d"]
+    factor: Float[Array, "*batch d r"]
+
+    def __init__(self, mean: ArrayLike, factor: ArrayLike):
+        mean, factor = _mean_and("factor", mean, factor)
+        if factor.ndim != mean.ndim + 1 or factor.shape[:-1] != mean.shape or factor.shape[-1] == 0:
+            raise ValueError(
+                f"factor must have shape (…, d, r) with (…, d) = {mean.shape}, the shape of mean, "
+                f"and r ≥ 1; got {factor.shape}"
+            )
+        self.mean, self.factor = mean, factor
+
+    @property
+    def covariance(self) -> Float[Array, "*batch d d"]:
+        """Σ = L Lᵀ."""
+        with jax.default_matmul_precision("highest"):
+            return self.factor @ self.factor.mT
+
+    @property
+    def rank(self) -> int:
+        """The number r of the factor's columns, an upper bound on the covariance's rank."""
+        return self.factor.shape[-1]
+
+    def pad(self, rank: int) -> "Gaussian":
+        """The same Gaussian with its factor padded with zero columns to at least `rank`."""
+        missing = max(0, rank - self.rank)
+        widths = [(0, 0)] * (self.factor.ndim - 1) + [(0, missing)]
+        return Gaussian(self.mean, jnp.pad(self.factor, widths)) if missing else self
+
+    @classmethod
+    def from_covariance(cls, mean: ArrayLike, covariance: ArrayLike) -> "Gaussian":
+        """The Gaussian N(m, Σ), its factor the symmetric root Σ^½; Σ may be singular.
+
+        **Arguments:** `mean` (…, d); `covariance` (…, d, d), symmetric and positive
+        semidefinite up to rounding, which is 10·max(d, 10)·eps·|Σ|_F here.
+
+        **Raises:** as `Gaussian`, and `ValueError` for a covariance that is not symmetric
+        or not positive semidefinite. Where values are traced, its factor is NaN instead,
+        which recall reports as `Status.NONFINITE`.
+        """
+        mean, covariance = _mean_and("covariance", mean, covariance)
+        if covariance.shape != (*mean.shape, mean.shape[-1]):
+            raise ValueError(
+                f"covariance must have shape (…, d, d) with (…, d) = {mean.shape}, the shape of "
+                f"mean; got {covariance.shape}"
+            )
+        with jax.default_matmul_precision("highest"):
+            asymmetry, negativity, factor = _root(covariance)
+        if _checks.is_concrete(covariance):
+            if bool((asymmetry > 1).any()):
+                raise ValueError(
+                    f"covariance must be symmetric; got |Σ − Σᵀ| {float(asymmetry.max()):.1e} times "
+                    "the rounding allowed: pass (Σ + Σᵀ)/2 if the asymmetry is mere noise"
+                )
+            if bool((negativity > 1).any()):
+                raise ValueError(
+                    "covariance must be positive semidefinite; got negative eigenvalues, "
+                    f"{float(negativity.max()):.1e} times the rounding allowed"
+                )
+        return cls(mean, factor)
+
+    @classmethod
+    def from_samples(cls, samples: ArrayLike, weights: ArrayLike | None = None) -> "Gaussian":
+        """The Gaussian with the samples' mean and covariance Σₖ aₖ (xₖ − m)(xₖ − m)ᵀ.
+
+        The covariance is the maximum-likelihood one (aₖ = 1/n, not 1/(n−1)). It is never
+        formed: the factor is the weighted centred samples themselves where n < d, and their
+        triangular QR factor otherwise.
+
+        **Arguments:** `samples` (…, n, d); `weights` a (…, n) on the simplex, uniform if None.
+
+        **Raises:** as `Gaussian`; `ValueError` for weights that are negative or do not sum
+        to one.
+        """
+        samples = _checks.float_array("samples", samples)
+        if samples.ndim < 2 or 0 in samples.shape[-2:]:
+            raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
+        _checks.finite("samples", samples)
+        num, dim = samples.shape[-2:]
+        if weights is None:
+            weights = jnp.full(samples.shape[:-1], 1 / num, samples.dtype)
+        weights = simplex_weights(weights, samples=samples)
+        with jax.default_matmul_precision("highest"):
+            mean = jnp.sum(weights[..., None] * samples, axis=-2)
+            centred = jnp.sqrt(weights)[..., None] * (samples - mean[..., None, :])
+            rows = centred if num < dim else jnp.linalg.qr(centred, mode="r")
+        return cls(mean, rows.mT)
+
+
+class DiagonalGaussian(Measure):
+    """The Gaussian N(m, diag(σ²)) of independent coordinates; nothing d×d is ever formed.
+
+    **Arguments:** `mean` m (…, d); `scale` σ (…, d), the standard deviations, ≥ 0.
+
+    **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for
+    shapes that differ and, where values are concrete, for NaN, infinity or a negative scale.
+    """
+
+    mean: Float[Array, "*batch d"]
+    scale: Float[Array, "*batch d"]
+
+    def __init__(self, mean: ArrayLike, scale: ArrayLike):
+        mean, scale = _mean_and("scale", mean, scale)
+        if scale.shape != mean.shape:
+            raise ValueError(f"scale must have the shape of mean, {mean.shape}; got {scale.shape}")
+        _checks.nonnegative("scale", scale)
+        self.mean, self.scale = mean, scale
+
+    @property
+    def variance(self) -> Float[Array, "*batch d"]:
+        """σ²."""
+        return self.scale**2
+
+    @property
+    def covariance(self) -> Float[Array, "*batch d d"]:
+        """diag(σ²), formed on request only."""
+        return self.variance[..., None] * jnp.eye(self.dim, dtype=self.dtype)
+
+    @classmethod
+    def from_variance(cls, mean: ArrayLike, variance: ArrayLike) -> "DiagonalGaussian":
+        """N(m, diag(v)) for variances v ≥ 0 of shape (…, d)."""
+        variance = _checks.float_array("variance", variance)
+        _checks.finite("variance", variance)
+        _checks.nonnegative("variance", variance)
+        return cls(mean, jnp.sqrt(variance))
+
+
+def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
+    """`weights` checked to be one distribution over the points (…, n, d) of each measure."""
+    ((name, array),) = points.items()
+    weights = _checks.float_array("weights", weights)
+    _checks.same_dtype(**{name: array, "weights": weights})
+    if weights.shape != array.shape[:-1]:
+        raise ValueError(
+            f"weights must have shape (…, n) = {array.shape[:-1]}, one for each of {name}; "
+            f"got {weights.shape}"
+        )
+    _checks.finite("weights", weights)
+    _checks.nonnegative("weights", weights)
+    if _checks.is_concrete(weights):
+        error = float(jnp.abs(weights.sum(-1) - 1).max(initial=0))
+        if error > 10 * weights.shape[-1] * float(jnp.finfo(weights.dtype).eps):
+            raise ValueError(
+                f"weights must sum to one for each measure; got sums off by up to {error:.1e}: "
+                "divide by weights.sum(-1, keepdims=True)"
+            )
+    return weights
+
+
+def _mean_and(name: str, mean: ArrayLike, other: ArrayLike) -> tuple[Array, Array]:
+    mean, other = _checks.float_array("mean", mean), _checks.float_array(name, other)
+    _checks.same_dtype(**{"mean": mean, name: other})
+    if mean.ndim == 0 or mean.shape[-1] == 0:
+        raise ValueError(f"mean must have shape (…, d) with d ≥ 1; got {mean.shape}")
+    _checks.finite("mean", mean)
+    _checks.finite(name, other)
+    return mean, other
+
+
+@jax.jit
+def _root(covariance: Float[Array, "*batch d d"]):
+    """Σ^½ with |Σ − Σᵀ| and the size of Σ's negative part, in units of the rounding allowed;
+    NaN where either exceeds one."""
+    symmetric = (covariance + covariance.mT) / 2
+    root = psd_root(symmetric)
+    dim, eps = covariance.shape[-1], float(jnp.finfo(covariance.dtype).eps)
+    rounding = 10 * max(dim, 10) * eps * jnp.linalg.norm(covariance, axis=(-1, -2))
+    unit = jnp.where(rounding > 0, rounding, 1)
+    asymmetry = jnp.linalg.norm(covariance - covariance.mT, axis=(-1, -2)) / unit
+    negativity = jnp.linalg.norm(root @ root - symmetric, axis=(-1, -2)) / unit
+    valid = (asymmetry <= 1) & (negativity <= 1)
+    return asymmetry, negativity, jnp.where(valid[..., None, None], root, jnp.nan)

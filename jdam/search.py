@@ -1,0 +1,34 @@
+"""Which patterns a step looks at."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from jdam import _checks
+from jdam.energy import GibbsAverage, gibbs_average
+from jdam.geometry.protocol import AnyMeasure
+from jdam.memory import Memory
+
+
+@dataclass(frozen=True)
+class Exhaustive:
+    """Look at every pattern, `block_size` of them at a time.
+
+    Beside its arguments a recall then needs memory for queries × block_size comparisons.
+    `None` leaves the choice to the geometry: 2048 vectors or diagonal Gaussians, 2¹⁶/(d·r)
+    Gaussians with factors d×r.
+
+    **Raises:** `TypeError` or `ValueError` if `block_size` is neither None nor an int ≥ 1.
+    """
+
+    block_size: int | None = None
+
+    def __post_init__(self):
+        if self.block_size is not None:
+            _checks.positive_int("block_size", self.block_size)
+
+    def look(
+        self, memory: Memory, query: AnyMeasure, beta: Float[Array, ""]
+    ) -> tuple[GibbsAverage, float]:
+        """The Gibbs average at the query, and a bound on the Gibbs mass left out of it."""
+        return gibbs_average(memory, query, beta, self.block_size), 0.0
