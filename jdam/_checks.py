@@ -20,9 +20,7 @@ def float_array(name: str, value: ArrayLike) -> Array:
     try:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"{name} must be an array of floats; got {type(value).__name__}"
-        ) from error
+        raise TypeError(f"{name} must be an array of floats; got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
             f"{name} must have a floating dtype; got {array.dtype}: convert it explicitly, "
@@ -57,9 +55,7 @@ def nonnegative(name: str, array: Array) -> None:
 
 def scalar(name: str, value: Any, dtype: jnp.dtype, *, above: float) -> Array:
     """`value` as a 0-d array of `dtype`, finite and > `above` where it can be looked at."""
-    if isinstance(value, bool | np.bool_) or not jnp.issubdtype(
-        jnp.result_type(value), jnp.number
-    ):
+    if isinstance(value, bool | np.bool_) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
         raise TypeError(f"{name} must be a real number; got {value!r}")
     if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
         raise TypeError(f"{name} must be a real number; got dtype {jnp.result_type(value)}")

@@ -11,13 +11,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam import _checks
-from jdam.geometry.protocol import AnyMeasure, batch_size
+from jdam._compile import compiled, working_dtype
+from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory, check_against
 
 
 class GibbsAverage(NamedTuple):
     """What a query learns from all patterns, wᵢ = πᵢ exp(−βDᵢ)/Z being their Gibbs weights."""
 
+    view: AnyView  # of the query, as `Geometry.move` wants it
     log_partition: Float[Array, ""]  # log Z = log Σ πᵢ exp(−βDᵢ)
     pull: AnyMeasure  # Σ wᵢ·pullᵢ
     nearest: Int[Array, ""]  # the heaviest pattern
@@ -30,19 +32,23 @@ def gibbs_average(
     """The Gibbs average of the pulls, accumulated over blocks of patterns with a running
     maximum of the logits (online softmax)."""
 
+    view = memory.geometry.view(query)
+
     def absorb(running: _Running, block: _Block) -> tuple[_Running, None]:
-        divergences, pulls = memory.geometry.compare(query, block.patterns)
+        divergences, pulls = memory.geometry.compare(view, block.patterns)
         logits = _logits(divergences, block.log_prior, beta)
         # Z and the average do not depend on the maximum, only their rounding does.
         tops = jax.lax.stop_gradient(logits)
-        best = jnp.argmax(tops)
-        maximum = jnp.maximum(running.maximum, tops[best])
+        top = tops.max()
+        maximum = jnp.maximum(running.maximum, top)
         shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a block may be switched off whole
         masses = jnp.exp(logits - shift)
         decay = jnp.exp(running.maximum - shift)
         return _Running(
             maximum=maximum,
-            nearest=jnp.where(tops[best] > running.maximum, block.start + best, running.nearest),
+            nearest=jnp.where(
+                top > running.maximum, block.start + _first(tops == top), running.nearest
+            ),
             mass=decay * running.mass + masses.sum(),
             pull=jax.tree.map(
                 lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
@@ -52,14 +58,16 @@ def gibbs_average(
         ), None
 
     blocks = _blocks(memory, block_size)
+    _, pulls = jax.eval_shape(memory.geometry.compare, view, _first_block(blocks).patterns)
     start = _Running(
         maximum=jnp.array(-jnp.inf, memory.dtype),
         nearest=jnp.array(0, jnp.int32),
         mass=jnp.array(0, memory.dtype),
-        pull=jax.tree.map(jnp.zeros_like, query),
+        pull=jax.tree.map(lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls),
     )
     end = _over_blocks(absorb, start, blocks)[0]
     return GibbsAverage(
+        view=view,
         log_partition=end.maximum + jnp.log(end.mass),
         pull=jax.tree.map(lambda total: total / end.mass, end.pull),
         nearest=end.nearest,
@@ -80,13 +88,14 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     return _divergences(memory, fit_query(memory, query))
 
 
-@jax.jit
+@compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    def compare(_: None, block: _Block) -> tuple[None, Array]:
-        return None, memory.geometry.divergence(query, block.patterns)
+    view = memory.geometry.view(query)
 
-    with jax.default_matmul_precision("highest"):
-        return _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+    def compare(_: None, block: _Block) -> tuple[None, Array]:
+        return None, memory.geometry.divergence(view, block.patterns)
+
+    return _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
 
 
 def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, ""]:
@@ -105,10 +114,9 @@ def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, "
     return _energy(memory, query, inverse_temperature(memory, beta))
 
 
-@jax.jit
+@compiled()
 def _energy(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> Float[Array, ""]:
-    with jax.default_matmul_precision("highest"):
-        return -gibbs_average(memory, query, beta).log_partition / beta
+    return -gibbs_average(memory, query, beta).log_partition / beta
 
 
 def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, " N"]:
@@ -120,14 +128,15 @@ def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[A
     return _gibbs_weights(memory, query, inverse_temperature(memory, beta))
 
 
-@jax.jit
+@compiled()
 def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
+    view = memory.geometry.view(query)
+
     def compare(_: None, block: _Block) -> tuple[None, Array]:
-        found, _ = memory.geometry.compare(query, block.patterns)
+        found, _ = memory.geometry.compare(view, block.patterns)
         return None, _logits(found, block.log_prior, beta)
 
-    with jax.default_matmul_precision("highest"):
-        logits = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+    logits = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
     return jax.nn.softmax(logits)
 
 
@@ -141,8 +150,8 @@ def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
 
 
 def inverse_temperature(memory: Memory, beta: Any) -> Float[Array, ""]:
-    """β in the memory's dtype: NaN where a traced value is not positive."""
-    beta = _checks.scalar("beta", beta, memory.dtype, above=0)
+    """β as a checked scalar: NaN where a traced value is not positive."""
+    beta = _checks.scalar("beta", beta, working_dtype(memory.dtype), above=0)
     return jnp.where(beta > 0, beta, jnp.nan) if not _checks.is_concrete(beta) else beta
 
 
@@ -157,6 +166,12 @@ class _Block(NamedTuple):
     start: Int[Array, ""]  # index of the first pattern
     patterns: AnyMeasure  # (B,)
     log_prior: Float[Array, " B"] | None
+
+
+def _first(marks: Array) -> Int[Array, ""]:
+    """Index of the first true entry: an `argmax` that XLA vectorises."""
+    size = marks.shape[0]
+    return jnp.where(marks, jnp.arange(size, dtype=jnp.int32), size - 1).min()
 
 
 def _logits(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
@@ -190,9 +205,13 @@ def _blocks(memory: Memory, block_size: int | None) -> _Block:
     )
 
 
+def _first_block(blocks: _Block) -> _Block:
+    return jax.tree.map(lambda leaf: leaf[0], blocks)
+
+
 def _over_blocks(look: Any, start: Any, blocks: _Block) -> tuple[Any, Any]:
     """`lax.scan` over blocks, whose derivative looks again instead of remembering."""
     if blocks.start.shape[0] == 1:
-        carry, found = look(start, jax.tree.map(lambda leaf: leaf[0], blocks))
+        carry, found = look(start, _first_block(blocks))
         return carry, jax.tree.map(lambda leaf: leaf[None], found)
     return jax.lax.scan(jax.checkpoint(look, prevent_cse=False), start, blocks)

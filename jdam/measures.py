@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam import _checks
+from jdam._compile import compiled
 from jdam.linalg import psd_root
 
 
@@ -67,8 +68,7 @@ class Gaussian(Measure):
     @property
     def covariance(self) -> Float[Array, "*batch d d"]:
         """Σ = L Lᵀ."""
-        with jax.default_matmul_precision("highest"):
-            return self.factor @ self.factor.mT
+        return _outer(self.factor)
 
     @property
     def rank(self) -> int:
@@ -98,8 +98,7 @@ class Gaussian(Measure):
                 f"covariance must have shape (…, d, d) with (…, d) = {mean.shape}, the shape of "
                 f"mean; got {covariance.shape}"
             )
-        with jax.default_matmul_precision("highest"):
-            asymmetry, negativity, factor = _root(covariance)
+        asymmetry, negativity, factor = _root(covariance)
         if _checks.is_concrete(covariance):
             if bool((asymmetry > 1).any()):
                 raise ValueError(
@@ -130,15 +129,10 @@ class Gaussian(Measure):
         if samples.ndim < 2 or 0 in samples.shape[-2:]:
             raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
         _checks.finite("samples", samples)
-        num, dim = samples.shape[-2:]
         if weights is None:
-            weights = jnp.full(samples.shape[:-1], 1 / num, samples.dtype)
+            weights = jnp.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
         weights = simplex_weights(weights, samples=samples)
-        with jax.default_matmul_precision("highest"):
-            mean = jnp.sum(weights[..., None] * samples, axis=-2)
-            centred = jnp.sqrt(weights)[..., None] * (samples - mean[..., None, :])
-            rows = centred if num < dim else jnp.linalg.qr(centred, mode="r")
-        return cls(mean, rows.mT)
+        return cls(*_moments(samples, weights))
 
 
 class DiagonalGaussian(Measure):
@@ -211,7 +205,22 @@ def _mean_and(name: str, mean: ArrayLike, other: ArrayLike) -> tuple[Array, Arra
     return mean, other
 
 
-@jax.jit
+@compiled()
+def _outer(factor: Float[Array, "*batch d r"]) -> Float[Array, "*batch d d"]:
+    return factor @ factor.mT
+
+
+@compiled()
+def _moments(samples: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]):
+    """The weighted mean, and a factor of the weighted covariance."""
+    num, dim = samples.shape[-2:]
+    mean = jnp.sum(weights[..., None] * samples, axis=-2)
+    centred = jnp.sqrt(weights)[..., None] * (samples - mean[..., None, :])
+    rows = centred if num < dim else jnp.linalg.qr(centred, mode="r")
+    return mean, rows.mT
+
+
+@compiled()
 def _root(covariance: Float[Array, "*batch d d"]):
     """Σ^½ with |Σ − Σᵀ| and the size of Σ's negative part, in units of the rounding allowed;
     NaN where either exceeds one."""

@@ -39,9 +39,7 @@ class Memory(eqx.Module):
     def dtype(self) -> jnp.dtype:
         return jax.tree.leaves(self.patterns)[0].dtype
 
-    def append(
-        self, patterns: AnyMeasure, *, log_prior: ArrayLike | None = None
-    ) -> "Memory":
+    def append(self, patterns: AnyMeasure, *, log_prior: ArrayLike | None = None) -> "Memory":
         """A memory with `patterns`, a batch (M,) or a single measure, added at the end.
 
         Factors of different rank are padded with zeros. Where only one side has a

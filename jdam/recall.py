@@ -1,7 +1,6 @@
 """One step of recall, the loop, and its result."""
 
 import enum
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,8 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam import _checks
+from jdam._compile import compiled, working_dtype
 from jdam.adjoint import Unrolled
-from jdam.energy import fit_query, gibbs_average, inverse_temperature
+from jdam.energy import GibbsAverage, fit_query, gibbs_average, inverse_temperature
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 from jdam.search import Exhaustive
@@ -84,14 +84,17 @@ def step(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    return _step(memory, query, beta, _checks.scalar("step_size", step_size, memory.dtype, above=0))
+    return _step(memory, query, beta, _positive(memory, "step_size", step_size))
 
 
-@jax.jit
+@compiled()
 def _step(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
-    with jax.default_matmul_precision("highest"):
-        pull = gibbs_average(memory, query, beta).pull
-        return memory.geometry.move(query, pull, step_size)
+    found = gibbs_average(memory, query, beta)
+    return memory.geometry.move(found.view, found.pull, step_size)
+
+
+def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
+    return _checks.scalar(name, value, working_dtype(memory.dtype), above=0)
 
 
 def recall(
@@ -127,38 +130,53 @@ def recall(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    step_size = _checks.scalar("step_size", step_size, memory.dtype, above=0)
-    if tol is not None:
-        tol = _checks.scalar("tol", tol, memory.dtype, above=0)
+    step_size = _positive(memory, "step_size", step_size)
+    tol = default_tolerance(memory) if tol is None else _positive(memory, "tol", tol)
     max_steps = _checks.positive_int("max_steps", max_steps)
     for name, value, kind in (("search", search, Exhaustive), ("adjoint", adjoint, Unrolled)):
         if not isinstance(value, kind):
             raise TypeError(f"{name} must be a jdam.{kind.__name__}(); got {value!r}")
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
-    return _recall(memory, query, beta, step_size, tol, max_steps, search, adjoint, save_trace)
+    return _recall(
+        memory,
+        query,
+        beta,
+        step_size,
+        tol,
+        max_steps=max_steps,
+        search=search,
+        adjoint=adjoint,
+        save_trace=save_trace,
+    )
+
+
+@compiled()
+def default_tolerance(memory: Memory) -> Float[Array, ""]:
+    """eps^0.7 times the root mean square size of the patterns: a distance."""
+    eps = float(jnp.finfo(memory.dtype).eps)
+    return eps**0.7 * jax.lax.stop_gradient(memory.geometry.scale(memory.patterns))
 
 
 class _State(NamedTuple):
     """A measure and all that one look at the patterns from it tells."""
 
     measure: AnyMeasure
-    pull: AnyMeasure
-    nearest: Array
-    weight: Array
+    found: GibbsAverage
     energy: Array
     residual: Array
     num_steps: Array
     neglected: Array
 
 
-@partial(jax.jit, static_argnums=(5, 6, 7, 8))
+@compiled(static=("max_steps", "search", "adjoint", "save_trace"))
 def _recall(
     memory: Memory,
     query: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array | None,
+    tol: Array,
+    *,
     max_steps: int,
     search: Exhaustive,
     adjoint: Unrolled,
@@ -170,18 +188,16 @@ def _recall(
         found, neglected = search.look(memory, measure, beta)
         return _State(
             measure=measure,
-            pull=found.pull,
-            nearest=found.nearest,
-            weight=found.weight,
+            found=found,
             energy=-found.log_partition / beta,
-            residual=jax.lax.stop_gradient(geometry.residual(measure, found.pull)),
+            residual=jax.lax.stop_gradient(geometry.residual(found.view, found.pull)),
             num_steps=num_steps,
             neglected=jnp.maximum(before, neglected),
         )
 
     def advance(state: _State, args: Any) -> _State:
         memory, beta, step_size = args
-        moved = geometry.move(state.measure, state.pull, step_size)
+        moved = geometry.move(state.found.view, state.found.pull, step_size)
         return look(memory, moved, beta, state.num_steps + 1, state.neglected)
 
     def pending(state: _State) -> Array:  # false for NaN, which no step can mend
@@ -190,24 +206,20 @@ def _recall(
     def observe(state: _State) -> Trace | None:
         return Trace(state.energy, state.residual, state.measure) if save_trace else None
 
-    with jax.default_matmul_precision("highest"):
-        if tol is None:
-            eps = float(jnp.finfo(memory.dtype).eps)
-            tol = eps**0.7 * jax.lax.stop_gradient(geometry.scale(memory.patterns))
-        start = look(memory, query, beta, jnp.array(0, jnp.int32), jnp.array(0, memory.dtype))
-        end, trace = adjoint.loop(
-            advance, pending, observe, start, (memory, beta, step_size), max_steps
-        )
+    start = look(memory, query, beta, jnp.array(0, jnp.int32), jnp.array(0, memory.dtype))
+    end, trace = adjoint.loop(
+        advance, pending, observe, start, (memory, beta, step_size), max_steps
+    )
     finite = jnp.isfinite(end.energy) & jnp.isfinite(end.residual)
     return Recall(
         measure=end.measure,
-        nearest=end.nearest,
-        weight=end.weight,
+        nearest=end.found.nearest,
+        weight=end.found.weight,
         energy=end.energy,
         residual=end.residual,
         num_steps=end.num_steps,
         status=_status(
-            (end.weight <= 0.5, Status.MIXTURE),
+            (end.found.weight <= 0.5, Status.MIXTURE),
             (end.residual > tol, Status.MAX_STEPS),
             (~finite, Status.NONFINITE),
         ),

@@ -1,11 +1,12 @@
 """Gaussians under the 2-Wasserstein distance: the Bures–Wasserstein space."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam import _checks
 from jdam.geometry.euclidean import (
     VECTORS_AT_ONCE,
     fast_squared_distances,
@@ -46,30 +47,63 @@ class Bures(Geometry):
             query = query.pad(patterns.rank)
         return query
 
-    def compare(self, query, patterns):
+    def view(self, query):
+        if isinstance(query, DiagonalGaussian):
+            return _stacked(query)
+        factor, axes = _principal(query.factor)
+        return View(with_leaves(query, query.mean, factor), axes)
+
+    def compare(self, view, patterns):
         if isinstance(patterns, DiagonalGaussian):
-            return fast_squared_distances(_stacked(query), _stacked(patterns)), patterns
-        means = squared_distances(query.mean, patterns.mean)
+            stacked = _stacked(patterns)
+            return fast_squared_distances(view, stacked), stacked
+        query = view.query
         rotations = polar(patterns.factor.mT @ query.factor[None])
-        covariances = _aligned_gap(query.factor, patterns.factor, rotations)
-        aligned = patterns.factor @ rotations
-        return means + covariances, with_leaves(patterns, patterns.mean, aligned)
+        divergences = squared_distances(query.mean, patterns.mean) + _aligned_gap(
+            query.factor, patterns.factor, rotations
+        )
+        return divergences, with_leaves(patterns, patterns.mean, patterns.factor @ rotations)
 
-    def move(self, query, pull, step_size):
-        moved = super().move(query, pull, step_size)
-        if isinstance(moved, DiagonalGaussian):  # a map that overshoots (τ > 1) may flip an axis
-            scale = jnp.where(moved.scale < 0, -moved.scale, moved.scale)
-            moved = with_leaves(moved, moved.mean, scale)
-        return moved
-
-    def divergence(self, query, patterns):
+    def divergence(self, view, patterns):
         if isinstance(patterns, DiagonalGaussian):
-            return squared_distances(_stacked(query), _stacked(patterns))
-        return self.compare(query, patterns)[0]
+            return squared_distances(view, _stacked(patterns))
+        return self.compare(view, patterns)[0]
+
+    def move(self, view, pull, step_size):
+        if isinstance(view, View):
+            moved = super().move(view.query, pull, step_size)
+            return with_leaves(moved, moved.mean, moved.factor @ view.axes)
+        mean, scale = jnp.split(super().move(view, pull, step_size), 2)
+        # A map that overshoots (τ > 1) may turn an axis round.
+        return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
+
+    def residual(self, view, pull):
+        return super().residual(view.query if isinstance(view, View) else view, pull)
 
     def block_size(self, patterns):
         diagonal = isinstance(patterns, DiagonalGaussian)
         return VECTORS_AT_ONCE if diagonal else super().block_size(patterns)
+
+
+class View(NamedTuple):
+    """A Gaussian query with its factor turned to its principal axes, L V, and Vᵀ."""
+
+    query: Gaussian
+    axes: Float[Array, "r r"]
+
+
+def _principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[Array, "r r"]]:
+    """L V = U S, of the singular value decomposition L = U S Vᵀ, and Vᵀ.
+
+    The columns of U S, and so those of MᵀU S, are each rounded relative to their own size,
+    which in float32 gains two digits of W₂² where covariances are ill-conditioned. All that
+    follows is equivariant under L → L V, so V needs no derivative.
+    """
+    dim, rank = factor.shape
+    value = jax.lax.stop_gradient(factor)
+    left, sizes, right = jnp.linalg.svd(value, full_matrices=rank > dim)
+    principal = jnp.pad(left[:, : sizes.size] * sizes[None], [(0, 0), (0, rank - sizes.size)])
+    return principal + (factor - value) @ right.mT, right
 
 
 @jax.custom_jvp
@@ -91,4 +125,5 @@ def _aligned_gap_jvp(primals, tangents):
 
 
 def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch 2d"]:
+    """(m, σ), the vector as which a diagonal Gaussian takes part in everything."""
     return jnp.concatenate([measure.mean, measure.scale], axis=-1)

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from jdam import _checks
 from jdam.geometry.protocol import Geometry
 
-
 #: How many patterns to compare at once: a row of a tile that two matrix products stream through.
 VECTORS_AT_ONCE = 2048
 
@@ -36,11 +35,11 @@ class Euclidean(Vectors):
     it is `DotProduct` with 2β.
     """
 
-    def compare(self, query, patterns):
-        return fast_squared_distances(query, patterns), patterns
+    def compare(self, view, patterns):
+        return fast_squared_distances(view, patterns), patterns
 
-    def divergence(self, query, patterns):
-        return squared_distances(query, patterns)
+    def divergence(self, view, patterns):
+        return squared_distances(view, patterns)
 
 
 class DotProduct(Vectors):
@@ -51,11 +50,11 @@ class DotProduct(Vectors):
     divergence: it may be negative, and a pattern need not be its own nearest.
     """
 
-    def compare(self, query, patterns):
-        return self.divergence(query, patterns), patterns
+    def compare(self, view, patterns):
+        return self.divergence(view, patterns), patterns
 
-    def divergence(self, query, patterns):
-        return jnp.vdot(query, query) / 2 - jnp.matvec(patterns, query)
+    def divergence(self, view, patterns):
+        return jnp.vdot(view, view) / 2 - jnp.vecmat(view, patterns.mT)
 
 
 def squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:

@@ -14,6 +14,8 @@ from jdam.linalg import safe_sqrt
 
 #: A measure: an array (…, d) or a `jdam.Gaussian`, `jdam.DiagonalGaussian`, …
 AnyMeasure: TypeAlias = Any
+#: What a geometry makes of a query before it is compared: by default the query itself.
+AnyView: TypeAlias = Any
 
 
 class Geometry(eqx.Module):
@@ -31,28 +33,30 @@ class Geometry(eqx.Module):
         Raises `TypeError` or `ValueError` naming the argument `name` otherwise.
         """
 
+    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
+        """The query, padded to array shapes that go together with these patterns'."""
+        return query
+
+    def view(self, query: AnyMeasure) -> AnyView:
+        """What `compare`, `move` and `residual` need of the query, computed once a look."""
+        return query
+
     @abstractmethod
-    def compare(
-        self, query: AnyMeasure, patterns: AnyMeasure
-    ) -> tuple[Float[Array, " B"], AnyMeasure]:
+    def compare(self, view: AnyView, patterns: AnyMeasure) -> tuple[Float[Array, " B"], AnyMeasure]:
         """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
         leaves lead with (B,) and whose Gibbs average Σ wᵢ·pullᵢ is all that `move` needs."""
 
     @abstractmethod
-    def divergence(self, query: AnyMeasure, patterns: AnyMeasure) -> Float[Array, " B"]:
+    def divergence(self, view: AnyView, patterns: AnyMeasure) -> Float[Array, " B"]:
         """D(ξ, Xᵢ) as accurately as the dtype allows, whatever it costs."""
 
-    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
-        """The query, padded to array shapes that `compare` can take with these patterns."""
-        return query
-
-    def move(self, query: AnyMeasure, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
+    def move(self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
         """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step."""
-        return jax.tree.map(lambda x, y: x + step_size * (y - x), query, pull)
+        return jax.tree.map(lambda x, y: x + step_size * (y - x), view, pull)
 
-    def residual(self, query: AnyMeasure, pull: AnyMeasure) -> Float[Array, ""]:
+    def residual(self, view: AnyView, pull: AnyMeasure) -> Float[Array, ""]:
         """How far the full step goes, in units of distance: zero at fixed points only."""
-        return norm(jax.tree.map(lambda x, y: y - x, query, pull))
+        return norm(jax.tree.map(lambda x, y: y - x, view, pull))
 
     def scale(self, patterns: AnyMeasure) -> Float[Array, ""]:
         """The root mean square size of the patterns, in the units of `residual`."""
@@ -60,7 +64,9 @@ class Geometry(eqx.Module):
 
     def block_size(self, patterns: AnyMeasure) -> int:
         """How many patterns to compare at once with each query: 2¹⁶ numbers' worth."""
-        return max(1, 2**16 * batch_size(patterns) // sum(x.size for x in jax.tree.leaves(patterns)))
+        return max(
+            1, 2**16 * batch_size(patterns) // sum(x.size for x in jax.tree.leaves(patterns))
+        )
 
 
 def batch_size(patterns: AnyMeasure) -> int:
