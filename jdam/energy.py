@@ -185,7 +185,7 @@ def _blocks(memory: Memory, block_size: int | None) -> _Block:
     The last block is filled up with copies of the last pattern, switched off by the prior.
     """
     num = len(memory)
-    size = memory.geometry.block_size(memory.patterns) if block_size is None else block_size
+    size = memory.geometry.tile(memory.patterns)[1] if block_size is None else block_size
     count = math.ceil(num / size)
     size = math.ceil(num / count)
     missing = count * size - num

@@ -102,8 +102,9 @@ class Gaussian(Measure):
         if _checks.is_concrete(covariance):
             if bool((asymmetry > 1).any()):
                 raise ValueError(
-                    f"covariance must be symmetric; got |Σ − Σᵀ| {float(asymmetry.max()):.1e} times "
-                    "the rounding allowed: pass (Σ + Σᵀ)/2 if the asymmetry is mere noise"
+                    "covariance must be symmetric; got |Σ − Σᵀ| of "
+                    f"{float(asymmetry.max()):.1e} times the rounding allowed: if that is noise, "
+                    "pass (Σ + Σᵀ)/2"
                 )
             if bool((negativity > 1).any()):
                 raise ValueError(

@@ -182,34 +182,48 @@ def _recall(
     adjoint: Unrolled,
     save_trace: bool,
 ) -> Recall:
-    geometry = memory.geometry
-
-    def look(memory: Memory, measure: AnyMeasure, beta: Array, num_steps: Array, before: Array):
+    def advance(state: _State, args: tuple[Memory, Array, Array]) -> _State:
+        """Move, except on the first turn, and look around."""
+        memory, beta, step_size = args
+        geometry = memory.geometry
+        moved = geometry.move(state.found.view, state.found.pull, step_size)
+        first = state.num_steps < 0
+        measure = jax.tree.map(lambda x, y: jnp.where(first, x, y), state.measure, moved)
         found, neglected = search.look(memory, measure, beta)
         return _State(
             measure=measure,
             found=found,
             energy=-found.log_partition / beta,
             residual=jax.lax.stop_gradient(geometry.residual(found.view, found.pull)),
-            num_steps=num_steps,
-            neglected=jnp.maximum(before, neglected),
+            num_steps=state.num_steps + 1,
+            neglected=jnp.maximum(state.neglected, neglected),
         )
 
-    def advance(state: _State, args: Any) -> _State:
-        memory, beta, step_size = args
-        moved = geometry.move(state.found.view, state.found.pull, step_size)
-        return look(memory, moved, beta, state.num_steps + 1, state.neglected)
-
-    def pending(state: _State) -> Array:  # false for NaN, which no step can mend
+    def pending(state: _State) -> Array:  # no step can mend NaN
         return (state.residual > tol) & jnp.isfinite(state.energy)
 
     def observe(state: _State) -> Trace | None:
         return Trace(state.energy, state.residual, state.measure) if save_trace else None
 
-    start = look(memory, query, beta, jnp.array(0, jnp.int32), jnp.array(0, memory.dtype))
-    end, trace = adjoint.loop(
-        advance, pending, observe, start, (memory, beta, step_size), max_steps
+    found, _ = jax.eval_shape(search.look, memory, query, beta)
+    start = _State(
+        measure=query,
+        found=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found),
+        energy=jnp.zeros((), memory.dtype),
+        residual=jnp.full((), jnp.inf, memory.dtype),
+        num_steps=jnp.array(-1, jnp.int32),
+        neglected=jnp.zeros((), memory.dtype),
     )
+    end, trace = adjoint.loop(
+        advance,
+        pending,
+        observe,
+        start,
+        (memory, beta, step_size),
+        length=max_steps + 1,
+        at_once=memory.geometry.tile(memory.patterns)[0],
+    )
+    trace = jax.tree.map(lambda leaf: leaf[1:], trace)
     finite = jnp.isfinite(end.energy) & jnp.isfinite(end.residual)
     return Recall(
         measure=end.measure,

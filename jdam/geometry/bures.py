@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam.geometry.euclidean import (
-    VECTORS_AT_ONCE,
+    VECTOR_TILE,
     fast_squared_distances,
     squared_distances,
 )
@@ -80,9 +80,8 @@ class Bures(Geometry):
     def residual(self, view, pull):
         return super().residual(view.query if isinstance(view, View) else view, pull)
 
-    def block_size(self, patterns):
-        diagonal = isinstance(patterns, DiagonalGaussian)
-        return VECTORS_AT_ONCE if diagonal else super().block_size(patterns)
+    def tile(self, patterns):
+        return VECTOR_TILE if isinstance(patterns, DiagonalGaussian) else super().tile(patterns)
 
 
 class View(NamedTuple):

@@ -8,8 +8,8 @@ from jaxtyping import Float
 from jdam import _checks
 from jdam.geometry.protocol import Geometry
 
-#: How many patterns to compare at once: a row of a tile that two matrix products stream through.
-VECTORS_AT_ONCE = 2048
+#: Queries and patterns to compare at once: large enough for matrix products to be efficient.
+VECTOR_TILE = 512, 2048
 
 
 class Vectors(Geometry):
@@ -24,8 +24,8 @@ class Vectors(Geometry):
             raise ValueError(f"{name} must have shape {wanted}, d ≥ 1; got {array.shape}")
         return array
 
-    def block_size(self, patterns):
-        return VECTORS_AT_ONCE
+    def tile(self, patterns):
+        return VECTOR_TILE
 
 
 class Euclidean(Vectors):

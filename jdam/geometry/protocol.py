@@ -62,11 +62,13 @@ class Geometry(eqx.Module):
         """The root mean square size of the patterns, in the units of `residual`."""
         return norm(patterns) / math.sqrt(batch_size(patterns))
 
-    def block_size(self, patterns: AnyMeasure) -> int:
-        """How many patterns to compare at once with each query: 2¹⁶ numbers' worth."""
-        return max(
-            1, 2**16 * batch_size(patterns) // sum(x.size for x in jax.tree.leaves(patterns))
-        )
+    def tile(self, patterns: AnyMeasure) -> tuple[int, int]:
+        """How many queries of a batch, and how many patterns, to compare at once.
+
+        By default 16 and 2¹⁶ numbers' worth, which keep two cores or a GPU busy.
+        """
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(patterns)) // batch_size(patterns)
+        return 16, max(1, 2**16 // numbers)
 
 
 def batch_size(patterns: AnyMeasure) -> int:
@@ -81,4 +83,5 @@ def with_leaves(measure: AnyMeasure, *leaves: Array) -> AnyMeasure:
 
 def norm(tree: AnyMeasure) -> Float[Array, ""]:
     """√Σ|leaf|², with derivative 0 where it vanishes."""
-    return safe_sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(tree)))
+    first, *rest = (jnp.vdot(x, x) for x in jax.tree.leaves(tree))
+    return safe_sqrt(sum(rest, first))

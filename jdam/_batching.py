@@ -1,0 +1,81 @@
+"""Loops in which every query of a vmapped batch stops for itself."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def advance_where(
+    advance: Callable[[Any, Any], Any],
+    at_once: int,
+    pending: Bool[Array, ""],
+    state: Any,
+    args: Any,
+) -> Any:
+    """`advance(state, args)` where `pending`, else `state`: the work is done only if needed.
+
+    Under `jax.vmap` a `lax.cond` computes both sides for every query, and a batch takes as
+    long, in every query, as its slowest. Here the pending queries are gathered and advanced
+    `at_once` at a time, so that time follows their number, and memory `at_once`. `advance`
+    must not close over traced values.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(pending: Array, state: Any, args: Any) -> Any:
+        def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            return jnp.zeros_like(carry[0]), advance(carry[1], args)
+
+        return jax.lax.while_loop(lambda carry: carry[0], turn, (pending, state))[1]
+
+    @run.def_vmap
+    def run_batch(size: int, batched: Any, pending: Array, state: Any, args: Any) -> Any:
+        def along_batch(leaf: Array, is_batched: bool) -> Array:
+            return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+
+        pending = along_batch(pending, batched[0])
+        state = jax.tree.map(along_batch, state, batched[1])
+        leaves, structure = jax.tree.flatten(args)
+        axes = [0 if is_batched else None for is_batched in jax.tree.leaves(batched[2])]
+        width = min(at_once, size)
+        order = jnp.argsort(~pending)  # the pending ones first
+        order = jnp.pad(order, (0, -size % width))
+        count = pending.sum(dtype=jnp.int32)
+
+        def advance_leaves(state: Any, *leaves: Array) -> Any:
+            return advance(state, jax.tree.unflatten(structure, leaves))
+
+        def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            done, state = carry
+            rows = jax.lax.dynamic_slice(order, (done,), (width,))
+            new = jax.vmap(advance_leaves, (0, *axes))(
+                jax.tree.map(lambda leaf: leaf[rows], state),
+                *(
+                    leaf if axis is None else leaf[rows]
+                    for leaf, axis in zip(leaves, axes, strict=True)
+                ),
+            )
+            rows = jnp.where(jnp.arange(width) + done < count, rows, size)
+            state = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), state, new)
+            return done + width, state
+
+        start = (jnp.array(0, jnp.int32), state)
+        state = jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
+        return state, jax.tree.map(lambda _: True, state)
+
+    return run(pending, state, args)
+
+
+@advance_where.defjvp
+def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
+    # Loops of unknown length have no reverse mode; what they compute has.
+    def select(pending: Array, state: Any, args: Any) -> Any:
+        new = jax.checkpoint(advance)(state, args)
+        return jax.tree.map(lambda x, y: jnp.where(pending, x, y), new, state)
+
+    return jax.jvp(select, primals, tangents)
