@@ -21,13 +21,18 @@ class GibbsAverage(NamedTuple):
 
     view: AnyView  # of the query, as `Geometry.move` wants it
     log_partition: Float[Array, ""]  # log Z = log Σ πᵢ exp(−βDᵢ)
-    pull: AnyMeasure  # Σ wᵢ·pullᵢ
+    pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
     nearest: Int[Array, ""]  # the heaviest pattern
     weight: Float[Array, ""]  # its weight
 
 
 def gibbs_average(
-    memory: Memory, query: AnyMeasure, beta: Float[Array, ""], block_size: int | None = None
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    *,
+    block_size: int | None = None,
+    with_pull: bool = True,
 ) -> GibbsAverage:
     """The Gibbs average of the pulls, accumulated over blocks of patterns with a running
     maximum of the logits (online softmax)."""
@@ -53,7 +58,7 @@ def gibbs_average(
             pull=jax.tree.map(
                 lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
                 running.pull,
-                pulls,
+                pulls if with_pull else None,
             ),
         ), None
 
@@ -63,7 +68,9 @@ def gibbs_average(
         maximum=jnp.array(-jnp.inf, memory.dtype),
         nearest=jnp.array(0, jnp.int32),
         mass=jnp.array(0, memory.dtype),
-        pull=jax.tree.map(lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls),
+        pull=jax.tree.map(
+            lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls if with_pull else None
+        ),
     )
     end = _over_blocks(absorb, start, blocks)[0]
     return GibbsAverage(
@@ -116,7 +123,7 @@ def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, "
 
 @compiled()
 def _energy(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> Float[Array, ""]:
-    return -gibbs_average(memory, query, beta).log_partition / beta
+    return -gibbs_average(memory, query, beta, with_pull=False).log_partition / beta
 
 
 def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, " N"]:

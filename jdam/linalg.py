@@ -20,15 +20,18 @@ def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
 
 @polar.defjvp
 def _polar_jvp(primals, tangents):
-    # With K = U S Vᵀ and M = Uᵀ dK V:  dR = U [(M − Mᵀ) ∘ 1/(sᵢ+sⱼ)] Vᵀ + U S⁻¹ Uᵀ dK (I − V Vᵀ).
+    # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ; and
+    # what of dR lies outside the rows of R is H⁻¹ dK (I − RᵀR).
     (matrix,), (dmatrix,) = primals, tangents
-    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
-    inner = left.mT @ dmatrix
-    square = inner @ right.mT
-    sums = values[..., :, None] + values[..., None, :]
-    skew = (square - square.mT) * _safe_reciprocal(sums)
-    outer = (inner - square @ right) * _safe_reciprocal(values)[..., :, None]
-    return left @ right, left @ (skew @ right + outer)
+    factor = polar(matrix)
+    root = _symmetric(matrix @ factor.mT)
+    basis, values, _ = jnp.linalg.svd(jax.lax.stop_gradient(matrix), full_matrices=False)
+    inner = dmatrix @ factor.mT
+    derivative = _solve_lyapunov(root, values, basis, inner - inner.mT) @ factor
+    if matrix.shape[-2] < matrix.shape[-1]:
+        outside = dmatrix - inner @ factor
+        derivative = derivative + _solve(root, values, basis, outside)
+    return factor, derivative
 
 
 @jax.custom_jvp
@@ -37,23 +40,45 @@ def psd_root(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
 
     Negative eigenvalues count as zero, so that |S S − A| measures how far A is from ⪰ 0.
     """
-    values, vectors = jnp.linalg.eigh(matrix)
-    return _from_spectrum(jnp.sqrt(jnp.maximum(values, 0)), vectors)
+    values, basis = jnp.linalg.eigh(matrix)
+    return (basis * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]) @ basis.mT
 
 
 @psd_root.defjvp
 def _psd_root_jvp(primals, tangents):
-    # dS solves S dS + dS S = dA: in the eigenbasis of S an entrywise division.
+    # S S = A, so S dS + dS S = dA.
     (matrix,), (dmatrix,) = primals, tangents
-    values, vectors = jnp.linalg.eigh(matrix)
-    roots = jnp.sqrt(jnp.maximum(values, 0))
-    inner = vectors.mT @ dmatrix @ vectors
-    inner = inner * _safe_reciprocal(roots[..., :, None] + roots[..., None, :])
-    return _from_spectrum(roots, vectors), vectors @ inner @ vectors.mT
+    root = psd_root(matrix)
+    values, basis = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))
+    values = jnp.sqrt(jnp.maximum(values, 0))
+    return root, _solve_lyapunov(root, values, basis, _symmetric(dmatrix))
 
 
-def _from_spectrum(values: Float[Array, "*batch n"], vectors: Float[Array, "*batch n n"]):
-    return (vectors * values[..., None, :]) @ vectors.mT
+def _solve_lyapunov(root: Array, values: Array, basis: Array, right: Array) -> Array:
+    """Y with S Y + Y S = B, given S and its eigenvalues and eigenvectors; the pseudo-inverse's
+    solution where eigenvalues vanish. As the solution of a linear system it can be
+    differentiated again and again, without the derivatives of the eigenvectors."""
+    sums = values[..., :, None] + values[..., None, :]
+    return jax.lax.custom_linear_solve(
+        lambda y: root @ y + y @ root,
+        right,
+        lambda _, b: basis @ ((basis.mT @ b @ basis) * _safe_reciprocal(sums)) @ basis.mT,
+        symmetric=True,
+    )
+
+
+def _solve(root: Array, values: Array, basis: Array, right: Array) -> Array:
+    """Y with S Y = B, likewise."""
+    return jax.lax.custom_linear_solve(
+        lambda y: root @ y,
+        right,
+        lambda _, b: basis @ ((basis.mT @ b) * _safe_reciprocal(values)[..., :, None]),
+        symmetric=True,
+    )
+
+
+def _symmetric(matrix: Array) -> Array:
+    return (matrix + matrix.mT) / 2
 
 
 def _safe_reciprocal(x: Array) -> Array:

@@ -31,4 +31,4 @@ class Exhaustive:
         self, memory: Memory, query: AnyMeasure, beta: Float[Array, ""]
     ) -> tuple[GibbsAverage, float]:
         """The Gibbs average at the query, and a bound on the Gibbs mass left out of it."""
-        return gibbs_average(memory, query, beta, self.block_size), 0.0
+        return gibbs_average(memory, query, beta, block_size=self.block_size), 0.0

@@ -1,0 +1,96 @@
+"""Random problems, and oracles that share no code with jdam."""
+
+import jax
+import mpmath
+import numpy as np
+
+import jdam
+
+
+def orthogonal(rng, d):
+    return np.linalg.qr(rng.normal(size=(d, d)))[0]
+
+
+def conditioned_factor(rng, d, condition, scale=1.0):
+    """A factor whose covariance has the given condition number and largest eigenvalue scale²."""
+    return scale * orthogonal(rng, d) * np.geomspace(1, condition**-0.5, d) @ orthogonal(rng, d)
+
+
+def gaussians(rng, num, d, rank=None, dtype=np.float64, spread=1.0):
+    mean = spread * rng.normal(size=(num, d))
+    factor = rng.normal(size=(num, d, rank or d)) / np.sqrt(d)
+    return jdam.Gaussian(mean.astype(dtype), factor.astype(dtype))
+
+
+def diagonals(rng, num, d, dtype=np.float64):
+    scale = rng.uniform(0.3, 1.2, size=(num, d))
+    return jdam.DiagonalGaussian(rng.normal(size=(num, d)).astype(dtype), scale.astype(dtype))
+
+
+def vectors(rng, num, d, dtype=np.float64):
+    return rng.normal(size=(num, d)).astype(dtype)
+
+
+def near(rng, measure, amount):
+    """A measure a little off: every array plus noise, scales kept positive."""
+
+    def shift(leaf):
+        leaf = np.asarray(leaf)
+        return (leaf + amount * rng.normal(size=leaf.shape)).astype(leaf.dtype)
+
+    moved = jax.tree.map(shift, measure)
+    if isinstance(moved, jdam.DiagonalGaussian):
+        return jdam.DiagonalGaussian(moved.mean, np.abs(moved.scale))
+    return jax.tree.map(jax.numpy.asarray, moved)
+
+
+def w2_squared(m, cov, n, other, digits=60):
+    """|m − n|² + tr Σ + tr Ω − 2 tr (Σ^½ Ω Σ^½)^½ from exact inputs, in high precision.
+
+    The trace of the root is the sum of roots of the eigenvalues of Cᵀ Ω C, Σ = C Cᵀ.
+    """
+    with mpmath.workdps(digits):
+        cov, other = mpmath.matrix(cov.tolist()), mpmath.matrix(other.tolist())
+        values, vectors = mpmath.eigsy(cov)
+        root = vectors * mpmath.diag([mpmath.sqrt(max(v, 0)) for v in values])
+        inner = root.T * other * root
+        crossed = mpmath.eigsy((inner + inner.T) / 2, eigvals_only=True)
+        trace = sum(cov[i, i] + other[i, i] for i in range(cov.rows))
+        shift = sum((mpmath.mpf(float(a)) - mpmath.mpf(float(b))) ** 2 for a, b in zip(m, n, strict=True))
+        return shift + trace - 2 * sum(mpmath.sqrt(max(v, 0)) for v in crossed)
+
+
+def w2_squared_of(first, second, digits=60):
+    """The same for two `jdam.Gaussian`, their covariances formed exactly from their factors."""
+    with mpmath.workdps(digits):
+        covs = []
+        for g in (first, second):
+            factor = mpmath.matrix(np.asarray(g.factor, np.float64).tolist())
+            covs.append(factor * factor.T)
+        return w2_squared(np.asarray(first.mean), covs[0], np.asarray(second.mean), covs[1], digits)
+
+
+def transport_step(m, omega, weights, means, covs):
+    """Φ as the paper states it: m⁺ = Σ wᵢμᵢ and Ω⁺ = Ā Ω Ā, Ā = Σ wᵢ Ω^-½(Ω^½ΣᵢΩ^½)^½Ω^-½."""
+
+    def power(a, p):
+        values, basis = np.linalg.eigh(a)
+        return basis * np.maximum(values, 0) ** p @ basis.T
+
+    root, inverse = power(omega, 0.5), power(omega, -0.5)
+    maps = [inverse @ power(root @ c @ root, 0.5) @ inverse for c in covs]
+    mixed = np.einsum("i,ijk->jk", weights, maps)
+    return weights @ means, mixed @ omega @ mixed
+
+
+def log_sum_exp_energy(divergences, beta, log_prior=0.0):
+    """−β⁻¹ log Σ exp(log π − βD) and the weights, in 60 digits."""
+    with mpmath.workdps(60):
+        prior = np.broadcast_to(log_prior, len(divergences))
+        b = mpmath.mpf(float(beta))
+        terms = [
+            mpmath.exp(mpmath.mpf(float(p)) - b * d) if p > -np.inf else mpmath.mpf(0)
+            for d, p in zip(divergences, prior, strict=True)
+        ]
+        total = sum(terms)
+        return float(-mpmath.log(total) / b), np.array([float(t / total) for t in terms])
