@@ -43,7 +43,7 @@ def advance_where(
         leaves, structure = jax.tree.flatten(args)
         axes = [0 if is_batched else None for is_batched in jax.tree.leaves(batched[2])]
         width = min(at_once, size)
-        order = jnp.argsort(~pending)  # the pending ones first
+        order = jnp.argsort(~pending).astype(jnp.int32)  # the pending ones first
         order = jnp.pad(order, (0, -size % width))
         count = pending.sum(dtype=jnp.int32)
 
@@ -60,7 +60,7 @@ def advance_where(
                     for leaf, axis in zip(leaves, axes, strict=True)
                 ),
             )
-            rows = jnp.where(jnp.arange(width) + done < count, rows, size)
+            rows = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, rows, size)
             state = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), state, new)
             return done + width, state
 

@@ -56,7 +56,8 @@ def w2_squared(m, cov, n, other, digits=60):
         inner = root.T * other * root
         crossed = mpmath.eigsy((inner + inner.T) / 2, eigvals_only=True)
         trace = sum(cov[i, i] + other[i, i] for i in range(cov.rows))
-        shift = sum((mpmath.mpf(float(a)) - mpmath.mpf(float(b))) ** 2 for a, b in zip(m, n, strict=True))
+        m, n = (mpmath.matrix(np.asarray(x, np.float64).tolist()) for x in (m, n))
+        shift = sum((a - b) ** 2 for a, b in zip(m, n, strict=True))
         return shift + trace - 2 * sum(mpmath.sqrt(max(v, 0)) for v in crossed)
 
 

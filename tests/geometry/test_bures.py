@@ -220,9 +220,7 @@ def test_rigid_motions_and_scaling(seed, d, scale):
     expected = move(jdam.step(before, query, 0.8))
     got = jdam.step(after, move(query), 0.8 / scale**2)
     np.testing.assert_allclose(got.mean, expected.mean, rtol=1e-7, atol=1e-8 * scale)
-    np.testing.assert_allclose(
-        got.covariance, expected.covariance, rtol=1e-6, atol=1e-8 * scale**2
-    )
+    np.testing.assert_allclose(got.covariance, expected.covariance, rtol=1e-6, atol=1e-8 * scale**2)
 
 
 @given(seed=st.integers(0, 10**6), beta=st.floats(1e-3, 1e3))
@@ -264,7 +262,8 @@ def test_fixed_point_is_a_self_consistent_barycentre(rng):
         return basis * np.sqrt(np.maximum(values, 0)) @ basis.T
 
     r = root(omega)
-    mixed = sum(w * root(r @ c @ r) for w, c in zip(weights, memory.patterns.covariance, strict=True))
+    covariances = np.asarray(memory.patterns.covariance)
+    mixed = sum(w * root(r @ c @ r) for w, c in zip(weights, covariances, strict=True))
     np.testing.assert_allclose(mixed, omega, atol=1e-9)
     np.testing.assert_allclose(weights @ memory.patterns.mean, result.measure.mean, atol=1e-9)
 

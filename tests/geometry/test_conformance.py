@@ -1,0 +1,298 @@
+"""What every geometry must do, run over every kind of memory: a new geometry adds a line."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jdam
+from tests.helpers import diagonals, gaussians, log_sum_exp_energy, near, vectors
+
+KINDS = {
+    "gaussian": (gaussians, jdam.Bures()),
+    "low rank": (partial(gaussians, rank=2), jdam.Bures()),
+    "diagonal": (diagonals, jdam.Bures()),
+    "euclidean": (vectors, jdam.Euclidean()),
+    "dot product": (vectors, jdam.DotProduct()),
+}
+#: Those whose D vanishes between equals only, and whose steps end at patterns.
+METRIC = [kind for kind in KINDS if kind != "dot product"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+metric_kinds = pytest.mark.parametrize("kind", METRIC)
+
+
+def problem(rng, kind, num=7, d=3, dtype=np.float64, off=0.1):
+    """A memory, and a query near its third pattern."""
+    make, geometry = KINDS[kind]
+    memory = jdam.store(make(rng, num, d, dtype=dtype), geometry)
+    return memory, near(rng, memory[2], off)
+
+
+def close(first, second, **tolerance):
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def alike(first, second, **tolerance):
+    """Equal as measures: factors up to rotation."""
+    if isinstance(first, jdam.Gaussian):
+        first, second = (first.mean, first.covariance), (second.mean, second.covariance)
+    close(first, second, **tolerance)
+
+
+@every_kind
+def test_energy_and_weights_are_the_log_sum_exp(rng, kind):
+    memory, query = problem(rng, kind)
+    prior = np.array([0, -1, 0.5, -np.inf, 2, 0, 0.0])
+    divergences = [float(x) for x in jdam.divergences(memory, query)]
+    for log_prior in (None, prior):
+        held = jdam.store(memory.patterns, memory.geometry, log_prior=log_prior)
+        for beta in (1e-6, 1e-2, 1.0, 30.0, 1e6):
+            energy, weights = log_sum_exp_energy(
+                divergences, beta, 0.0 if log_prior is None else log_prior
+            )
+            np.testing.assert_allclose(jdam.energy(held, query, beta), energy, rtol=1e-9)
+            np.testing.assert_allclose(
+                jdam.gibbs_weights(held, query, beta), weights, rtol=1e-9, atol=1e-300
+            )
+
+
+@every_kind
+@pytest.mark.parametrize("beta", [1e-6, 1.0, 1e6])
+def test_duplicated_patterns_share_their_weight(rng, kind, beta):
+    memory, query = problem(rng, kind)
+    doubled = memory.append(memory.patterns)
+    once, twice = (jdam.gibbs_weights(m, query, beta) for m in (memory, doubled))
+    np.testing.assert_allclose(twice[:7], once / 2, rtol=1e-9)
+    np.testing.assert_allclose(twice[7:], once / 2, rtol=1e-9)
+    steps = [jdam.step(m, query, beta) for m in (doubled, memory)]
+    alike(*steps, rtol=1e-9, atol=1e-12)
+
+
+@metric_kinds
+def test_one_pattern_is_recalled_in_one_step(rng, kind):
+    make, geometry = KINDS[kind]
+    memory = jdam.store(make(rng, 1, 3), geometry)
+    query = make(rng, 1, 3)[0]
+    result = jdam.recall(memory, query, 0.1)
+    assert int(result.num_steps) == 1
+    assert int(result.status) == jdam.Status.CONVERGED
+    assert float(result.weight) == 1.0
+    alike(result.measure, memory[0], atol=1e-12)
+
+
+@metric_kinds
+def test_far_query_is_recalled(rng, kind):
+    """At distance 1e4 with β = 1e4, βD ≈ 1e12: the softmax must not overflow."""
+    memory, _ = problem(rng, kind)
+    query = jax.tree.map(lambda x: 1e4 + x, memory[2])
+    result = jdam.recall(memory, query, 1e4)
+    assert int(result.status) == jdam.Status.CONVERGED
+    far = np.asarray(jdam.divergences(memory, query))
+    alike(jdam.step(memory, query, 1e4), memory[int(far.argmin())], atol=1e-6)
+
+
+@every_kind
+def test_recall_reports_on_what_it_returns(rng, kind):
+    memory, query = problem(rng, kind)
+    result = jdam.recall(memory, query, 2.0, max_steps=3, save_trace=True)
+    weights = jdam.gibbs_weights(memory, result.measure, 2.0)
+    assert int(result.nearest) == int(weights.argmax())
+    np.testing.assert_allclose(result.weight, weights.max(), rtol=1e-9)
+    np.testing.assert_allclose(result.energy, jdam.energy(memory, result.measure, 2.0), rtol=1e-9)
+    stepped = query
+    for t in range(3):
+        stepped = jdam.step(memory, stepped, 2.0)
+        if t < int(result.num_steps):
+            alike(jax.tree.map(lambda x, t=t: x[t], result.trace.measure), stepped, atol=1e-9)
+            expected = jdam.energy(memory, stepped, 2.0)
+            np.testing.assert_allclose(result.trace.energy[t], expected, rtol=1e-9, atol=1e-12)
+    assert result.trace.energy[-1] == result.energy
+    assert result.trace.residual[-1] == result.residual
+    assert float(result.neglected) == 0.0
+
+
+@every_kind
+def test_energy_falls_along_recall(rng, kind):
+    memory, query = problem(rng, kind, off=1.0)
+    for step_size in (0.3, 1.0):
+        result = jdam.recall(memory, query, 0.7, step_size=step_size, save_trace=True)
+        energies = np.append(jdam.energy(memory, query, 0.7), result.trace.energy)
+        assert (np.diff(energies) <= 1e-12).all()
+
+
+@every_kind
+def test_vmap_over_queries_and_betas_is_a_loop(rng, kind):
+    make, _ = KINDS[kind]
+    memory, _ = problem(rng, kind)
+    queries = make(rng, 5, 3)
+    betas = np.array([0.2, 1.0, 5.0])
+    over_queries = jax.vmap(jdam.recall, (None, 0, None))
+    grid = jax.jit(jax.vmap(over_queries, (None, None, 0)))(memory, queries, betas)
+    for b, beta in enumerate(betas):
+        for q in range(5):
+            one = jdam.recall(memory, jax.tree.map(lambda x, q=q: x[q], queries), beta)
+            batched = jax.tree.map(lambda x, b=b, q=q: x[b, q], grid)
+            assert int(batched.status) == int(one.status)
+            assert int(batched.num_steps) == int(one.num_steps)
+            assert int(batched.nearest) == int(one.nearest)
+            close(batched.energy, one.energy, rtol=1e-9)
+            alike(batched.measure, one.measure, rtol=1e-8, atol=1e-10)
+    for function in (jdam.energy, jdam.gibbs_weights, jdam.step):
+        many = jax.vmap(function, (None, 0, None))(memory, queries, 0.7)
+        one = function(memory, jax.tree.map(lambda x: x[3], queries), 0.7)
+        alike(jax.tree.map(lambda x: x[3], many), one, rtol=1e-9, atol=1e-12)
+
+
+@every_kind
+def test_vmap_over_memories(rng, kind):
+    make, geometry = KINDS[kind]
+    patterns = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), make(rng, 8, 3))
+    query = make(rng, 1, 3)[0]
+    energies = jax.vmap(lambda p: jdam.recall(jdam.store(p, geometry), query, 1.0).energy)(patterns)
+    for i in range(2):
+        memory = jdam.store(jax.tree.map(lambda x, i=i: x[i], patterns), geometry)
+        np.testing.assert_allclose(energies[i], jdam.recall(memory, query, 1.0).energy, rtol=1e-9)
+
+
+@every_kind
+def test_one_bad_query_among_a_thousand(rng, kind):
+    make, _ = KINDS[kind]
+    memory, _ = problem(rng, kind)
+    queries = make(rng, 1000, 3)
+    spoiled = jax.tree.map(lambda x: jnp.asarray(x).at[417].set(jnp.nan), queries)
+    recall = jax.jit(jax.vmap(jdam.recall, (None, 0, None)))
+    good, bad = recall(memory, queries, 2.0), recall(memory, spoiled, 2.0)
+    status = np.asarray(bad.status)
+    assert np.flatnonzero(status == jdam.Status.NONFINITE).tolist() == [417]
+    keep = np.arange(1000) != 417
+    close(
+        jax.tree.map(lambda x: x[keep], bad), jax.tree.map(lambda x: x[keep], good), rtol=0, atol=0
+    )
+
+
+@every_kind
+def test_block_size_changes_nothing(rng, kind):
+    memory, query = problem(rng, kind, num=7)
+    results = [
+        jdam.recall(memory, query, 0.8, search=jdam.Exhaustive(block_size=b))
+        for b in (None, 1, 2, 3, 7, 100)
+    ]
+    for other in results[1:]:
+        assert int(other.nearest) == int(results[0].nearest)
+        np.testing.assert_allclose(other.energy, results[0].energy, rtol=1e-12)
+        alike(other.measure, results[0].measure, rtol=1e-9, atol=1e-10)
+
+
+@every_kind
+def test_gradient_of_energy_by_differences(rng, kind):
+    """In query, patterns, β and prior, forward and reverse."""
+    make, geometry = KINDS[kind]
+    patterns, query = make(rng, 5, 3), near(rng, make(rng, 1, 3)[0], 0.1)
+    arguments = (query, patterns, 0.8, rng.normal(size=5))
+    arguments = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), arguments)
+
+    def energy(query, patterns, beta, log_prior):
+        return jdam.energy(jdam.store(patterns, geometry, log_prior=log_prior), query, beta)
+
+    check_grads(
+        jax.jit(energy), arguments, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5, eps=1e-5
+    )
+
+
+@every_kind
+def test_gradient_of_recall_by_differences(rng, kind):
+    """Of a loss of the measure recalled, through steps not yet converged, in query and β."""
+    memory, query = problem(rng, kind, off=0.5)
+    query = jax.tree.map(jnp.asarray, query)
+
+    def loss(query, beta):
+        result = jdam.recall(memory, query, beta, max_steps=3, tol=1e-30)
+        measure = result.measure
+        if isinstance(measure, jdam.Gaussian):
+            return jnp.sum(measure.covariance**2) + jnp.sum(measure.mean**3)
+        return sum(jnp.sum(x**3) for x in jax.tree.leaves(measure))
+
+    check_grads(
+        loss, (query, jnp.float64(0.5)), order=1, modes=("fwd", "rev"), rtol=1e-6, eps=1e-6
+    )
+    batch = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), query)
+    batched = jax.jit(jax.grad(lambda qs: jax.vmap(loss, (0, None))(qs, 0.5).sum()))(batch)
+    single = jax.grad(loss)(jax.tree.map(lambda x: x[1], batch), 0.5)
+    close(jax.tree.map(lambda x: x[1], batched), single, rtol=1e-8, atol=1e-10)
+
+
+class Counting(jdam.Euclidean):
+    """Counts how often it is traced."""
+
+    def compare(self, view, patterns):
+        COUNT.append(1)
+        return super().compare(view, patterns)
+
+
+COUNT: list[int] = []
+
+
+def test_new_values_do_not_recompile(rng):
+    """β, step size, tolerance, prior and data of the same shape are traced, floats or arrays."""
+    patterns = vectors(rng, 6, 3)
+
+    def everything(beta, step_size, tol, shift):
+        memory = jdam.store(patterns + shift, Counting(), log_prior=shift * np.arange(6.0))
+        query = patterns[0] + 2 * shift
+        jdam.energy(memory, query, beta)
+        jdam.gibbs_weights(memory, query, beta)
+        jdam.step(memory, query, beta, step_size)
+        jdam.recall(memory, query, beta, step_size=step_size, tol=tol)
+
+    everything(1.0, 1.0, 1e-3, 0.1)
+    traced = len(COUNT)
+    assert traced > 0
+    everything(2, 0.5, 1e-5, 0.2)
+    everything(np.float32(3), np.float64(0.7), jnp.float32(1e-2), 0.3)
+    everything(jnp.float64(4), jnp.asarray(0.2), 1e-1, 0.4)
+    assert len(COUNT) == traced
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_dtype_is_kept(rng, kind, dtype):
+    memory, query = problem(rng, kind)
+    cast = partial(jax.tree.map, lambda x: jnp.asarray(x).astype(dtype))
+    memory, query = jdam.store(cast(memory.patterns), memory.geometry), cast(query)
+    result = jdam.recall(memory, query, 3.0, save_trace=True)
+    outputs = (
+        jdam.divergences(memory, query),
+        jdam.energy(memory, query, 3.0),
+        jdam.gibbs_weights(memory, query, 3),
+        jdam.step(memory, query, np.float64(3.0)),
+        result,
+    )
+    for leaf in jax.tree.leaves(outputs):
+        assert leaf.dtype in (dtype, jnp.int32)
+    assert result.status in (jdam.Status.CONVERGED, jdam.Status.MIXTURE)
+
+
+@every_kind
+def test_single_precision_follows_double(rng, kind):
+    memory, query = problem(rng, kind, num=20, d=8)
+    cast = partial(jax.tree.map, lambda x: jnp.asarray(x).astype(jnp.float32))
+    low = jdam.store(cast(memory.patterns), memory.geometry)
+    for function in (jdam.energy, jdam.gibbs_weights, jdam.step):
+        single, double = function(low, cast(query), 1.5), function(memory, query, 1.5)
+        alike(single, double, rtol=2e-4, atol=2e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])
+def test_bad_beta(rng, kind, beta):
+    memory, query = problem(rng, kind)
+    for function in (jdam.energy, jdam.gibbs_weights, jdam.step, jdam.recall):
+        with pytest.raises(ValueError, match=r"beta must be finite and > 0; got"):
+            function(memory, query, beta)
+    traced = jax.jit(jdam.recall)(memory, query, beta)
+    if beta != float("inf"):
+        assert int(traced.status) == jdam.Status.NONFINITE
