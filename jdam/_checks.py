@@ -55,19 +55,19 @@ def nonnegative(name: str, array: Array) -> None:
 
 def scalar(name: str, value: Any, dtype: jnp.dtype, *, above: float) -> Array:
     """`value` as a 0-d array of `dtype`, finite and > `above` where it can be looked at."""
-    if isinstance(value, bool | np.bool_) or not jnp.issubdtype(jnp.result_type(value), jnp.number):
+    array = value if isinstance(value, Array) else np.asarray(value)
+    real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
+    if not real:
         raise TypeError(f"{name} must be a real number; got {value!r}")
-    if jnp.issubdtype(jnp.result_type(value), jnp.complexfloating):
-        raise TypeError(f"{name} must be a real number; got dtype {jnp.result_type(value)}")
-    if jnp.ndim(value) != 0:
+    if array.ndim != 0:
         raise ValueError(
-            f"{name} must be a scalar; got shape {jnp.shape(value)}: use jax.vmap over {name}"
+            f"{name} must be a scalar; got shape {array.shape}: use jax.vmap over {name}"
         )
-    if not isinstance(value, jax.core.Tracer):
-        number = float(value)
+    if not isinstance(array, jax.core.Tracer):
+        number = float(array)
         if not (math.isfinite(number) and number > above):
             raise ValueError(f"{name} must be finite and > {above:g}; got {number:g}")
-    return jnp.asarray(value).astype(dtype)
+    return jnp.asarray(array).astype(dtype)
 
 
 def positive_int(name: str, value: Any) -> int:

@@ -163,7 +163,7 @@ class DiagonalGaussian(Measure):
     @property
     def covariance(self) -> Float[Array, "*batch d d"]:
         """diag(σ²), formed on request only."""
-        return self.variance[..., None] * jnp.eye(self.dim, dtype=self.dtype)
+        return jnp.vectorize(jnp.diag, signature="(d)->(d,d)")(self.variance)
 
     @classmethod
     def from_variance(cls, mean: ArrayLike, variance: ArrayLike) -> "DiagonalGaussian":

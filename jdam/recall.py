@@ -233,7 +233,7 @@ def _recall(
         residual=end.residual,
         num_steps=end.num_steps,
         status=_status(
-            (end.found.weight <= 0.5, Status.MIXTURE),
+            (end.found.weight <= 0.5 + float(jnp.finfo(memory.dtype).eps) ** 0.5, Status.MIXTURE),
             (end.residual > tol, Status.MAX_STEPS),
             (~finite, Status.NONFINITE),
         ),

@@ -216,9 +216,7 @@ def test_gradient_of_recall_by_differences(rng, kind):
             return jnp.sum(measure.covariance**2) + jnp.sum(measure.mean**3)
         return sum(jnp.sum(x**3) for x in jax.tree.leaves(measure))
 
-    check_grads(
-        loss, (query, jnp.float64(0.5)), order=1, modes=("fwd", "rev"), rtol=1e-6, eps=1e-6
-    )
+    check_grads(loss, (query, jnp.float64(0.5)), order=1, modes=("fwd", "rev"), rtol=1e-6, eps=1e-6)
     batch = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), query)
     batched = jax.jit(jax.grad(lambda qs: jax.vmap(loss, (0, None))(qs, 0.5).sum()))(batch)
     single = jax.grad(loss)(jax.tree.map(lambda x: x[1], batch), 0.5)

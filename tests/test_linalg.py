@@ -1,0 +1,54 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from jax.test_util import check_grads
+
+from jdam.linalg import polar, psd_root, safe_sqrt
+from tests.helpers import orthogonal
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 4), (5, 5)])
+def test_polar_against_scipy(rng, shape):
+    matrix = rng.normal(size=shape)
+    expected, _ = scipy.linalg.polar(matrix, side="left")
+    np.testing.assert_allclose(polar(matrix), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
+def test_polar_derivatives(rng, shape):
+    matrix = jnp.asarray(rng.normal(size=shape))
+    check_grads(polar, (matrix,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1], [2, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+def test_derivatives_at_repeated_and_vanishing_singular_values(rng, values):
+    matrix = jnp.asarray(orthogonal(rng, 3) * np.array(values, float) @ orthogonal(rng, 3))
+    if min(values) > 0:
+        check_grads(polar, (matrix,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+    semidefinite = matrix @ matrix.T
+    for function, at in ((polar, matrix), (psd_root, semidefinite)):
+        first = jax.jacrev(function)(at)
+        second = jax.jacfwd(jax.jacrev(function))(at)
+        assert np.isfinite(first).all()
+        assert np.isfinite(second).all()
+
+
+def test_root(rng):
+    a = rng.normal(size=(2, 4, 4))
+    a = a @ np.swapaxes(a, -1, -2)
+    root = psd_root(a)
+    np.testing.assert_allclose(root @ root, a, atol=1e-12)
+    np.testing.assert_allclose(root[0], scipy.linalg.sqrtm(a[0]), atol=1e-10)
+
+    def symmetric_root(x):
+        return psd_root((x + x.mT) / 2)
+
+    check_grads(symmetric_root, (jnp.asarray(a),), order=2, modes=("fwd", "rev"), rtol=1e-4)
+
+
+def test_safe_sqrt():
+    np.testing.assert_array_equal(safe_sqrt(jnp.array([0.0, 4.0])), [0.0, 2.0])
+    assert float(jax.grad(safe_sqrt)(0.0)) == 0.0
+    assert np.isnan(safe_sqrt(jnp.array(-1.0)))

@@ -1,0 +1,198 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdam
+from tests.helpers import gaussians
+
+EYE = np.eye(3)
+ZERO = np.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: jdam.Gaussian(ZERO, np.ones(3)),
+            ValueError,
+            r"factor must have shape .*; got \(3,\)",
+        ),
+        (lambda: jdam.Gaussian(ZERO, np.eye(2)), ValueError, r"factor must have shape .*\(2, 2\)"),
+        (lambda: jdam.Gaussian(ZERO, np.ones((3, 0))), ValueError, "factor must have shape"),
+        (lambda: jdam.Gaussian(1.0, EYE), ValueError, "mean must have shape"),
+        (lambda: jdam.Gaussian(np.zeros((2, 3)), EYE), ValueError, "factor must have shape"),
+        (
+            lambda: jdam.Gaussian([0, 0, 0], EYE),
+            TypeError,
+            "mean must have a floating dtype; got int",
+        ),
+        (
+            lambda: jdam.Gaussian(ZERO, np.eye(3, dtype=int)),
+            TypeError,
+            "factor must have a floating",
+        ),
+        (lambda: jdam.Gaussian("zero", EYE), TypeError, "mean must be an array of floats; got str"),
+        (
+            lambda: jdam.Gaussian(ZERO.astype("f4"), EYE),
+            TypeError,
+            "factor must have the dtype of mean",
+        ),
+        (lambda: jdam.Gaussian(ZERO * np.nan, EYE), ValueError, "mean must be finite; got 3 of 3"),
+        (lambda: jdam.Gaussian(ZERO, EYE / 0.0), ValueError, "factor must be finite"),
+        (
+            lambda: jdam.Gaussian.from_covariance(ZERO, np.ones((3, 2))),
+            ValueError,
+            "covariance must have shape",
+        ),
+        (
+            lambda: jdam.Gaussian.from_covariance(ZERO, EYE * np.nan),
+            ValueError,
+            "covariance must be finite",
+        ),
+        (
+            lambda: jdam.Gaussian.from_covariance(ZERO, np.triu(np.ones((3, 3)))),
+            ValueError,
+            "must be symmetric",
+        ),
+        (
+            lambda: jdam.Gaussian.from_covariance(ZERO, EYE + 1e-9 * np.triu(EYE + 1)),
+            ValueError,
+            "must be symmetric",
+        ),
+        (
+            lambda: jdam.Gaussian.from_covariance(ZERO, np.diag([1, 1, -0.1])),
+            ValueError,
+            "positive semidefinite",
+        ),
+        (
+            lambda: jdam.Gaussian.from_covariance(ZERO, np.diag([1, 1, -1e-9])),
+            ValueError,
+            "positive semidefinite",
+        ),
+        (
+            lambda: jdam.Gaussian.from_samples(ZERO),
+            ValueError,
+            r"samples must have shape \(…, n, d\)",
+        ),
+        (
+            lambda: jdam.Gaussian.from_samples(EYE, np.ones(3)),
+            ValueError,
+            "weights must sum to one",
+        ),
+        (
+            lambda: jdam.Gaussian.from_samples(EYE, np.array([2.0, -1, 0])),
+            ValueError,
+            "weights must be ≥ 0",
+        ),
+        (
+            lambda: jdam.Gaussian.from_samples(EYE, np.ones(2) / 2),
+            ValueError,
+            "weights must have shape",
+        ),
+        (lambda: jdam.Gaussian.from_samples(EYE * np.inf), ValueError, "samples must be finite"),
+        (lambda: jdam.DiagonalGaussian(ZERO, -np.ones(3)), ValueError, "scale must be ≥ 0; got -1"),
+        (lambda: jdam.DiagonalGaussian(ZERO, EYE), ValueError, "scale must have the shape of mean"),
+        (
+            lambda: jdam.DiagonalGaussian(ZERO, ZERO.astype("f4")),
+            TypeError,
+            "scale must have the dtype",
+        ),
+        (
+            lambda: jdam.DiagonalGaussian.from_variance(ZERO, -np.ones(3)),
+            ValueError,
+            "variance must be ≥ 0",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:invalid value")
+def test_bad_input_is_named(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_covariance_roundtrip(rng):
+    covariance = np.asarray(gaussians(rng, 4, 5).covariance)
+    g = jdam.Gaussian.from_covariance(np.zeros((4, 5)), covariance)
+    np.testing.assert_allclose(g.covariance, covariance, atol=1e-13)
+    np.testing.assert_allclose(g.factor, np.swapaxes(g.factor, -1, -2), atol=1e-13)  # Σ^½
+    assert (g.dim, g.rank, g.batch_shape, g.dtype) == (5, 5, (4,), np.float64)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_singular_covariances_are_welcome(rng, dtype):
+    """Rank-deficient sample covariances have eigenvalues a rounding below zero."""
+    for d in (2, 10, 80):
+        samples = rng.normal(size=(d // 2 + 1, d)).astype(dtype)
+        covariance = np.cov(samples.T, bias=True).astype(dtype)
+        g = jdam.Gaussian.from_covariance(np.zeros(d, dtype), covariance)
+        tolerance = 20 * d * np.finfo(dtype).eps
+        np.testing.assert_allclose(g.covariance, covariance, atol=tolerance)
+
+
+def test_samples(rng):
+    samples, weights = rng.normal(size=(2, 30, 4)), rng.dirichlet(np.ones(30), 2)
+    g = jdam.Gaussian.from_samples(samples, weights)
+    for i in range(2):
+        expected = np.cov(samples[i].T, aweights=weights[i], bias=True)
+        np.testing.assert_allclose(g.covariance[i], expected, atol=1e-14)
+        np.testing.assert_allclose(g.mean[i], weights[i] @ samples[i], atol=1e-14)
+    assert g.factor.shape == (2, 4, 4)
+    few = jdam.Gaussian.from_samples(samples[0, :3])
+    assert few.rank == 3
+    np.testing.assert_allclose(few.covariance, np.cov(samples[0, :3].T, bias=True), atol=1e-14)
+    assert float(jnp.abs(jdam.Gaussian.from_samples(samples[0, :1]).covariance).max()) == 0.0
+
+
+def test_indefinite_under_jit_is_nan(rng):
+    make = jax.jit(jdam.Gaussian.from_covariance)
+    assert np.isnan(make(ZERO, np.diag([1.0, 1.0, -1.0])).factor).all()
+    batch = make(np.zeros((2, 3)), np.stack([EYE, -EYE]))
+    assert np.isfinite(batch.factor[0]).all()
+    assert np.isnan(batch.factor[1]).all()
+    memory = jdam.store(jdam.Gaussian(np.zeros((1, 3)), EYE[None]))
+
+    @jax.jit
+    def recall(covariance):
+        return jdam.recall(memory, jdam.Gaussian.from_covariance(ZERO, covariance), 1.0)
+
+    assert int(recall(-EYE).status) == jdam.Status.NONFINITE
+    assert int(recall(EYE).status) == jdam.Status.CONVERGED
+
+
+def test_indexing_and_padding(rng):
+    g = gaussians(rng, 5, 3, rank=2)
+    assert g[1].batch_shape == ()
+    assert g[1:3].batch_shape == (2,)
+    assert g[jnp.array([0, 4])].mean.shape == (2, 3)
+    with pytest.raises(TypeError, match="cannot be indexed"):
+        g[0][0]
+    padded = g.pad(4)
+    assert padded.rank == 4
+    assert padded.pad(3) is padded
+    np.testing.assert_array_equal(padded.covariance, g.covariance)
+
+
+def test_measures_are_immutable(rng):
+    with pytest.raises(AttributeError):
+        gaussians(rng, 1, 2).mean = 0.0
+
+
+def test_diagonal(rng):
+    variance = rng.uniform(size=(2, 3))
+    g = jdam.DiagonalGaussian.from_variance(np.zeros((2, 3)), variance)
+    np.testing.assert_allclose(g.variance, variance, rtol=1e-15)
+    np.testing.assert_allclose(g.covariance[1], np.diag(variance[1]), rtol=1e-15)
+
+
+def test_lists_are_arrays():
+    g = jdam.Gaussian([0.0, 1.0], [[1.0, 0.0], [0.0, 2.0]])
+    np.testing.assert_array_equal(g.covariance, np.diag([1.0, 4.0]))
+
+
+def test_derivative_of_the_root_at_a_spherical_covariance(rng):
+    """d tr(B Σ^½) at Σ = I is ½ tr(B dΣ), where eigh's derivative is NaN."""
+    b = rng.normal(size=(3, 3))
+    b = b + b.T
+    gradient = jax.grad(lambda c: jnp.sum(b * jdam.Gaussian.from_covariance(ZERO, c).factor))(EYE)
+    np.testing.assert_allclose(gradient, b / 2, atol=1e-12)
