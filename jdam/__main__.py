@@ -220,8 +220,9 @@ def draw(path: Path, rows: list[tuple[str, list[tuple[np.ndarray, np.ndarray | N
     from matplotlib.patches import Rectangle
 
     titles = ["what the memory is shown", "recalled: Bures", "Bures, diagonal", "means only"]
+    size = (16, 2.75 * len(rows) + 0.5)
     figure, axes = plt.subplots(
-        len(rows), len(titles), figsize=(16, 2.75 * len(rows)), layout="constrained"
+        len(rows), len(titles), figsize=size, layout="constrained", squeeze=False
     )
     for (name, panels), line in zip(rows, axes, strict=True):
         for (image, correct), axis in zip(panels, line, strict=True):

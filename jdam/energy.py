@@ -108,7 +108,7 @@ def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, ""]:
     """E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), πᵢ = 1 unless the memory has a prior.
 
-    For Gaussians, D = W₂²: eq. (1) of arXiv:2509.23162. Differentiable in query, patterns,
+    For Gaussians, D = W₂²: the energy of arXiv:2509.23162. Differentiable in query, patterns,
     β and prior.
 
     **Arguments:** a `memory`; one `query` of its patterns' type, dimension and dtype; the

@@ -71,9 +71,9 @@ def step(
 ) -> AnyMeasure:
     """One step of recall, ξ⁺ = Φ(ξ) for step size τ = 1.
 
-    For Gaussians Φ(ξ) = (Σ wᵢ(ξ) Tᵢ)_# ξ, Tᵢ the optimal transport map from ξ to Xᵢ (eq. (4)
-    of arXiv:2509.23162), and (1−τ)·id + τ·Σ wᵢTᵢ is pushed forward for other τ; for vectors
-    x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls: E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)) for both.
+    For Gaussians Φ(ξ) = (Σ wᵢ(ξ) Tᵢ)_# ξ, Tᵢ the optimal transport map from ξ to Xᵢ
+    (the retrieval map of arXiv:2509.23162), and (1−τ)·id + τ·Σ wᵢTᵢ is pushed forward for
+    other τ; for vectors x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls: E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)) for both.
 
     **Arguments:** as in `energy`; the damping `step_size` τ > 0, descending for τ ≤ 1.
 

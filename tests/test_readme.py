@@ -1,0 +1,30 @@
+"""The README's example runs and says what it says it does."""
+
+import re
+from pathlib import Path
+
+import jax
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_example(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(code, scope := {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("Recall(CONVERGED")
+    assert "nearest=3" in printed
+    assert scope["batch"].nearest.tolist() == list(range(100))
+
+
+def test_every_public_name_is_in_the_table():
+    import jdam
+
+    text = README.read_text()
+    public = [
+        n for n in vars(jdam) if not n.startswith("_") and not hasattr(vars(jdam)[n], "__path__")
+    ]
+    names = [n for n in public if getattr(vars(jdam)[n], "__module__", "").startswith("jdam")]
+    assert len(names) > 15
+    assert [n for n in names if f"`{n}" not in text] == ["Trace"]
