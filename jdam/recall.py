@@ -73,7 +73,8 @@ def step(
 
     For Gaussians Φ(ξ) = (Σ wᵢ(ξ) Tᵢ)_# ξ, Tᵢ the optimal transport map from ξ to Xᵢ
     (the retrieval map of arXiv:2509.23162), and (1−τ)·id + τ·Σ wᵢTᵢ is pushed forward for
-    other τ; for vectors x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls: E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)) for both.
+    other τ; for vectors x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls, for `Bures` and
+    `Euclidean` by E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)).
 
     **Arguments:** as in `energy`; the damping `step_size` τ > 0, descending for τ ≤ 1.
 
