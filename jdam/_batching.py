@@ -10,6 +10,28 @@ from jax import Array
 from jaxtyping import Bool
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def compute_if(
+    wanted: Bool[Array, ""], function: Callable[..., Any], default: Any, args: tuple
+) -> Any:
+    """`function(*args)` if wanted, else `default`. Under `jax.vmap` a `lax.cond` would always
+    compute both; here the function is computed only if some query of the batch wants it."""
+
+    def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        return jnp.zeros_like(wanted), function(*args)
+
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, default))[1]
+
+
+@compute_if.defjvp
+def _compute_if_jvp(function: Callable, primals: tuple, tangents: tuple) -> Any:
+    # A loop of unknown length has no reverse mode; what it computes has.
+    def select(wanted: Array, default: Any, args: tuple) -> Any:
+        return jax.tree.map(lambda x, y: jnp.where(wanted, x, y), function(*args), default)
+
+    return jax.jvp(select, primals, tangents)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def advance_where(
     advance: Callable[[Any, Any], Any],
@@ -28,16 +50,15 @@ def advance_where(
 
     @jax.custom_batching.custom_vmap
     def run(pending: Array, state: Any, args: Any) -> Any:
-        def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            return jnp.zeros_like(carry[0]), advance(carry[1], args)
-
-        return jax.lax.while_loop(lambda carry: carry[0], turn, (pending, state))[1]
+        return compute_if(pending, advance, state, (state, args))
 
     @run.def_vmap
     def run_batch(size: int, batched: Any, pending: Array, state: Any, args: Any) -> Any:
         def along_batch(leaf: Array, is_batched: bool) -> Array:
             return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
 
+        if size == 0:
+            return state, batched[1]
         pending = along_batch(pending, batched[0])
         state = jax.tree.map(along_batch, state, batched[1])
         leaves, structure = jax.tree.flatten(args)
@@ -73,9 +94,7 @@ def advance_where(
 
 @advance_where.defjvp
 def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
-    # Loops of unknown length have no reverse mode; what they compute has.
-    def select(pending: Array, state: Any, args: Any) -> Any:
-        new = jax.checkpoint(advance)(state, args)
-        return jax.tree.map(lambda x, y: jnp.where(pending, x, y), new, state)
+    def compute(pending: Array, state: Any, args: Any) -> Any:
+        return compute_if(pending, jax.checkpoint(advance), state, (state, args))
 
-    return jax.jvp(select, primals, tangents)
+    return jax.jvp(compute, primals, tangents)

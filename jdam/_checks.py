@@ -41,20 +41,25 @@ def same_dtype(**arrays: Array) -> None:
 
 def finite(name: str, array: Array) -> None:
     """Raise if a concrete array holds NaN or infinity; traced values pass."""
-    if is_concrete(array) and not bool(jnp.isfinite(array).all()):
-        bad = int((~jnp.isfinite(array)).sum())
-        raise ValueError(
-            f"{name} must be finite; got {bad} of {array.size} entries NaN or infinite"
-        )
+    if is_concrete(array):
+        with jax.ensure_compile_time_eval():
+            bad = int((~jnp.isfinite(array)).sum())
+        if bad:
+            raise ValueError(
+                f"{name} must be finite; got {bad} of {array.size} entries NaN or infinite"
+            )
 
 
 def nonnegative(name: str, array: Array) -> None:
-    if is_concrete(array) and bool((array < 0).any()):
-        raise ValueError(f"{name} must be ≥ 0; got {float(array.min()):g}")
+    if is_concrete(array) and array.size:
+        with jax.ensure_compile_time_eval():
+            lowest = float(array.min())
+        if lowest < 0:
+            raise ValueError(f"{name} must be ≥ 0; got {lowest:g}")
 
 
-def scalar(name: str, value: Any, dtype: jnp.dtype, *, above: float) -> Array:
-    """`value` as a 0-d array of `dtype`, finite and > `above` where it can be looked at."""
+def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
+    """`value` as a 0-d array of `dtype`, finite and > 0; NaN where a traced value is not > 0."""
     array = value if isinstance(value, Array) else np.asarray(value)
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if not real:
@@ -63,11 +68,21 @@ def scalar(name: str, value: Any, dtype: jnp.dtype, *, above: float) -> Array:
         raise ValueError(
             f"{name} must be a scalar; got shape {array.shape}: use jax.vmap over {name}"
         )
-    if not isinstance(array, jax.core.Tracer):
-        number = float(array)
-        if not (math.isfinite(number) and number > above):
-            raise ValueError(f"{name} must be finite and > {above:g}; got {number:g}")
+    if isinstance(array, jax.core.Tracer):
+        array = array.astype(dtype)
+        return jnp.where(array > 0, array, jnp.nan)
+    number, limits = float(array), jnp.finfo(dtype)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be finite and > 0; got {number:g}")
+    if not limits.tiny <= number <= limits.max:
+        raise ValueError(f"{name} must be within the range of {dtype}; got {number:g}")
     return jnp.asarray(array).astype(dtype)
+
+
+def index(i: Any, size: int, what: str) -> None:
+    """Raise if the integer `i` is out of range, which JAX would clamp; other indices pass."""
+    if isinstance(i, int | np.integer) and not -size <= i < size:
+        raise IndexError(f"index {i} is out of range for {what} of {size}")
 
 
 def positive_int(name: str, value: Any) -> int:

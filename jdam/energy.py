@@ -17,10 +17,10 @@ from jdam.memory import Memory, check_against
 
 
 class GibbsAverage(NamedTuple):
-    """What a query learns from all patterns, wᵢ = πᵢ exp(−βDᵢ)/Z being their Gibbs weights."""
+    """What a query learns from all patterns, wᵢ ∝ πᵢ exp(−βDᵢ) being their Gibbs weights."""
 
     view: AnyView  # of the query, as `Geometry.move` wants it
-    log_partition: Float[Array, ""]  # log Z = log Σ πᵢ exp(−βDᵢ)
+    energy: Float[Array, ""]  # −β⁻¹ log Σ πᵢ exp(−βDᵢ)
     pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
     nearest: Int[Array, ""]  # the heaviest pattern
     weight: Float[Array, ""]  # its weight
@@ -34,25 +34,27 @@ def gibbs_average(
     block_size: int | None = None,
     with_pull: bool = True,
 ) -> GibbsAverage:
-    """The Gibbs average of the pulls, accumulated over blocks of patterns with a running
-    maximum of the logits (online softmax)."""
+    """The Gibbs average of the pulls, accumulated over blocks of patterns relative to the
+    lowest level so far (online softmax), where a level is Dᵢ − β⁻¹ log πᵢ.
 
+    Levels are subtracted before β multiplies them, so that the lowest has mass 1 exactly
+    however large βD is."""
     view = memory.geometry.view(query)
 
     def absorb(running: _Running, block: _Block) -> tuple[_Running, None]:
-        divergences, pulls = memory.geometry.compare(view, block.patterns)
-        logits = _logits(divergences, block.log_prior, beta)
-        # Z and the average do not depend on the maximum, only their rounding does.
-        tops = jax.lax.stop_gradient(logits)
-        top = tops.max()
-        maximum = jnp.maximum(running.maximum, top)
-        shift = jnp.where(maximum == -jnp.inf, 0, maximum)  # a block may be switched off whole
-        masses = jnp.exp(logits - shift)
-        decay = jnp.exp(running.maximum - shift)
+        found, pulls = memory.geometry.compare(view, block.patterns, beta)
+        levels = _levels(found, block.log_prior, beta)
+        # Energy and average do not depend on the reference, only their rounding does.
+        heights = jax.lax.stop_gradient(levels)
+        low = heights.min()
+        lowest = jnp.minimum(running.lowest, low)
+        reference = jnp.where(lowest == jnp.inf, 0, lowest)  # a block may be switched off whole
+        masses = _mass(levels - reference, beta)
+        decay = _mass(running.lowest - reference, beta)
         return _Running(
-            maximum=maximum,
+            lowest=lowest,
             nearest=jnp.where(
-                top > running.maximum, block.start + _first(tops == top), running.nearest
+                low < running.lowest, block.start + _first(heights == low), running.nearest
             ),
             mass=decay * running.mass + masses.sum(),
             pull=jax.tree.map(
@@ -63,9 +65,9 @@ def gibbs_average(
         ), None
 
     blocks = _blocks(memory, block_size)
-    _, pulls = jax.eval_shape(memory.geometry.compare, view, _first_block(blocks).patterns)
+    _, pulls = jax.eval_shape(memory.geometry.compare, view, _first_block(blocks).patterns, beta)
     start = _Running(
-        maximum=jnp.array(-jnp.inf, memory.dtype),
+        lowest=jnp.array(jnp.inf, memory.dtype),
         nearest=jnp.array(0, jnp.int32),
         mass=jnp.array(0, memory.dtype),
         pull=jax.tree.map(
@@ -75,7 +77,7 @@ def gibbs_average(
     end = _over_blocks(absorb, start, blocks)[0]
     return GibbsAverage(
         view=view,
-        log_partition=end.maximum + jnp.log(end.mass),
+        energy=end.lowest - jnp.log(end.mass) / beta,
         pull=jax.tree.map(lambda total: total / end.mass, end.pull),
         nearest=end.nearest,
         weight=1 / end.mass,
@@ -123,7 +125,7 @@ def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, "
 
 @compiled()
 def _energy(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> Float[Array, ""]:
-    return -gibbs_average(memory, query, beta, with_pull=False).log_partition / beta
+    return gibbs_average(memory, query, beta, with_pull=False).energy
 
 
 def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, " N"]:
@@ -140,11 +142,12 @@ def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
     view = memory.geometry.view(query)
 
     def compare(_: None, block: _Block) -> tuple[None, Array]:
-        found, _ = memory.geometry.compare(view, block.patterns)
-        return None, _logits(found, block.log_prior, beta)
+        found, _ = memory.geometry.compare(view, block.patterns, beta)
+        return None, _levels(found, block.log_prior, beta)
 
-    logits = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
-    return jax.nn.softmax(logits)
+    levels = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+    masses = _mass(levels - jax.lax.stop_gradient(levels.min()), beta)
+    return masses / masses.sum()
 
 
 def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
@@ -158,15 +161,14 @@ def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
 
 def inverse_temperature(memory: Memory, beta: Any) -> Float[Array, ""]:
     """β as a checked scalar: NaN where a traced value is not positive."""
-    beta = _checks.scalar("beta", beta, working_dtype(memory.dtype), above=0)
-    return jnp.where(beta > 0, beta, jnp.nan) if not _checks.is_concrete(beta) else beta
+    return _checks.positive("beta", beta, working_dtype(memory.dtype))
 
 
 class _Running(NamedTuple):
-    maximum: Float[Array, ""]  # of the logits so far
+    lowest: Float[Array, ""]  # level so far
     nearest: Int[Array, ""]
-    mass: Float[Array, ""]  # Σ exp(logit − maximum)
-    pull: AnyMeasure  # Σ exp(logit − maximum)·pull
+    mass: Float[Array, ""]  # Σ exp(−β(level − lowest))
+    pull: AnyMeasure  # Σ exp(−β(level − lowest))·pull
 
 
 class _Block(NamedTuple):
@@ -181,9 +183,18 @@ def _first(marks: Array) -> Int[Array, ""]:
     return jnp.where(marks, jnp.arange(size, dtype=jnp.int32), size - 1).min()
 
 
-def _logits(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
-    logits = -beta * divergences
-    return logits if log_prior is None else logits + log_prior
+def _levels(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
+    """Dᵢ − β⁻¹ log πᵢ, infinite where a pattern is switched off."""
+    if log_prior is None:
+        return divergences
+    on = log_prior > -jnp.inf
+    return jnp.where(on, divergences - jnp.where(on, log_prior, 0) / beta, jnp.inf)
+
+
+def _mass(height: Array, beta: Array) -> Array:
+    """exp(−β·height), with derivative 0 at infinite height."""
+    infinite = height == jnp.inf
+    return jnp.where(infinite, 0, jnp.exp(-beta * jnp.where(infinite, 0, height)))
 
 
 def _blocks(memory: Memory, block_size: int | None) -> _Block:

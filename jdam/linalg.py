@@ -62,7 +62,7 @@ def _solve_lyapunov(root: Array, values: Array, basis: Array, right: Array) -> A
     return jax.lax.custom_linear_solve(
         lambda y: root @ y + y @ root,
         right,
-        lambda _, b: basis @ ((basis.mT @ b @ basis) * _safe_reciprocal(sums)) @ basis.mT,
+        lambda _, b: basis @ ((basis.mT @ b @ basis) * _pseudo_reciprocal(sums)) @ basis.mT,
         symmetric=True,
     )
 
@@ -72,7 +72,7 @@ def _solve(root: Array, values: Array, basis: Array, right: Array) -> Array:
     return jax.lax.custom_linear_solve(
         lambda y: root @ y,
         right,
-        lambda _, b: basis @ ((basis.mT @ b) * _safe_reciprocal(values)[..., :, None]),
+        lambda _, b: basis @ ((basis.mT @ b) * _pseudo_reciprocal(values[..., :, None])),
         symmetric=True,
     )
 
@@ -81,10 +81,11 @@ def _symmetric(matrix: Array) -> Array:
     return (matrix + matrix.mT) / 2
 
 
-def _safe_reciprocal(x: Array) -> Array:
-    """1/x, and 0 where x = 0: the pseudo-inverse's choice."""
-    nonzero = x != 0
-    return jnp.where(nonzero, 1 / jnp.where(nonzero, x, 1), 0)
+def _pseudo_reciprocal(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """1/x, and 0 where x is no more than the rounding of the largest: the pseudo-inverse."""
+    rounding = max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps)
+    kept = x > rounding * x.max((-1, -2), keepdims=True)
+    return jnp.where(kept, 1 / jnp.where(kept, x, 1), 0)
 
 
 def safe_sqrt(x: Array) -> Array:

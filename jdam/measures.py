@@ -33,10 +33,16 @@ class Measure(eqx.Module):
     def dtype(self) -> jnp.dtype:
         return self.mean.dtype
 
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError("a single measure has no length; its batch shape is ()")
+        return self.batch_shape[0]
+
     def __getitem__(self, index: Any) -> Self:
         """The measures at `index` of the leading batch axis."""
         if not self.batch_shape:
             raise TypeError("a single measure cannot be indexed; its batch shape is ()")
+        _checks.index(index, len(self), "a batch")
         return jax.tree.map(lambda leaf: leaf[index], self)
 
 
@@ -99,7 +105,7 @@ class Gaussian(Measure):
                 f"mean; got {covariance.shape}"
             )
         asymmetry, negativity, factor = _root(covariance)
-        if _checks.is_concrete(covariance):
+        if _checks.is_concrete(asymmetry):
             if bool((asymmetry > 1).any()):
                 raise ValueError(
                     "covariance must be symmetric; got |Σ − Σᵀ| of "
@@ -187,7 +193,8 @@ def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
     _checks.finite("weights", weights)
     _checks.nonnegative("weights", weights)
     if _checks.is_concrete(weights):
-        error = float(jnp.abs(weights.sum(-1) - 1).max(initial=0))
+        with jax.ensure_compile_time_eval():
+            error = float(jnp.abs(weights.sum(-1) - 1).max(initial=0))
         if error > 10 * weights.shape[-1] * float(jnp.finfo(weights.dtype).eps):
             raise ValueError(
                 f"weights must sum to one for each measure; got sums off by up to {error:.1e}: "

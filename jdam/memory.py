@@ -31,8 +31,7 @@ class Memory(eqx.Module):
         return batch_size(self.patterns)
 
     def __getitem__(self, index: Any) -> AnyMeasure:
-        if isinstance(index, int | np.integer) and not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is out of range for a memory of {len(self)} patterns")
+        _checks.index(index, len(self), "a memory")
         return jax.tree.map(lambda leaf: leaf[index], self.patterns)
 
     @property
@@ -64,6 +63,8 @@ class Memory(eqx.Module):
     def remove(self, indices: int | ArrayLike) -> "Memory":
         """A memory without the patterns at `indices`, an int or integers (M,)."""
         drop = np.asarray(indices)
+        if drop.size == 0:
+            return self
         if not np.issubdtype(drop.dtype, np.integer) or drop.ndim > 1:
             raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
         if drop.size and not (-len(self) <= drop.min() and drop.max() < len(self)):
@@ -73,10 +74,13 @@ class Memory(eqx.Module):
         keep = np.delete(np.arange(len(self)), drop)
         if keep.size == 0:
             raise ValueError("indices must leave at least one pattern; got all of them")
-        return jax.tree.map(lambda leaf: leaf[keep], self)
+        kept = jax.tree.map(lambda leaf: leaf[keep], self)
+        return store(kept.patterns, kept.geometry, log_prior=kept.log_prior)
 
     def __repr__(self) -> str:
         patterns = self.patterns
+        if not all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(self)):
+            return super().__repr__()  # the shape of a memory, holding something else
         if isinstance(patterns, Gaussian):
             kind = f"Gaussian(dim={patterns.dim}, rank={patterns.rank})"
         elif isinstance(patterns, Measure):
@@ -123,9 +127,10 @@ def _prior(memory: Memory, log_prior: ArrayLike) -> Float[Array, " N"]:
     if prior.shape != (len(memory),):
         raise ValueError(f"log_prior must have shape (N,) = ({len(memory)},); got {prior.shape}")
     if _checks.is_concrete(prior):
-        if bool(jnp.isnan(prior).any() | (prior == jnp.inf).any()):
+        values = np.asarray(prior)
+        if np.isnan(values).any() or (values == np.inf).any():
             raise ValueError("log_prior must be finite or −inf; got NaN or +inf")
-        if bool((prior == -jnp.inf).all()):
+        if (values == -np.inf).all():
             raise ValueError("log_prior must leave a pattern on; got −inf for all of them")
     return prior
 

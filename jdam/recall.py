@@ -28,7 +28,7 @@ class Status(enum.IntEnum):
     MAX_STEPS = 2  #: not yet a fixed point: raise max_steps, beta or tol
     SOLVER = 3  #: an inner solver missed its tolerance: raise its iterations or epsilon
     UNCERTIFIED = 4  #: the search cannot bound what it left out: raise its candidates
-    NONFINITE = 5  #: NaN or infinity in the query, the memory or on the way, or beta ≤ 0
+    NONFINITE = 5  #: NaN or infinity in query, memory or on the way; beta, step_size or tol ≤ 0
 
 
 class Trace(eqx.Module):
@@ -40,7 +40,8 @@ class Trace(eqx.Module):
 
 
 class Recall(eqx.Module):
-    """The result of `jdam.recall`. All numbers belong to `measure`, not to a step before it."""
+    """The result of `jdam.recall`. All numbers belong to `measure`, not to a step before it; in
+    half precision to the measure before it was rounded, for the work is done in float32."""
 
     measure: AnyMeasure  #: what was recalled, of the query's type
     nearest: Int[Array, ""]  #: index of the heaviest pattern
@@ -95,7 +96,7 @@ def _step(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> A
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
-    return _checks.scalar(name, value, working_dtype(memory.dtype), above=0)
+    return _checks.positive(name, value, working_dtype(memory.dtype))
 
 
 def recall(
@@ -194,14 +195,15 @@ def _recall(
         return _State(
             measure=measure,
             found=found,
-            energy=-found.log_partition / beta,
+            energy=found.energy,
             residual=jax.lax.stop_gradient(geometry.residual(found.view, found.pull)),
             num_steps=state.num_steps + 1,
             neglected=jnp.maximum(state.neglected, neglected),
         )
 
     def pending(state: _State) -> Array:  # no step can mend NaN
-        return (state.residual > tol) & jnp.isfinite(state.energy)
+        unfinished = (state.residual > tol) & jnp.isfinite(state.energy)
+        return unfinished | (state.num_steps < 0)
 
     def observe(state: _State) -> Trace | None:
         return Trace(state.energy, state.residual, state.measure) if save_trace else None
@@ -225,7 +227,8 @@ def _recall(
         at_once=memory.geometry.tile(memory.patterns)[0],
     )
     trace = jax.tree.map(lambda leaf: leaf[1:], trace)
-    finite = jnp.isfinite(end.energy) & jnp.isfinite(end.residual)
+    finite = jnp.isfinite(end.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)
+    finite &= step_size > 0
     return Recall(
         measure=end.measure,
         nearest=end.found.nearest,

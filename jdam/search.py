@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
 
 from jdam import _checks
 from jdam.energy import GibbsAverage, gibbs_average
@@ -29,6 +31,6 @@ class Exhaustive:
 
     def look(
         self, memory: Memory, query: AnyMeasure, beta: Float[Array, ""]
-    ) -> tuple[GibbsAverage, float]:
+    ) -> tuple[GibbsAverage, Float[Array, ""]]:
         """The Gibbs average at the query, and a bound on the Gibbs mass left out of it."""
-        return gibbs_average(memory, query, beta, block_size=self.block_size), 0.0
+        return gibbs_average(memory, query, beta, block_size=self.block_size), jnp.zeros_like(beta)

@@ -165,12 +165,35 @@ def test_indexing_and_padding(rng):
     assert g[1].batch_shape == ()
     assert g[1:3].batch_shape == (2,)
     assert g[jnp.array([0, 4])].mean.shape == (2, 3)
+    assert len(g) == len(list(g)) == 5
+    with pytest.raises(IndexError, match="index 5 is out of range for a batch of 5"):
+        g[5]
     with pytest.raises(TypeError, match="cannot be indexed"):
         g[0][0]
+    with pytest.raises(TypeError, match="has no length"):
+        len(g[0])
     padded = g.pad(4)
     assert padded.rank == 4
     assert padded.pad(3) is padded
     np.testing.assert_array_equal(padded.covariance, g.covariance)
+
+
+def test_constants_inside_jit_are_checked():
+    eye, zero = jnp.eye(3), jnp.zeros(3)
+
+    @jax.jit
+    def total(scale):
+        made = (
+            jdam.Gaussian(zero, eye),
+            jdam.Gaussian.from_covariance(zero, eye),
+            jdam.Gaussian.from_samples(eye, jnp.full(3, 1 / 3)),
+            jdam.DiagonalGaussian(zero, zero + 1),
+        )
+        return scale * sum(jnp.trace(g.covariance) for g in made)
+
+    np.testing.assert_allclose(total(1.0), 3 + 3 + 2 / 3 + 3, rtol=1e-12)
+    with pytest.raises(ValueError, match="mean must be finite"):
+        jax.jit(lambda x: jdam.Gaussian(zero / 0, eye * x).mean)(1.0)
 
 
 def test_measures_are_immutable(rng):

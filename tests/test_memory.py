@@ -38,6 +38,11 @@ def test_repr(rng, memory):
     assert "DiagonalGaussian(dim=2)" in repr(jdam.store(diagonals(rng, 3, 2)))
 
 
+def test_repr_of_a_transformed_memory(memory):
+    assert "Memory" in repr(jax.tree.map(lambda x: x.shape, memory))
+    assert "Memory" in repr(jax.tree.map(lambda x: None, memory))
+
+
 def test_append(rng, memory):
     more = gaussians(rng, 2, 3, rank=5)
     longer = memory.append(more)
@@ -76,6 +81,10 @@ def test_remove(memory):
     np.testing.assert_array_equal(memory.remove([0, -1]).patterns.mean, memory.patterns.mean[1:4])
     held = jdam.store(memory.patterns, log_prior=np.arange(5.0)).remove([2])
     np.testing.assert_array_equal(held.log_prior, [0, 1, 3, 4])
+    assert memory.remove([]) is memory
+    switched = jdam.store(memory.patterns, log_prior=[0.0, 0.0, *[-np.inf] * 3])
+    with pytest.raises(ValueError, match="log_prior must leave a pattern on"):
+        switched.remove([0, 1])
     with pytest.raises(ValueError, match="indices must leave at least one"):
         memory.remove(range(5))
     with pytest.raises(IndexError, match="indices must be in"):

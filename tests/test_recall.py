@@ -17,6 +17,25 @@ def test_statuses():
     assert status(np.array([1e200]), 1.0) == jdam.Status.NONFINITE
 
 
+def test_bad_traced_settings_are_reported(rng):
+    memory = jdam.store(vectors(rng, 4, 2))
+    query = memory[0] + 0.3
+    good, *bad = np.array([0.5, 0.0, -1.0, np.nan])
+    for name in ("step_size", "tol"):
+        run = jax.vmap(lambda x, name=name: jdam.recall(memory, query, 1.0, **{name: x}))
+        result = run(np.array([good, *bad]))
+        assert (result.status[1:] == jdam.Status.NONFINITE).all()
+        assert result.status[0] != jdam.Status.NONFINITE
+        assert (result.num_steps >= 0).all()
+
+
+def test_beta_beyond_the_dtype_is_refused(rng):
+    memory = jdam.store(vectors(rng, 4, 2, np.float32))
+    for beta in (1e-40, 1e300):
+        with pytest.raises(ValueError, match="beta must be within the range of float32"):
+            jdam.energy(memory, memory[0], beta)
+
+
 def test_a_bad_pattern_inside_jit_is_reported(rng):
     recall = jax.jit(lambda patterns, query: jdam.recall(jdam.store(patterns), query, 1.0))
     patterns = vectors(rng, 4, 2)
@@ -142,9 +161,9 @@ def test_the_queries_of_a_batch_stop_for_themselves(rng):
     looks = []
 
     class Watched(jdam.Euclidean):
-        def compare(self, view, patterns):
+        def compare(self, view, patterns, beta):
             jax.debug.callback(lambda: looks.append(1))
-            return super().compare(view, patterns)
+            return super().compare(view, patterns, beta)
 
         def tile(self, patterns):
             return 2, 100

@@ -28,6 +28,10 @@ class Bures(Geometry):
 
     Patterns are all `Gaussian` or all `DiagonalGaussian`, queries of the same type; on the
     latter everything is a vector operation on (m, σ), and W₂² = |m − μ|² + |σ − s|².
+
+    Where the query's covariance is singular on directions that a pattern fills, several
+    optimal plans exist and no map. Distances are unique all the same; the step follows one of
+    the plans, which depends on the patterns' factors, and ends at a pattern where β is large.
     """
 
     def check(self, name, measure, batch_ndim):
@@ -53,10 +57,13 @@ class Bures(Geometry):
         factor, axes = _principal(query.factor)
         return View(with_leaves(query, query.mean, factor), axes)
 
-    def compare(self, view, patterns):
+    def compare(self, view, patterns, beta):
         if isinstance(patterns, DiagonalGaussian):
             stacked = _stacked(patterns)
-            return fast_squared_distances(view, stacked), stacked
+            return fast_squared_distances(view, stacked, beta), stacked
+        return self._compare(view, patterns)
+
+    def _compare(self, view, patterns):
         query = view.query
         rotations = polar(patterns.factor.mT @ query.factor[None])
         divergences = squared_distances(query.mean, patterns.mean) + _aligned_gap(
@@ -67,7 +74,7 @@ class Bures(Geometry):
     def divergence(self, view, patterns):
         if isinstance(patterns, DiagonalGaussian):
             return squared_distances(view, _stacked(patterns))
-        return self.compare(view, patterns)[0]
+        return self._compare(view, patterns)[0]
 
     def move(self, view, pull, step_size):
         if isinstance(view, View):

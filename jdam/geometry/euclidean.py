@@ -6,7 +6,9 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam import _checks
+from jdam._batching import compute_if
 from jdam.geometry.protocol import Geometry
+from jdam.measures import Measure
 
 #: Queries and patterns to compare at once: large enough for matrix products to be efficient.
 VECTOR_TILE = 512, 2048
@@ -16,7 +18,7 @@ class Vectors(Geometry):
     """What `Euclidean` and `DotProduct` share: measures are arrays (d,), pulls the patterns."""
 
     def check(self, name, measure, batch_ndim):
-        if not hasattr(measure, "dtype") and hasattr(measure, "mean"):
+        if isinstance(measure, Measure):
             raise TypeError(f"{name} must be an array for {self}; got {type(measure).__name__}")
         array = _checks.float_array(name, measure)
         if array.ndim != batch_ndim + 1 or array.shape[-1] == 0:
@@ -35,8 +37,8 @@ class Euclidean(Vectors):
     it is `DotProduct` with 2β.
     """
 
-    def compare(self, view, patterns):
-        return fast_squared_distances(view, patterns), patterns
+    def compare(self, view, patterns, beta):
+        return fast_squared_distances(view, patterns, beta), patterns
 
     def divergence(self, view, patterns):
         return squared_distances(view, patterns)
@@ -50,7 +52,7 @@ class DotProduct(Vectors):
     divergence: it may be negative, and a pattern need not be its own nearest.
     """
 
-    def compare(self, view, patterns):
+    def compare(self, view, patterns, beta):
         return self.divergence(view, patterns), patterns
 
     def divergence(self, view, patterns):
@@ -63,17 +65,25 @@ def squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[A
     return jnp.vecdot(difference, difference)
 
 
-def fast_squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
-    """|x − yᵢ|², below double precision by one matrix product over all queries of a batch.
+def fast_squared_distances(
+    x: Float[Array, " d"], ys: Float[Array, "B d"], beta: Float[Array, ""]
+) -> Float[Array, " B"]:
+    """|x − yᵢ|², where that is accurate enough by one matrix product over a batch of queries.
 
-    |x−c|² + |yᵢ−c|² − 2⟨x−c, yᵢ−c⟩ about the centre c of the block errs by a few
-    eps·(|x−c|² + |yᵢ−c|²), absolutely, but costs a fifth of the differences when thousands
-    of queries are vmapped. In float64, which is chosen for its digits, differences are kept.
+    About the centre c of the block, |x−c|² + |yᵢ−c|² − 2⟨x−c, yᵢ−c⟩ costs a fifth of the
+    differences when many queries are vmapped, but errs by some eps·(|x−c|² + |yᵢ−c|²). Where
+    that could change a logit β|x−yᵢ|² by more than 1 %, differences are taken after all; and
+    always in float64, which is chosen for its digits.
     """
     if jnp.finfo(x.dtype).bits >= 64:
         return squared_distances(x, ys)
     centre = jax.lax.stop_gradient(ys.mean(0))
-    x, ys = x - centre, ys - centre[None]
-    # (x, ys) in this order: vmapped over x it is a row-major (queries, patterns) product.
-    cross = jnp.vecmat(x, ys.mT)
-    return jnp.maximum(jnp.vdot(x, x) + jnp.vecdot(ys, ys) - 2 * cross, 0)
+    shifted, centred = x - centre, ys - centre[None]
+    size, sizes = jnp.vdot(shifted, shifted), jnp.vecdot(centred, centred)
+    ones = jnp.ones_like(sizes)[:, None]
+    left = jnp.concatenate([-2 * shifted, jnp.stack([size, ones[0, 0]])])
+    right = jnp.concatenate([centred, ones, sizes[:, None]], axis=1)
+    # In this order the product, vmapped over x, is (queries, patterns) and row-major.
+    product = jnp.maximum(jnp.vecmat(left, right.mT), 0)
+    error = 4 * float(jnp.finfo(x.dtype).eps) * (size + sizes.max())
+    return compute_if(beta * error > 0.01, squared_distances, product, (x, ys))

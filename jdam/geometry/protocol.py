@@ -42,9 +42,12 @@ class Geometry(eqx.Module):
         return query
 
     @abstractmethod
-    def compare(self, view: AnyView, patterns: AnyMeasure) -> tuple[Float[Array, " B"], AnyMeasure]:
-        """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
-        leaves lead with (B,) and whose Gibbs average Σ wᵢ·pullᵢ is all that `move` needs."""
+    def compare(
+        self, view: AnyView, patterns: AnyMeasure, beta: Float[Array, ""]
+    ) -> tuple[Float[Array, " B"], AnyMeasure]:
+        """D(ξ, Xᵢ), as accurately as β·D must be known, and what each pattern asks the query to
+        become: the pulls, a pytree whose leaves lead with (B,) and whose Gibbs average
+        Σ wᵢ·pullᵢ is all that `move` needs."""
 
     @abstractmethod
     def divergence(self, view: AnyView, patterns: AnyMeasure) -> Float[Array, " B"]:

@@ -95,6 +95,69 @@ def test_far_query_is_recalled(rng, kind):
     alike(jdam.step(memory, query, 1e4), memory[int(far.argmin())], atol=1e-6)
 
 
+@metric_kinds
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_softmax_of_huge_logits(rng, kind, dtype):
+    """βD up to 1e20: the top must weigh 1 exactly, whatever the rounding of βD."""
+    make, geometry = KINDS[kind]
+    memory = jdam.store(make(rng, 50, 4, dtype=dtype), geometry)
+    offsets = np.array([1e2, 1e4, 1e6], dtype)
+    queries = jax.tree.map(
+        lambda x: (offsets.reshape(3, *[1] * (x.ndim - 1)) + x[:3]).astype(dtype), memory.patterns
+    )
+    for beta in (1e3, 1e6):
+        for function in (jdam.gibbs_weights, jdam.step, jax.grad(jdam.energy, argnums=1)):
+            found = jax.vmap(function, (None, 0, None))(memory, queries, beta)
+            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        weights = jax.vmap(jdam.gibbs_weights, (None, 0, None))(memory, queries, beta)
+        assert (weights <= 1).all()
+        energies = jax.vmap(jdam.energy, (None, 0, None))(memory, queries, beta)
+        lowest = jax.vmap(jdam.divergences, (None, 0))(memory, queries).min(1)
+        np.testing.assert_allclose(energies, lowest, rtol=1e-5)
+        result = jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)
+        assert (result.status <= jdam.Status.MIXTURE).all()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "euclidean"])
+def test_distant_clusters_in_single_precision(rng, kind):
+    """Two clusters 2000 apart and 0.1 wide: |x|² + |y|² − 2xy has no digits left for them."""
+    make, geometry = KINDS[kind]
+    patterns = jax.tree.map(lambda x: np.float32(0.1) * x, make(rng, 400, 4, dtype=np.float32))
+    shift = np.where(np.arange(400) < 200, 0.0, 2000.0).astype(np.float32)[:, None]
+    patterns = (
+        patterns + shift
+        if kind == "euclidean"
+        else jdam.DiagonalGaussian(patterns.mean + shift, patterns.scale)
+    )
+    memory = jdam.store(patterns, geometry)
+    result = jax.vmap(jdam.recall, (None, 0, None))(memory, patterns, 1e4)
+    np.testing.assert_array_equal(result.nearest, np.arange(400))
+    query = jax.tree.map(lambda x: x[7], patterns)
+    exact = jnp.asarray(jdam.divergences(memory, query), jnp.float64)
+    expected = -jax.scipy.special.logsumexp(-10.0 * exact) / 10.0
+    np.testing.assert_allclose(jdam.energy(memory, query, 10.0), expected, rtol=1e-5)
+
+
+@every_kind
+def test_constants_inside_jit(rng, kind):
+    """Concrete arrays closed over by a traced function are checked as usual."""
+    memory, query = problem(rng, kind)
+    patterns, geometry = jax.tree.map(jnp.asarray, (memory.patterns, memory.geometry))
+
+    @jax.jit
+    def energy(beta):
+        return jdam.energy(jdam.store(patterns, geometry, log_prior=jnp.zeros(7)), query, beta)
+
+    np.testing.assert_allclose(energy(1.0), jdam.energy(memory, query, 1.0), rtol=1e-12)
+
+
+@every_kind
+def test_batch_of_no_queries(rng, kind):
+    memory, _ = problem(rng, kind)
+    nobody = jax.tree.map(lambda x: x[:0], memory.patterns)
+    assert jax.vmap(jdam.recall, (None, 0, None))(memory, nobody, 1.0).status.shape == (0,)
+
+
 @every_kind
 def test_recall_reports_on_what_it_returns(rng, kind):
     memory, query = problem(rng, kind)
@@ -226,9 +289,9 @@ def test_gradient_of_recall_by_differences(rng, kind):
 class Counting(jdam.Euclidean):
     """Counts how often it is traced."""
 
-    def compare(self, view, patterns):
+    def compare(self, view, patterns, beta):
         COUNT.append(1)
-        return super().compare(view, patterns)
+        return super().compare(view, patterns, beta)
 
 
 COUNT: list[int] = []
