@@ -12,22 +12,25 @@ from jaxtyping import Bool
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def compute_if(
-    wanted: Bool[Array, ""], function: Callable[..., Any], default: Any, args: tuple
+    wanted: Bool[Array, ""], function: Callable[..., Any], default: Any, operand: Any, args: Any
 ) -> Any:
-    """`function(*args)` if wanted, else `default`. Under `jax.vmap` a `lax.cond` would always
-    compute both; here the function is computed only if some query of the batch wants it."""
+    """`function(operand, args)` if wanted, else `default`. Under `jax.vmap` a `lax.cond` would
+    always compute both; here the function is computed only if some query wants it."""
 
-    def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        return jnp.zeros_like(wanted), function(*args)
+    def turn(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
+        # Were the operand to stay as it is, XLA would move the work out of the loop.
+        consumed = jax.tree.map(jnp.zeros_like, carry[2])
+        return jnp.zeros_like(wanted), function(carry[2], args), consumed
 
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, default))[1]
+    return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, default, operand))[1]
 
 
 @compute_if.defjvp
 def _compute_if_jvp(function: Callable, primals: tuple, tangents: tuple) -> Any:
     # A loop of unknown length has no reverse mode; what it computes has.
-    def select(wanted: Array, default: Any, args: tuple) -> Any:
-        return jax.tree.map(lambda x, y: jnp.where(wanted, x, y), function(*args), default)
+    def select(wanted: Array, default: Any, operand: Any, args: Any) -> Any:
+        computed = function(operand, args)
+        return jax.tree.map(lambda x, y: jnp.where(wanted, x, y), computed, default)
 
     return jax.jvp(select, primals, tangents)
 
@@ -50,7 +53,7 @@ def advance_where(
 
     @jax.custom_batching.custom_vmap
     def run(pending: Array, state: Any, args: Any) -> Any:
-        return compute_if(pending, advance, state, (state, args))
+        return compute_if(pending, advance, state, state, args)
 
     @run.def_vmap
     def run_batch(size: int, batched: Any, pending: Array, state: Any, args: Any) -> Any:
@@ -95,6 +98,6 @@ def advance_where(
 @advance_where.defjvp
 def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
     def compute(pending: Array, state: Any, args: Any) -> Any:
-        return compute_if(pending, jax.checkpoint(advance), state, (state, args))
+        return compute_if(pending, jax.checkpoint(advance), state, state, args)
 
     return jax.jvp(compute, primals, tangents)

@@ -74,9 +74,9 @@ def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
     number, limits = float(array), jnp.finfo(dtype)
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and > 0; got {number:g}")
-    if not limits.tiny <= number <= limits.max:
+    if not float(limits.tiny) <= number <= float(limits.max):
         raise ValueError(f"{name} must be within the range of {dtype}; got {number:g}")
-    return jnp.asarray(array).astype(dtype)
+    return jnp.asarray(number, dtype)
 
 
 def index(i: Any, size: int, what: str) -> None:

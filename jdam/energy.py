@@ -2,6 +2,7 @@
 log-sum-exp, in which no array of all (query, pattern) pairs of measures ever exists."""
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam import _checks
+from jdam._batching import compute_if
 from jdam._compile import compiled, working_dtype
 from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory, check_against
@@ -34,15 +36,37 @@ def gibbs_average(
     block_size: int | None = None,
     with_pull: bool = True,
 ) -> GibbsAverage:
-    """The Gibbs average of the pulls, accumulated over blocks of patterns relative to the
+    """The Gibbs average of the pulls: from approximate divergences where they are good enough,
+    from exact ones if not."""
+
+    def average(query: AnyMeasure, args: tuple[Memory, Array], *, exact: bool) -> GibbsAverage:
+        return _average(args[0], query, args[1], block_size, with_pull, exact)
+
+    doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
+    if doubtful is None:
+        return average(query, (memory, beta), exact=True)
+    approximate = average(query, (memory, beta), exact=False)
+    return compute_if(doubtful, partial(average, exact=True), approximate, query, (memory, beta))
+
+
+def _average(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    block_size: int | None,
+    with_pull: bool,
+    exact: bool,
+) -> GibbsAverage:
+    """The Gibbs average, accumulated over blocks of patterns relative to the
     lowest level so far (online softmax), where a level is Dᵢ − β⁻¹ log πᵢ.
 
     Levels are subtracted before β multiplies them, so that the lowest has mass 1 exactly
     however large βD is."""
     view = memory.geometry.view(query)
+    compare = partial(memory.geometry.compare, exact=exact)
 
     def absorb(running: _Running, block: _Block) -> tuple[_Running, None]:
-        found, pulls = memory.geometry.compare(view, block.patterns, beta)
+        found, pulls = compare(view, block.patterns)
         levels = _levels(found, block.log_prior, beta)
         # Energy and average do not depend on the reference, only their rounding does.
         heights = jax.lax.stop_gradient(levels)
@@ -65,7 +89,7 @@ def gibbs_average(
         ), None
 
     blocks = _blocks(memory, block_size)
-    _, pulls = jax.eval_shape(memory.geometry.compare, view, _first_block(blocks).patterns, beta)
+    _, pulls = jax.eval_shape(compare, view, _first_block(blocks).patterns)
     start = _Running(
         lowest=jnp.array(jnp.inf, memory.dtype),
         nearest=jnp.array(0, jnp.int32),
@@ -102,7 +126,7 @@ def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     view = memory.geometry.view(query)
 
     def compare(_: None, block: _Block) -> tuple[None, Array]:
-        return None, memory.geometry.divergence(view, block.patterns)
+        return None, memory.geometry.compare(view, block.patterns, exact=True)[0]
 
     return _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
 
@@ -142,7 +166,7 @@ def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
     view = memory.geometry.view(query)
 
     def compare(_: None, block: _Block) -> tuple[None, Array]:
-        found, _ = memory.geometry.compare(view, block.patterns, beta)
+        found, _ = memory.geometry.compare(view, block.patterns, exact=True)
         return None, _levels(found, block.log_prior, beta)
 
     levels = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]

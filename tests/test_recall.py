@@ -31,7 +31,7 @@ def test_bad_traced_settings_are_reported(rng):
 
 def test_beta_beyond_the_dtype_is_refused(rng):
     memory = jdam.store(vectors(rng, 4, 2, np.float32))
-    for beta in (1e-40, 1e300):
+    for beta in (1e-45, 1e300):
         with pytest.raises(ValueError, match="beta must be within the range of float32"):
             jdam.energy(memory, memory[0], beta)
 
@@ -161,9 +161,9 @@ def test_the_queries_of_a_batch_stop_for_themselves(rng):
     looks = []
 
     class Watched(jdam.Euclidean):
-        def compare(self, view, patterns, beta):
+        def compare(self, view, patterns, exact):
             jax.debug.callback(lambda: looks.append(1))
-            return super().compare(view, patterns, beta)
+            return super().compare(view, patterns, exact)
 
         def tile(self, patterns):
             return 2, 100

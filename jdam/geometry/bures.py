@@ -10,6 +10,7 @@ from jaxtyping import Float
 from jdam.geometry.euclidean import (
     VECTOR_TILE,
     fast_squared_distances,
+    products_err,
     squared_distances,
 )
 from jdam.geometry.protocol import Geometry, with_leaves
@@ -57,13 +58,11 @@ class Bures(Geometry):
         factor, axes = _principal(query.factor)
         return View(with_leaves(query, query.mean, factor), axes)
 
-    def compare(self, view, patterns, beta):
+    def compare(self, view, patterns, exact):
         if isinstance(patterns, DiagonalGaussian):
             stacked = _stacked(patterns)
-            return fast_squared_distances(view, stacked, beta), stacked
-        return self._compare(view, patterns)
-
-    def _compare(self, view, patterns):
+            distances = squared_distances if exact else fast_squared_distances
+            return distances(view, stacked), stacked
         query = view.query
         rotations = polar(patterns.factor.mT @ query.factor[None])
         divergences = squared_distances(query.mean, patterns.mean) + _aligned_gap(
@@ -71,10 +70,9 @@ class Bures(Geometry):
         )
         return divergences, with_leaves(patterns, patterns.mean, patterns.factor @ rotations)
 
-    def divergence(self, view, patterns):
-        if isinstance(patterns, DiagonalGaussian):
-            return squared_distances(view, _stacked(patterns))
-        return self._compare(view, patterns)[0]
+    def approximation_errs(self, query, patterns, beta):
+        diagonal = isinstance(patterns, DiagonalGaussian)
+        return products_err(query, patterns, beta) if diagonal else None
 
     def move(self, view, pull, step_size):
         if isinstance(view, View):

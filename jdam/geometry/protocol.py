@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jdam.linalg import safe_sqrt
 
@@ -21,7 +21,7 @@ AnyView: TypeAlias = Any
 class Geometry(eqx.Module):
     """A divergence D between measures and a way to move a measure along −grad E.
 
-    To add a geometry, subclass and implement `check`, `compare` and `divergence`; override
+    To add a geometry, subclass and implement `check` and `compare`; override
     the rest where the default does not fit. `patterns` always carries one leading axis (B,)
     of patterns, `query` none. Methods are pure, traced, and never see batches of queries.
     """
@@ -43,15 +43,18 @@ class Geometry(eqx.Module):
 
     @abstractmethod
     def compare(
-        self, view: AnyView, patterns: AnyMeasure, beta: Float[Array, ""]
+        self, view: AnyView, patterns: AnyMeasure, exact: bool
     ) -> tuple[Float[Array, " B"], AnyMeasure]:
-        """D(ξ, Xᵢ), as accurately as β·D must be known, and what each pattern asks the query to
-        become: the pulls, a pytree whose leaves lead with (B,) and whose Gibbs average
-        Σ wᵢ·pullᵢ is all that `move` needs."""
+        """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
+        leaves lead with (B,) and whose Gibbs average Σ wᵢ·pullᵢ is all that `move` needs.
 
-    @abstractmethod
-    def divergence(self, view: AnyView, patterns: AnyMeasure) -> Float[Array, " B"]:
-        """D(ξ, Xᵢ) as accurately as the dtype allows, whatever it costs."""
+        Unless `exact`, D may be approximated where `approximation_errs` allows it."""
+
+    def approximation_errs(
+        self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]
+    ) -> Bool[Array, ""] | None:
+        """Whether an approximate D would show in exp(−βD); None if only the exact one will do."""
+        return None
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
         """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step."""

@@ -289,9 +289,9 @@ def test_gradient_of_recall_by_differences(rng, kind):
 class Counting(jdam.Euclidean):
     """Counts how often it is traced."""
 
-    def compare(self, view, patterns, beta):
+    def compare(self, view, patterns, exact):
         COUNT.append(1)
-        return super().compare(view, patterns, beta)
+        return super().compare(view, patterns, exact)
 
 
 COUNT: list[int] = []
