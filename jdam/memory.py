@@ -67,7 +67,7 @@ class Memory(eqx.Module):
             return self
         if not np.issubdtype(drop.dtype, np.integer) or drop.ndim > 1:
             raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
-        if drop.size and not (-len(self) <= drop.min() and drop.max() < len(self)):
+        if not (-len(self) <= drop.min() and drop.max() < len(self)):
             raise IndexError(
                 f"indices must be in [−N, N), N = {len(self)}; got {drop.min()} to {drop.max()}"
             )

@@ -165,7 +165,6 @@ class _State(NamedTuple):
 
     measure: AnyMeasure
     found: GibbsAverage
-    energy: Array
     residual: Array
     num_steps: Array
     neglected: Array
@@ -195,24 +194,22 @@ def _recall(
         return _State(
             measure=measure,
             found=found,
-            energy=found.energy,
             residual=jax.lax.stop_gradient(geometry.residual(found.view, found.pull)),
             num_steps=state.num_steps + 1,
             neglected=jnp.maximum(state.neglected, neglected),
         )
 
     def pending(state: _State) -> Array:  # no step can mend NaN
-        unfinished = (state.residual > tol) & jnp.isfinite(state.energy)
+        unfinished = (state.residual > tol) & jnp.isfinite(state.found.energy)
         return unfinished | (state.num_steps < 0)
 
     def observe(state: _State) -> Trace | None:
-        return Trace(state.energy, state.residual, state.measure) if save_trace else None
+        return Trace(state.found.energy, state.residual, state.measure) if save_trace else None
 
     found, _ = jax.eval_shape(search.look, memory, query, beta)
     start = _State(
         measure=query,
         found=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found),
-        energy=jnp.zeros((), memory.dtype),
         residual=jnp.full((), jnp.inf, memory.dtype),
         num_steps=jnp.array(-1, jnp.int32),
         neglected=jnp.zeros((), memory.dtype),
@@ -227,13 +224,13 @@ def _recall(
         at_once=memory.geometry.tile(memory.patterns)[0],
     )
     trace = jax.tree.map(lambda leaf: leaf[1:], trace)
-    finite = jnp.isfinite(end.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)
+    finite = jnp.isfinite(end.found.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)
     finite &= step_size > 0
     return Recall(
         measure=end.measure,
         nearest=end.found.nearest,
         weight=end.found.weight,
-        energy=end.energy,
+        energy=end.found.energy,
         residual=end.residual,
         num_steps=end.num_steps,
         status=_status(
