@@ -10,8 +10,10 @@ from jdam.geometry import Bures as Bures
 from jdam.geometry import DotProduct as DotProduct
 from jdam.geometry import Euclidean as Euclidean
 from jdam.geometry import Geometry as Geometry
+from jdam.geometry import Sinkhorn as Sinkhorn
 from jdam.measures import DiagonalGaussian as DiagonalGaussian
 from jdam.measures import Gaussian as Gaussian
+from jdam.measures import PointCloud as PointCloud
 from jdam.memory import Memory as Memory
 from jdam.memory import store as store
 from jdam.recall import Recall as Recall

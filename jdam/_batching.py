@@ -101,3 +101,51 @@ def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents
         return compute_if(pending, jax.checkpoint(advance), state, state, args)
 
     return jax.jvp(compute, primals, tangents)
+
+
+def in_chunks(function: Callable[[Any], Any], at_once: int, args: Any) -> Any:
+    """`function(args)`; under `jax.vmap`, however nested, the whole batch is flattened and
+    mapped `at_once` elements at a time, so that each chunk's loops end when its own elements
+    are done. `function` must not close over traced values."""
+
+    def lead(size: int, batched: Any, args: Any) -> Any:
+        def along_batch(leaf: Array, is_batched: bool) -> Array:
+            return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+
+        return jax.tree.map(along_batch, args, batched)
+
+    @jax.custom_batching.custom_vmap
+    def one(args: Any) -> Any:
+        return function(args)
+
+    @jax.custom_batching.custom_vmap
+    def many(args: Any) -> Any:
+        size = jax.tree.leaves(args)[0].shape[0]
+        if size <= at_once:
+            return jax.vmap(function)(args)
+        count = -(-size // at_once)
+        width = -(-size // count)
+        missing = count * width - size
+
+        def cut(leaf: Array) -> Array:
+            leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
+            return leaf.reshape(count, width, *leaf.shape[1:])
+
+        cuts = jax.tree.map(cut, args)
+        found = jax.lax.map(jax.vmap(function), cuts)
+        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+
+    @one.def_vmap
+    def over_one(size: int, batched: Any, args: Any) -> Any:
+        found = many(lead(size, batched[0], args))
+        return found, jax.tree.map(lambda _: True, found)
+
+    @many.def_vmap
+    def over_many(size: int, batched: Any, args: Any) -> Any:
+        args = lead(size, batched[0], args)
+        inner = jax.tree.leaves(args)[0].shape[1]
+        flat = jax.tree.map(lambda leaf: leaf.reshape(size * inner, *leaf.shape[2:]), args)
+        found = jax.tree.map(lambda leaf: leaf.reshape(size, inner, *leaf.shape[1:]), many(flat))
+        return found, jax.tree.map(lambda _: True, found)
+
+    return one(args)

@@ -79,6 +79,24 @@ def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
     return jnp.asarray(number, dtype)
 
 
+def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
+    """As `positive`, with 0 allowed."""
+    if not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and np.all(value == 0):
+        return jnp.zeros((), dtype)
+    array = jnp.asarray(value)
+    if isinstance(array, jax.core.Tracer) and array.ndim == 0:
+        return jnp.where(array >= 0, array, jnp.nan).astype(dtype)
+    return positive(name, value, dtype)
+
+
+def scalar_dtype(value: Any) -> jnp.dtype:
+    """The floating dtype of an array, and JAX's default one for other numbers."""
+    dtype = getattr(value, "dtype", None)
+    if isinstance(value, Array) and jnp.issubdtype(dtype, jnp.floating):
+        return dtype
+    return jnp.zeros(()).dtype
+
+
 def index(i: Any, size: int, what: str) -> None:
     """Raise if the integer `i` is out of range, which JAX would clamp; other indices pass."""
     if isinstance(i, int | np.integer) and not -size <= i < size:

@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 
 
-def compiled(*, static: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
-    """`jax.jit` for a function of arrays whose first argument sets the dtype of the result."""
+def compiled(
+    *, static: tuple[str, ...] = (), rounded: bool = True
+) -> Callable[[Callable], Callable]:
+    """`jax.jit` for a function of arrays whose first argument sets the dtype of the result,
+    which unless `rounded` stays the one worked in."""
 
     def decorate(function: Callable) -> Callable:
         @functools.partial(jax.jit, static_argnames=static)
@@ -22,7 +25,7 @@ def compiled(*, static: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
                 if inside == dtype:
                     return function(first, *args, **kwargs)
                 result = function(*_cast((first, *args), inside), **kwargs)
-                return _cast(result, dtype)
+                return _cast(result, dtype) if rounded else result
 
         return run
 

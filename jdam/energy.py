@@ -2,6 +2,7 @@
 log-sum-exp, in which no array of all (query, pattern) pairs of measures ever exists."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int
 from jdam import _checks
 from jdam._batching import compute_if
 from jdam._compile import compiled, working_dtype
-from jdam.geometry.protocol import AnyMeasure, AnyView
+from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison
 from jdam.memory import Memory, check_against
 
 
@@ -26,6 +27,8 @@ class GibbsAverage(NamedTuple):
     pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
     nearest: Int[Array, ""]  # the heaviest pattern
     weight: Float[Array, ""]  # its weight
+    unsolved: Float[Array, ""]  # Gibbs mass of the patterns whose comparison missed its tolerance
+    guess: Any  # to start the next look from
 
 
 def gibbs_average(
@@ -35,24 +38,28 @@ def gibbs_average(
     *,
     block_size: int | None = None,
     with_pull: bool = True,
+    guess: Any = None,
 ) -> GibbsAverage:
     """The Gibbs average of the pulls: from approximate divergences where they are good enough,
     from exact ones if not."""
 
-    def average(query: AnyMeasure, args: tuple[Memory, Array], *, exact: bool) -> GibbsAverage:
-        return _average(args[0], query, args[1], block_size, with_pull, exact)
+    def average(query: AnyMeasure, args: tuple[Memory, Array, Any], *, exact: bool) -> GibbsAverage:
+        memory, beta, guess = args
+        return _average(memory, query, beta, guess, block_size, with_pull, exact)
 
     doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
+    args = (memory, beta, guess)
     if doubtful is None:
-        return average(query, (memory, beta), exact=True)
-    approximate = average(query, (memory, beta), exact=False)
-    return compute_if(doubtful, partial(average, exact=True), approximate, query, (memory, beta))
+        return average(query, args, exact=True)
+    approximate = average(query, args, exact=False)
+    return compute_if(doubtful, partial(average, exact=True), approximate, query, args)
 
 
 def _average(
     memory: Memory,
     query: AnyMeasure,
     beta: Float[Array, ""],
+    guess: Any,
     block_size: int | None,
     with_pull: bool,
     exact: bool,
@@ -63,11 +70,13 @@ def _average(
     Levels are subtracted before β multiplies them, so that the lowest has mass 1 exactly
     however large βD is."""
     view = memory.geometry.view(query)
-    compare = partial(memory.geometry.compare, exact=exact)
 
-    def absorb(running: _Running, block: _Block) -> tuple[_Running, None]:
-        found, pulls = compare(view, block.patterns)
-        levels = _levels(found, block.log_prior, beta)
+    def compare(block: _Block) -> Comparison:
+        return memory.geometry.compare(view, block.patterns, block.prepared, block.guess, exact)
+
+    def absorb(running: _Running, block: _Block) -> tuple[_Running, Any]:
+        found = compare(block)
+        levels = _levels(found.divergence, block.log_prior, beta)
         # Energy and average do not depend on the reference, only their rounding does.
         heights = jax.lax.stop_gradient(levels)
         low = heights.min()
@@ -84,12 +93,14 @@ def _average(
             pull=jax.tree.map(
                 lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
                 running.pull,
-                pulls if with_pull else None,
+                found.pull if with_pull else None,
             ),
-        ), None
+            unsolved=decay * running.unsolved
+            + (0 if found.missed is None else jnp.where(found.missed, masses, 0).sum()),
+        ), found.guess
 
-    blocks = _blocks(memory, block_size)
-    _, pulls = jax.eval_shape(compare, view, _first_block(blocks).patterns)
+    blocks = _blocks(memory, block_size, guess)
+    pulls = jax.eval_shape(compare, _first_block(blocks)).pull
     start = _Running(
         lowest=jnp.array(jnp.inf, memory.dtype),
         nearest=jnp.array(0, jnp.int32),
@@ -97,19 +108,23 @@ def _average(
         pull=jax.tree.map(
             lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls if with_pull else None
         ),
+        unsolved=jnp.array(0, memory.dtype),
     )
-    end = _over_blocks(absorb, start, blocks)[0]
+    end, guesses = _over_blocks(absorb, start, blocks)
     return GibbsAverage(
         view=view,
         energy=end.lowest - jnp.log(end.mass) / beta,
         pull=jax.tree.map(lambda total: total / end.mass, end.pull),
         nearest=end.nearest,
         weight=1 / end.mass,
+        unsolved=jax.lax.stop_gradient(end.unsolved / end.mass),
+        guess=_in_a_row(guesses, len(memory)),
     )
 
 
 def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    """D(ξ, Xᵢ) to every pattern: W₂² (cost |x−y|²) for `Bures`, |x−y|² for `Euclidean`.
+    """D(ξ, Xᵢ) to every pattern: W₂² (cost |x−y|²) for `Bures`, the Sinkhorn divergence S_ε
+    (cost ½|x−y|²) for `Sinkhorn`, |x−y|² for `Euclidean`.
 
     **Arguments:** a `memory` and one `query` of its patterns' type, dimension and dtype.
     `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.
@@ -123,12 +138,25 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 @compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+    return _for_each_pattern(memory, query, lambda divergences, _: divergences)
+
+
+def _for_each_pattern(
+    memory: Memory, query: AnyMeasure, function: Callable[[Array, Array | None], Array]
+) -> Float[Array, " N"]:
+    """`function(divergences, log_prior)` of every block of patterns, in a row."""
     view = memory.geometry.view(query)
 
     def compare(_: None, block: _Block) -> tuple[None, Array]:
-        return None, memory.geometry.compare(view, block.patterns, exact=True)[0]
+        found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
+        return None, function(found.divergence, block.log_prior)
 
-    return _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+    return _in_a_row(_over_blocks(compare, None, _blocks(memory))[1], len(memory))
+
+
+def _in_a_row(blocks: Any, num: int) -> Any:
+    """What was found for blocks of patterns, (blocks, B, …), as (N, …)."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], blocks)
 
 
 def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, ""]:
@@ -163,13 +191,7 @@ def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[A
 
 @compiled()
 def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
-    view = memory.geometry.view(query)
-
-    def compare(_: None, block: _Block) -> tuple[None, Array]:
-        found, _ = memory.geometry.compare(view, block.patterns, exact=True)
-        return None, _levels(found, block.log_prior, beta)
-
-    levels = _over_blocks(compare, None, _blocks(memory, None))[1].ravel()[: len(memory)]
+    levels = _for_each_pattern(memory, query, partial(_levels, beta=beta))
     masses = _mass(levels - jax.lax.stop_gradient(levels.min()), beta)
     return masses / masses.sum()
 
@@ -193,12 +215,15 @@ class _Running(NamedTuple):
     nearest: Int[Array, ""]
     mass: Float[Array, ""]  # Σ exp(−β(level − lowest))
     pull: AnyMeasure  # Σ exp(−β(level − lowest))·pull
+    unsolved: Float[Array, ""]  # that sum over comparisons that missed their tolerance
 
 
 class _Block(NamedTuple):
     start: Int[Array, ""]  # index of the first pattern
     patterns: AnyMeasure  # (B,)
     log_prior: Float[Array, " B"] | None
+    prepared: Any
+    guess: Any
 
 
 def _first(marks: Array) -> Int[Array, ""]:
@@ -221,7 +246,7 @@ def _mass(height: Array, beta: Array) -> Array:
     return jnp.where(infinite, 0, jnp.exp(-beta * jnp.where(infinite, 0, height)))
 
 
-def _blocks(memory: Memory, block_size: int | None) -> _Block:
+def _blocks(memory: Memory, block_size: int | None = None, guess: Any = None) -> _Block:
     """The memory cut into equal blocks along a new leading axis.
 
     The last block is filled up with copies of the last pattern, switched off by the prior.
@@ -240,10 +265,18 @@ def _blocks(memory: Memory, block_size: int | None) -> _Block:
     prior = memory.log_prior
     if missing and prior is None:
         prior = jnp.zeros(num, memory.dtype)
+    if guess is None:
+        guess = memory.geometry.first_guess(memory.prepared)
+
+    def cut_all(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: cut(leaf, mode="edge"), tree)
+
     return _Block(
         start=jnp.arange(count, dtype=jnp.int32) * size,
-        patterns=jax.tree.map(lambda leaf: cut(leaf, mode="edge"), memory.patterns),
+        patterns=cut_all(memory.patterns),
         log_prior=None if prior is None else cut(prior, constant_values=-jnp.inf),
+        prepared=cut_all(memory.prepared),
+        guess=cut_all(guess),
     )
 
 

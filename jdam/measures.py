@@ -1,6 +1,7 @@
 """The measures a memory stores: frozen pytrees whose leading axes are batch axes."""
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
 
 import equinox as eqx
 import jax
@@ -18,20 +19,22 @@ class Measure(eqx.Module):
     """What all measures share: a mean, batch axes in front, and indexing along them."""
 
     mean: eqx.AbstractVar[Float[Array, "*batch d"]]
+    #: The rank of the first array of a single measure.
+    _rank: ClassVar[int] = 1
 
     @property
     def dim(self) -> int:
         """The dimension d of the space the measure lives on."""
-        return self.mean.shape[-1]
+        return jax.tree.leaves(self)[0].shape[-1]
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
         """The shape of the batch: () for a single measure."""
-        return self.mean.shape[:-1]
+        return jax.tree.leaves(self)[0].shape[: -self._rank]
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.mean.dtype
+        return jax.tree.leaves(self)[0].dtype
 
     def __len__(self) -> int:
         if not self.batch_shape:
@@ -180,6 +183,85 @@ class DiagonalGaussian(Measure):
         return cls(mean, jnp.sqrt(variance))
 
 
+class PointCloud(Measure):
+    """The discrete measure Σⱼ aⱼ δ(xⱼ) of n weighted points.
+
+    Atoms of weight 0 are padding: they change nothing, and stay at weight 0. Atoms may
+    coincide, and their order means nothing.
+
+    **Arguments:** `points` x (…, n, d); `weights` a (…, n) on the simplex, ≥ 0 and of sum 1 for
+    each cloud; uniform, 1/n, if None.
+
+    **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for shapes
+    that do not fit and, where values are concrete, for NaN, infinity, negative weights and
+    weights that do not sum to one.
+    """
+
+    points: Float[Array, "*batch n d"]
+    weights: Float[Array, "*batch n"]
+    _rank: ClassVar[int] = 2
+
+    def __init__(self, points: ArrayLike, weights: ArrayLike | None = None):
+        points = _checks.float_array("points", points)
+        if points.ndim < 2 or 0 in points.shape[-2:]:
+            raise ValueError(f"points must have shape (…, n, d), n, d ≥ 1; got {points.shape}")
+        _checks.finite("points", points)
+        if weights is None:
+            weights = jnp.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
+        self.points, self.weights = points, simplex_weights(weights, points=points)
+
+    @property
+    def mean(self) -> Float[Array, "*batch d"]:
+        """Σ aⱼxⱼ."""
+        return _weighted_mean(self.points, self.weights)
+
+    @property
+    def num_atoms(self) -> int:
+        """The number n of atoms, padding included."""
+        return self.points.shape[-2]
+
+    def pad(self, num_atoms: int) -> "PointCloud":
+        """The same cloud with atoms of weight 0 added, copies of its last, up to `num_atoms`."""
+        batch = [(0, 0)] * len(self.batch_shape)
+        missing = (0, max(0, num_atoms - self.num_atoms))
+        return PointCloud(
+            jnp.pad(self.points, [*batch, missing, (0, 0)], mode="edge"),
+            jnp.pad(self.weights, [*batch, missing]),
+        )
+
+    @classmethod
+    def from_ragged(
+        cls, points: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None = None
+    ) -> "PointCloud":
+        """A batch (N,) of clouds of different sizes, padded with weight 0 to the largest.
+
+        **Arguments:** `points`, a list of N arrays (nᵢ, d); `weights`, a list of N arrays (nᵢ,)
+        on the simplex, uniform if None.
+
+        **Raises:** as `PointCloud`, naming the cloud; `ValueError` for empty or unequal lists
+        and for clouds of different dimension.
+        """
+        if len(points) == 0:
+            raise ValueError("points must hold at least one cloud; got an empty list")
+        if weights is not None and len(weights) != len(points):
+            raise ValueError(
+                f"weights must hold one array for each of {len(points)} clouds; got {len(weights)}"
+            )
+        clouds = []
+        for i, cloud in enumerate(points):
+            try:
+                clouds.append(cls(cloud, None if weights is None else weights[i]))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"cloud {i}: {error}") from error
+            if clouds[i].batch_shape != ():
+                raise ValueError(f"cloud {i}: points must have shape (n, d); got {cloud.shape}")
+            if clouds[i].dim != clouds[0].dim:
+                raise ValueError(f"cloud {i}: dimension {clouds[i].dim}, not {clouds[0].dim}")
+            _checks.same_dtype(**{"cloud 0": clouds[0].points, f"cloud {i}": clouds[i].points})
+        atoms = max(cloud.num_atoms for cloud in clouds)
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[c.pad(atoms) for c in clouds])
+
+
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
     """`weights` checked to be one distribution over the points (…, n, d) of each measure."""
     ((name, array),) = points.items()
@@ -211,6 +293,11 @@ def _mean_and(name: str, mean: ArrayLike, other: ArrayLike) -> tuple[Array, Arra
     _checks.finite("mean", mean)
     _checks.finite(name, other)
     return mean, other
+
+
+@compiled()
+def _weighted_mean(points: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]):
+    return jnp.vecmat(weights, points)
 
 
 @compiled()

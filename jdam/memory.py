@@ -13,7 +13,8 @@ from jaxtyping import Float
 from jdam import _checks
 from jdam.geometry import Bures, Euclidean, Geometry
 from jdam.geometry.protocol import AnyMeasure, batch_size
-from jdam.measures import DiagonalGaussian, Gaussian, Measure
+from jdam._compile import compiled, float_dtype, working_dtype
+from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
 
 
 class Memory(eqx.Module):
@@ -26,6 +27,8 @@ class Memory(eqx.Module):
     patterns: AnyMeasure
     geometry: Geometry
     log_prior: Float[Array, " N"] | None = None
+    #: What the geometry computed once of each pattern; change patterns by `store` only.
+    prepared: Any = None
 
     def __len__(self) -> int:
         return batch_size(self.patterns)
@@ -41,7 +44,7 @@ class Memory(eqx.Module):
     def append(self, patterns: AnyMeasure, *, log_prior: ArrayLike | None = None) -> "Memory":
         """A memory with `patterns`, a batch (M,) or a single measure, added at the end.
 
-        Factors of different rank are padded with zeros. Where only one side has a
+        Factors of different rank are padded with zeros, clouds with atoms of weight 0. Where only one side has a
         `log_prior`, the other's is log 1 = 0.
         """
         try:
@@ -49,16 +52,13 @@ class Memory(eqx.Module):
         except ValueError:
             patterns = self.geometry.check("patterns", patterns, 0)
             patterns = jax.tree.map(lambda leaf: leaf[None], patterns)
-        added = store(patterns, self.geometry, log_prior=log_prior)
-        check_against(self, "patterns", added[0])
-        first, second = self.patterns, added.patterns
-        second = self.geometry.match(second, first)
-        first = self.geometry.match(first, second)
-        joined = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
+        check_against(self, "patterns", jax.tree.map(lambda leaf: leaf[0], patterns))
+        joined = self.geometry.join(self.patterns, patterns)
         if self.log_prior is None and log_prior is None:
-            return Memory(joined, self.geometry)
-        prior = jnp.concatenate([_prior_or_zero(self), _prior_or_zero(added)])
-        return Memory(joined, self.geometry, prior)
+            return store(joined, self.geometry)
+        added = None if log_prior is None else _prior(patterns, log_prior)
+        prior = [_prior_or_zero(self.patterns, self.log_prior), _prior_or_zero(patterns, added)]
+        return store(joined, self.geometry, log_prior=jnp.concatenate(prior))
 
     def remove(self, indices: int | ArrayLike) -> "Memory":
         """A memory without the patterns at `indices`, an int or integers (M,)."""
@@ -74,8 +74,8 @@ class Memory(eqx.Module):
         keep = np.delete(np.arange(len(self)), drop)
         if keep.size == 0:
             raise ValueError("indices must leave at least one pattern; got all of them")
-        kept = jax.tree.map(lambda leaf: leaf[keep], self)
-        return store(kept.patterns, kept.geometry, log_prior=kept.log_prior)
+        kept, prior = jax.tree.map(lambda leaf: leaf[keep], (self.patterns, self.log_prior))
+        return store(kept, self.geometry, log_prior=prior)
 
     def __repr__(self) -> str:
         patterns = self.patterns
@@ -83,6 +83,8 @@ class Memory(eqx.Module):
             return super().__repr__()  # the shape of a memory, holding something else
         if isinstance(patterns, Gaussian):
             kind = f"Gaussian(dim={patterns.dim}, rank={patterns.rank})"
+        elif isinstance(patterns, PointCloud):
+            kind = f"PointCloud(dim={patterns.dim}, num_atoms={patterns.num_atoms})"
         elif isinstance(patterns, Measure):
             kind = f"{type(patterns).__name__}(dim={patterns.dim})"
         else:
@@ -99,15 +101,21 @@ def store(
 ) -> Memory:
     """A memory of `patterns`, a batch (N,) of measures.
 
-    **Arguments:** `patterns`: a `Gaussian` or `DiagonalGaussian` with one batch axis, or an
-    array (N, d). `geometry`: `Bures()` for the former and `Euclidean()` for the latter if
-    None. `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant;
+    **Arguments:** `patterns`: a `Gaussian`, `DiagonalGaussian` or `PointCloud` with one batch
+    axis, or an array (N, d). `geometry`: if None, `Bures()` for Gaussians and `Euclidean()` for
+    arrays; point clouds need a `Sinkhorn(epsilon)`, whose self terms OT_ε(Xᵢ, Xᵢ) are computed
+    here, once. `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant;
     πᵢ = 1 if None, and −inf switches a pattern off.
 
     **Raises:** `TypeError` for patterns that are not this geometry's or not floats;
-    `ValueError` for an empty memory, wrong shapes and, where values are concrete, NaN or
-    infinity.
+    `ValueError` for an empty memory, wrong shapes, point clouds without a geometry and, where
+    values are concrete, NaN or infinity.
     """
+    if geometry is None and isinstance(patterns, PointCloud):
+        raise ValueError(
+            "geometry must be given for point clouds, because it needs its epsilon: "
+            "jdam.store(patterns, jdam.Sinkhorn(epsilon=…))"
+        )
     if geometry is None:
         geometry = Bures() if isinstance(patterns, Gaussian | DiagonalGaussian) else Euclidean()
     if not isinstance(geometry, Geometry):
@@ -117,15 +125,23 @@ def store(
         raise ValueError("patterns must hold at least one measure; got 0")
     for leaf in jax.tree.leaves(patterns):
         _checks.finite("patterns", leaf)
-    memory = Memory(patterns, geometry)
-    return memory if log_prior is None else Memory(patterns, geometry, _prior(memory, log_prior))
+    prior = None if log_prior is None else _prior(patterns, log_prior)
+    dtype = working_dtype(float_dtype(patterns))
+    geometry = jax.tree.map(lambda leaf: leaf.astype(dtype), geometry)
+    return Memory(patterns, geometry, prior, _prepare(patterns, geometry))
 
 
-def _prior(memory: Memory, log_prior: ArrayLike) -> Float[Array, " N"]:
+@compiled(rounded=False)
+def _prepare(patterns: AnyMeasure, geometry: Geometry) -> Any:
+    return geometry.prepare(patterns)
+
+
+def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
     prior = _checks.float_array("log_prior", log_prior)
-    _checks.same_dtype(patterns=jax.tree.leaves(memory.patterns)[0], log_prior=prior)
-    if prior.shape != (len(memory),):
-        raise ValueError(f"log_prior must have shape (N,) = ({len(memory)},); got {prior.shape}")
+    _checks.same_dtype(patterns=jax.tree.leaves(patterns)[0], log_prior=prior)
+    num = batch_size(patterns)
+    if prior.shape != (num,):
+        raise ValueError(f"log_prior must have shape (N,) = ({num},); got {prior.shape}")
     if _checks.is_concrete(prior):
         values = np.asarray(prior)
         if np.isnan(values).any() or (values == np.inf).any():
@@ -135,8 +151,10 @@ def _prior(memory: Memory, log_prior: ArrayLike) -> Float[Array, " N"]:
     return prior
 
 
-def _prior_or_zero(memory: Memory) -> Float[Array, " N"]:
-    return jnp.zeros(len(memory), memory.dtype) if memory.log_prior is None else memory.log_prior
+def _prior_or_zero(patterns: AnyMeasure, log_prior: Array | None) -> Float[Array, " N"]:
+    return (
+        jnp.zeros(batch_size(patterns), float_dtype(patterns)) if log_prior is None else log_prior
+    )
 
 
 def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:

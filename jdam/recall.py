@@ -11,10 +11,11 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from jdam import _checks
+from jdam import _checks, _descent
+from jdam._batching import compute_if
 from jdam._compile import compiled, working_dtype
 from jdam.adjoint import Unrolled
-from jdam.energy import GibbsAverage, fit_query, gibbs_average, inverse_temperature
+from jdam.energy import fit_query, gibbs_average, inverse_temperature
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 from jdam.search import Exhaustive
@@ -91,8 +92,20 @@ def step(
 
 @compiled()
 def _step(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
-    found = gibbs_average(memory, query, beta)
-    return memory.geometry.move(found.view, found.pull, step_size)
+    geometry, found = memory.geometry, gibbs_average(memory, query, beta)
+    moved = geometry.move(found.view, found.pull, step_size)
+    if geometry.attempts == 1:
+        return moved
+
+    def descend(query: AnyMeasure, args: tuple) -> AnyMeasure:
+        found, *rest = args
+        place = _descent.Place(query, found, jnp.zeros_like(found.energy))
+        walk = _descent.start(Exhaustive(), memory, query, beta)
+        walk = walk._replace(place=place, looked=jnp.array(True))
+        return _descent.go_on(Exhaustive(), walk, tuple(rest)).place.measure
+
+    doubtful = ~geometry.surely_descends(found.view, found.pull, step_size, moved)
+    return compute_if(doubtful, descend, moved, query, (found, memory, beta, step_size))
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -161,13 +174,11 @@ def default_tolerance(memory: Memory) -> Float[Array, ""]:
 
 
 class _State(NamedTuple):
-    """A measure and all that one look at the patterns from it tells."""
-
-    measure: AnyMeasure
-    found: GibbsAverage
+    walk: _descent.Walk
     residual: Array
     num_steps: Array
-    neglected: Array
+    neglected: Array  # the worst so far
+    unsolved: Array  # likewise
 
 
 @compiled(static=("max_steps", "search", "adjoint", "save_trace"))
@@ -184,62 +195,61 @@ def _recall(
     save_trace: bool,
 ) -> Recall:
     def advance(state: _State, args: tuple[Memory, Array, Array]) -> _State:
-        """Move, except on the first turn, and look around."""
-        memory, beta, step_size = args
-        geometry = memory.geometry
-        moved = geometry.move(state.found.view, state.found.pull, step_size)
-        first = state.num_steps < 0
-        measure = jax.tree.map(lambda x, y: jnp.where(first, x, y), state.measure, moved)
-        found, neglected = search.look(memory, measure, beta)
+        walk = _descent.go_on(search, state.walk, args)
+        found = walk.place.found
         return _State(
-            measure=measure,
-            found=found,
-            residual=jax.lax.stop_gradient(geometry.residual(found.view, found.pull)),
+            walk=walk,
+            residual=jax.lax.stop_gradient(args[0].geometry.residual(found.view, found.pull)),
             num_steps=state.num_steps + 1,
-            neglected=jnp.maximum(state.neglected, neglected),
+            neglected=jnp.maximum(state.neglected, walk.place.neglected),
+            unsolved=jnp.maximum(state.unsolved, found.unsolved),
         )
 
     def pending(state: _State) -> Array:  # no step can mend NaN
-        unfinished = (state.residual > tol) & jnp.isfinite(state.found.energy)
-        return unfinished | (state.num_steps < 0)
+        walk = state.walk
+        unfinished = (state.residual > tol) & jnp.isfinite(walk.place.found.energy) & ~walk.ended
+        return unfinished | ~walk.looked
 
     def observe(state: _State) -> Trace | None:
-        return Trace(state.found.energy, state.residual, state.measure) if save_trace else None
+        place = state.walk.place
+        return Trace(place.found.energy, state.residual, place.measure) if save_trace else None
 
-    found, _ = jax.eval_shape(search.look, memory, query, beta)
-    start = _State(
-        measure=query,
-        found=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), found),
+    nothing = jnp.zeros((), memory.dtype)
+    state = _State(
+        walk=_descent.start(search, memory, query, beta),
         residual=jnp.full((), jnp.inf, memory.dtype),
         num_steps=jnp.array(-1, jnp.int32),
-        neglected=jnp.zeros((), memory.dtype),
+        neglected=nothing,
+        unsolved=nothing,
     )
     end, trace = adjoint.loop(
         advance,
         pending,
         observe,
-        start,
+        state,
         (memory, beta, step_size),
         length=max_steps + 1,
         at_once=memory.geometry.tile(memory.patterns)[0],
     )
-    trace = jax.tree.map(lambda leaf: leaf[1:], trace)
-    finite = jnp.isfinite(end.found.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)
+    measure, found, _ = end.walk.place
+    finite = jnp.isfinite(found.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)
     finite &= step_size > 0
+    rounding = float(jnp.finfo(memory.dtype).eps) ** 0.5
     return Recall(
-        measure=end.measure,
-        nearest=end.found.nearest,
-        weight=end.found.weight,
-        energy=end.found.energy,
+        measure=measure,
+        nearest=found.nearest,
+        weight=found.weight,
+        energy=found.energy,
         residual=end.residual,
         num_steps=end.num_steps,
         status=_status(
-            (end.found.weight <= 0.5 + float(jnp.finfo(memory.dtype).eps) ** 0.5, Status.MIXTURE),
-            (end.residual > tol, Status.MAX_STEPS),
+            (found.weight <= 0.5 + rounding, Status.MIXTURE),
+            ((end.residual > tol) & ~end.walk.ended, Status.MAX_STEPS),
+            (end.unsolved > rounding, Status.SOLVER),
             (~finite, Status.NONFINITE),
         ),
         neglected=end.neglected,
-        trace=trace,
+        trace=jax.tree.map(lambda leaf: leaf[1:], trace),
     )
 
 

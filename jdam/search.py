@@ -1,6 +1,7 @@
 """Which patterns a step looks at."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -30,7 +31,10 @@ class Exhaustive:
             _checks.positive_int("block_size", self.block_size)
 
     def look(
-        self, memory: Memory, query: AnyMeasure, beta: Float[Array, ""]
+        self, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any = None
     ) -> tuple[GibbsAverage, Float[Array, ""]]:
-        """The Gibbs average at the query, and a bound on the Gibbs mass left out of it."""
-        return gibbs_average(memory, query, beta, block_size=self.block_size), jnp.zeros_like(beta)
+        """The Gibbs average at the query, and a bound on the Gibbs mass left out of it.
+
+        `guess` is that of an earlier look from nearby."""
+        found = gibbs_average(memory, query, beta, block_size=self.block_size, guess=guess)
+        return found, jnp.zeros_like(beta)

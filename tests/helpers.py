@@ -95,3 +95,65 @@ def log_sum_exp_energy(divergences, beta, log_prior=0.0):
         ]
         total = sum(terms)
         return float(-mpmath.log(total) / b), np.array([float(t / total) for t in terms])
+
+
+# --------------------------------------------------------------- entropic transport, 80 bits
+
+
+def _soft_transform(potential, cost, weights, epsilon):
+    """−ε log Σ wₖ exp((gₖ − Cⱼₖ)/ε), row by row."""
+    on = weights > 0
+    logits = (potential[on][None] - cost[:, on]) / epsilon + np.log(weights[on])[None]
+    top = logits.max(1)
+    return -epsilon * (top + np.log(np.exp(logits - top[:, None]).sum(1)))
+
+
+def entropic_transport(x, a, y, b, epsilon, iterations=300):
+    """OT_ε, f, g, and the barycentric map in extended precision: Sinkhorn's iteration on a
+    ladder of ε, then Newton's, whose directions in double precision suffice."""
+    x, a, y, b = (np.asarray(v, np.longdouble) for v in (x, a, y, b))
+    epsilon = np.longdouble(epsilon)
+    cost = ((x[:, None] - y[None]) ** 2).sum(-1) / 2
+    g, level, on = np.zeros(len(b), np.longdouble), max(cost.max(), epsilon), b > 0
+    while level > epsilon:
+        for _ in range(10):
+            g = _soft_transform(_soft_transform(g, cost, b, level), cost.T, a, level)
+        level = max(level / 2, epsilon)
+    for _ in range(iterations):
+        g = _soft_transform(_soft_transform(g, cost, b, epsilon), cost.T, a, epsilon)
+    for _ in range(50):
+        f = _soft_transform(g, cost, b, epsilon)
+        rows = b[None, on] * np.exp((f[:, None] + g[None, on] - cost[:, on]) / epsilon)
+        columns = a @ rows
+        if abs(columns - b[on]).sum() < 1e-18 * len(b):
+            break
+        hessian = np.diag(columns) - (rows.T * a) @ rows
+        root = np.sqrt(columns)
+        scaled = (hessian / root / root[:, None]).astype(float)
+        right = ((b[on] - columns) / root).astype(float)
+        step = np.linalg.lstsq(scaled, right, rcond=1e-15)[0] / root
+        g[on] = g[on] + epsilon * step / max(1, np.ptp(step))
+    else:
+        raise RuntimeError(f"the oracle did not converge: {abs(columns - b[on]).sum()}")
+    g = np.where(on, g, _soft_transform(f, cost.T, a, epsilon))
+    return f @ a + g @ b, f, g, rows @ y[on]
+
+
+def sinkhorn_divergence(x, a, y, b, epsilon):
+    """S_ε, its first variation in μ at each xⱼ up to a constant, and −its gradient there."""
+    cost, f, _, forth = entropic_transport(x, a, y, b, epsilon)
+    first, h, k, itself = entropic_transport(x, a, x, a, epsilon)
+    second = entropic_transport(y, b, y, b, epsilon)[0]
+    return cost - first / 2 - second / 2, f - (h + k) / 2, forth - itself
+
+
+def shk_step(x, p, clouds, epsilon, beta, step_size, kappa):
+    """Equations (28) and (29) as written."""
+    found = [sinkhorn_divergence(x, p, y, b, epsilon) for y, b in clouds]
+    levels = np.array([s for s, _, _ in found])
+    weights = np.exp(-beta * (levels - levels.min()))
+    weights /= weights.sum()
+    variation = sum(w * f for w, (_, f, _) in zip(weights, found, strict=True))
+    velocity = sum(w * v for w, (_, _, v) in zip(weights, found, strict=True))
+    p = np.asarray(p, np.longdouble) * np.exp(-step_size * kappa * (variation - p @ variation))
+    return x + step_size * velocity, p / p.sum()

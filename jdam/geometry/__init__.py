@@ -4,3 +4,4 @@ from jdam.geometry.bures import Bures as Bures
 from jdam.geometry.euclidean import DotProduct as DotProduct
 from jdam.geometry.euclidean import Euclidean as Euclidean
 from jdam.geometry.protocol import Geometry as Geometry
+from jdam.geometry.sinkhorn import Sinkhorn as Sinkhorn

@@ -13,7 +13,7 @@ from jdam.geometry.euclidean import (
     products_err,
     squared_distances,
 )
-from jdam.geometry.protocol import Geometry, with_leaves
+from jdam.geometry.protocol import Comparison, Geometry, with_leaves
 from jdam.linalg import polar, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
@@ -58,23 +58,24 @@ class Bures(Geometry):
         factor, axes = _principal(query.factor)
         return View(with_leaves(query, query.mean, factor), axes)
 
-    def compare(self, view, patterns, exact):
+    def compare(self, view, patterns, prepared, guess, exact):
         if isinstance(patterns, DiagonalGaussian):
             stacked = _stacked(patterns)
             distances = squared_distances if exact else fast_squared_distances
-            return distances(view, stacked), stacked
+            return Comparison(distances(view, stacked), stacked)
         query = view.query
         rotations = polar(patterns.factor.mT @ query.factor[None])
         divergences = squared_distances(query.mean, patterns.mean) + _aligned_gap(
             query.factor, patterns.factor, rotations
         )
-        return divergences, with_leaves(patterns, patterns.mean, patterns.factor @ rotations)
+        aligned = with_leaves(patterns, patterns.mean, patterns.factor @ rotations)
+        return Comparison(divergences, aligned)
 
     def approximation_errs(self, query, patterns, beta):
         diagonal = isinstance(patterns, DiagonalGaussian)
         return products_err(query, patterns, beta) if diagonal else None
 
-    def move(self, view, pull, step_size):
+    def move(self, view, pull, step_size, attempt=0):
         if isinstance(view, View):
             moved = super().move(view.query, pull, step_size)
             return with_leaves(moved, moved.mean, moved.factor @ view.axes)

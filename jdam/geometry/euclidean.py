@@ -8,7 +8,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdam import _checks
-from jdam.geometry.protocol import Geometry
+from jdam.geometry.protocol import Comparison, Geometry
 from jdam.measures import Measure
 
 #: Queries and patterns to compare at once: large enough for matrix products to be efficient.
@@ -38,9 +38,9 @@ class Euclidean(Vectors):
     it is `DotProduct` with 2β.
     """
 
-    def compare(self, view, patterns, exact):
+    def compare(self, view, patterns, prepared, guess, exact):
         distances = squared_distances if exact else fast_squared_distances
-        return distances(view, patterns), patterns
+        return Comparison(distances(view, patterns), patterns)
 
     def approximation_errs(self, query, patterns, beta):
         return products_err(query, patterns, beta)
@@ -54,8 +54,9 @@ class DotProduct(Vectors):
     divergence: it may be negative, and a pattern need not be its own nearest.
     """
 
-    def compare(self, view, patterns, exact):
-        return jnp.vdot(view, view) / 2 - jnp.vecmat(view, patterns.mT), patterns
+    def compare(self, view, patterns, prepared, guess, exact):
+        products = jnp.vecmat(view, patterns.mT)
+        return Comparison(jnp.vdot(view, view) / 2 - products, patterns)
 
 
 def squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:

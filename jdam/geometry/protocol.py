@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,6 +18,15 @@ AnyMeasure: TypeAlias = Any
 AnyView: TypeAlias = Any
 
 
+class Comparison(NamedTuple):
+    """What comparing a query with B patterns tells; all leaves lead with (B,)."""
+
+    divergence: Float[Array, " B"]  # D(ξ, Xᵢ)
+    pull: AnyMeasure  # what each asks the query to become
+    guess: Any = None  # a start for comparing the same patterns with a query close by
+    missed: Bool[Array, " B"] | None = None  # did an inner solver miss its tolerance?
+
+
 class Geometry(eqx.Module):
     """A divergence D between measures and a way to move a measure along −grad E.
 
@@ -25,6 +34,10 @@ class Geometry(eqx.Module):
     the rest where the default does not fit. `patterns` always carries one leading axis (B,)
     of patterns, `query` none. Methods are pure, traced, and never see batches of queries.
     """
+
+    #: How many ever more cautious steps to try until one does not raise the energy: 1 where the
+    #: full step never raises it.
+    attempts: ClassVar[int] = 1
 
     @abstractmethod
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
@@ -37,17 +50,32 @@ class Geometry(eqx.Module):
         """The query, padded to array shapes that go together with these patterns'."""
         return query
 
+    def join(self, first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
+        """Two batches of patterns as one."""
+        first, second = self.match(first, second), self.match(second, first)
+        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
+
+    def prepare(self, patterns: AnyMeasure) -> Any:
+        """What `compare` needs of the patterns beside themselves, computed once when they are
+        stored: leaves lead with (B,) and carry no derivative."""
+        return None
+
+    def first_guess(self, prepared: Any) -> Any:
+        """The `guess` for a first comparison."""
+        return None
+
     def view(self, query: AnyMeasure) -> AnyView:
         """What `compare`, `move` and `residual` need of the query, computed once a look."""
         return query
 
     @abstractmethod
     def compare(
-        self, view: AnyView, patterns: AnyMeasure, exact: bool
-    ) -> tuple[Float[Array, " B"], AnyMeasure]:
+        self, view: AnyView, patterns: AnyMeasure, prepared: Any, guess: Any, exact: bool
+    ) -> Comparison:
         """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
-        leaves lead with (B,) and whose Gibbs average Σ wᵢ·pullᵢ is all that `move` needs.
+        Gibbs average Σ wᵢ·pullᵢ is all that `move` needs.
 
+        `prepared` and `guess` are what `prepare` and the last comparison said of the patterns.
         Unless `exact`, D may be approximated where `approximation_errs` allows it."""
 
     def approximation_errs(
@@ -56,9 +84,23 @@ class Geometry(eqx.Module):
         """Whether an approximate D would show in exp(−βD); None if only the exact one will do."""
         return None
 
-    def move(self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
-        """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step."""
+    def move(
+        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], attempt: Any = 0
+    ) -> AnyMeasure:
+        """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step.
+
+        `attempt`, below `attempts`, counts how often more caution was asked for."""
         return jax.tree.map(lambda x, y: x + step_size * (y - x), view, pull)
+
+    def surely_descends(
+        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], moved: AnyMeasure
+    ) -> Bool[Array, ""]:
+        """Whether it is proved that the first attempt, `moved`, does not raise the energy."""
+        return jnp.array(self.attempts == 1)
+
+    def resolution(self, patterns: AnyMeasure) -> Float[Array, ""]:
+        """The smallest change of energy that says anything, where steps need attempts."""
+        return jnp.zeros((), jax.tree.leaves(patterns)[0].dtype)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Float[Array, ""]:
         """How far the full step goes, in units of distance: zero at fixed points only."""

@@ -1,0 +1,97 @@
+"""One move of recall and the look that follows it: moves that do not raise the energy."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdam.energy import GibbsAverage
+from jdam.geometry.protocol import AnyMeasure
+from jdam.memory import Memory
+
+
+class Place(NamedTuple):
+    """A measure, and all that one look at the patterns from it tells."""
+
+    measure: AnyMeasure
+    found: GibbsAverage
+    neglected: Float[Array, ""]
+
+
+class Walk(NamedTuple):
+    """Where a descent has come to."""
+
+    place: Place
+    looked: Bool[Array, ""]  # False until the first look, which moves nothing
+    attempt: Int[Array, ""]  # with how much caution to try the next move first
+    ended: Bool[Array, ""]  # no move lowers the energy by more than the geometry resolves
+
+
+def start(search: Any, memory: Memory, measure: AnyMeasure, beta: Float[Array, ""]) -> Walk:
+    """A walk that has not looked yet."""
+    found, neglected = jax.eval_shape(search.look, memory, measure, beta)
+    found, neglected = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (found, neglected)
+    )
+    found = found._replace(guess=memory.geometry.first_guess(memory.prepared))
+    no = jnp.array(False)
+    return Walk(Place(measure, found, neglected), no, jnp.array(0, jnp.int32), no)
+
+
+def go_on(search: Any, walk: Walk, args: tuple[Memory, Array, Array]) -> Walk:
+    """Move, except on the first turn, and look: the first of ever more cautious attempts that
+    does not raise the energy. `args` are memory, β and step size."""
+    memory, *_ = args
+    geometry, yes = memory.geometry, jnp.array(True)
+    if geometry.attempts == 1:
+        return walk._replace(place=_move_and_look(search, walk.attempt, (walk, args)), looked=yes)
+    resolution = geometry.resolution(memory.patterns)
+    attempt, place = _first_accepted(search, (walk, args, resolution))
+    gain = walk.place.found.energy - place.found.energy
+    keep = walk.looked & ~(gain >= 0)
+    place = jax.tree.map(lambda new, old: jnp.where(keep, old, new), place, walk.place)
+    # The next attempt may be a little bolder than the last that was good.
+    return Walk(place, yes, jnp.maximum(attempt - 1, 0), walk.looked & ~(gain > resolution))
+
+
+def _move_and_look(search: Any, attempt: Any, args: tuple) -> Place:
+    walk, (memory, beta, step_size) = args
+    found = walk.place.found
+    moved = memory.geometry.move(found.view, found.pull, step_size, attempt)
+    measure = jax.tree.map(
+        lambda new, old: jnp.where(walk.looked, new, old), moved, walk.place.measure
+    )
+    return Place(measure, *search.look(memory, measure, beta, found.guess))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _first_accepted(search: Any, args: tuple) -> tuple[Int[Array, ""], Place]:
+    walk, rest, resolution = args
+    most = rest[0].geometry.attempts
+
+    def turn(carry: tuple) -> tuple:
+        attempt, _, _ = carry
+        place = _move_and_look(search, attempt, (walk, rest))
+        rise = place.found.energy - walk.place.found.energy
+        return attempt + 1, ~walk.looked | (rise <= resolution), place
+
+    def unfinished(carry: tuple) -> Array:
+        attempt, accepted, _ = carry
+        return ~accepted & (attempt < most)
+
+    attempt, _, place = jax.lax.while_loop(
+        unfinished, turn, (walk.attempt, jnp.array(False), walk.place)
+    )
+    return attempt - 1, place
+
+
+@_first_accepted.defjvp
+def _first_accepted_jvp(search: Any, primals: tuple, tangents: tuple) -> Any:
+    # Which attempt is accepted is piecewise constant.
+    (args,), (dargs,) = primals, tangents
+    attempt, _ = _first_accepted(search, args)
+    place, dplace = jax.jvp(partial(_move_and_look, search, attempt), (args[:2],), (dargs[:2],))
+    return (attempt, place), (jnp.zeros((), jax.dtypes.float0), dplace)
