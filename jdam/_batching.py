@@ -57,39 +57,14 @@ def advance_where(
 
     @run.def_vmap
     def run_batch(size: int, batched: Any, pending: Array, state: Any, args: Any) -> Any:
-        def along_batch(leaf: Array, is_batched: bool) -> Array:
-            return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+        pending = _lead(size, batched[0], pending)
+        state = _lead(size, batched[1], state)
+        rows, join = _split(batched[2], args)
 
-        if size == 0:
-            return state, batched[1]
-        pending = along_batch(pending, batched[0])
-        state = jax.tree.map(along_batch, state, batched[1])
-        leaves, structure = jax.tree.flatten(args)
-        axes = [0 if is_batched else None for is_batched in jax.tree.leaves(batched[2])]
-        width = min(at_once, size)
-        order = jnp.argsort(~pending).astype(jnp.int32)  # the pending ones first
-        order = jnp.pad(order, (0, -size % width))
-        count = pending.sum(dtype=jnp.int32)
+        def advance_rows(rows: list[Array], state: Any) -> Any:
+            return jax.vmap(lambda row, state: advance(state, join(row)))(rows, state)
 
-        def advance_leaves(state: Any, *leaves: Array) -> Any:
-            return advance(state, jax.tree.unflatten(structure, leaves))
-
-        def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
-            done, state = carry
-            rows = jax.lax.dynamic_slice(order, (done,), (width,))
-            new = jax.vmap(advance_leaves, (0, *axes))(
-                jax.tree.map(lambda leaf: leaf[rows], state),
-                *(
-                    leaf if axis is None else leaf[rows]
-                    for leaf, axis in zip(leaves, axes, strict=True)
-                ),
-            )
-            rows = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, rows, size)
-            state = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), state, new)
-            return done + width, state
-
-        start = (jnp.array(0, jnp.int32), state)
-        state = jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
+        state = _map_where(advance_rows, at_once, pending, rows, state)
         return state, jax.tree.map(lambda _: True, state)
 
     return run(pending, state, args)
@@ -103,49 +78,138 @@ def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents
     return jax.jvp(compute, primals, tangents)
 
 
-def in_chunks(function: Callable[[Any], Any], at_once: int, args: Any) -> Any:
-    """`function(args)`; under `jax.vmap`, however nested, the whole batch is flattened and
-    mapped `at_once` elements at a time, so that each chunk's loops end when its own elements
-    are done. `function` must not close over traced values."""
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
+    """`function(*args)`; under `jax.vmap`, `at_once` elements of the batch at a time.
+    `function` must not close over traced values."""
 
-    def lead(size: int, batched: Any, args: Any) -> Any:
-        def along_batch(leaf: Array, is_batched: bool) -> Array:
-            return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+    @jax.custom_batching.custom_vmap
+    def run(*args: Any) -> Any:
+        return function(*args)
 
-        return jax.tree.map(along_batch, args, batched)
+    @run.def_vmap
+    def run_batch(size: int, batched: Any, *args: Any) -> Any:
+        rows, join = _split(tuple(batched), args)
+        found = jax.lax.map(jax.vmap(lambda row: function(*join(row))), _cut(rows, at_once))
+        found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return run(*args)
+
+
+@in_tiles.defjvp
+def _in_tiles_jvp(function: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
+    return jax.jvp(function, primals, tangents)
+
+
+def in_chunks(
+    quick: Callable[[Any], Any],
+    unfinished: Callable[[Any], Array],
+    finish: Callable[[Any, Any], Any],
+    at_once: int,
+    args: Any,
+) -> Any:
+    """`found = quick(args)`, and `finish(args, found)` instead if `unfinished(found)`.
+
+    Under `jax.vmap`, however nested, the whole batch is flattened. `quick` is mapped over it
+    `at_once` elements at a time, so that each chunk's loops end when its own elements are done;
+    then the unfinished elements are gathered, and `finish` is mapped over these likewise. The
+    functions must not close over traced values.
+    """
 
     @jax.custom_batching.custom_vmap
     def one(args: Any) -> Any:
-        return function(args)
+        found = quick(args)
+        return jax.lax.cond(unfinished(found), finish, lambda _, found: found, args, found)
 
     @jax.custom_batching.custom_vmap
     def many(args: Any) -> Any:
-        size = jax.tree.leaves(args)[0].shape[0]
-        if size <= at_once:
-            return jax.vmap(function)(args)
-        count = -(-size // at_once)
-        width = -(-size // count)
-        missing = count * width - size
-
-        def cut(leaf: Array) -> Array:
-            leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
-            return leaf.reshape(count, width, *leaf.shape[1:])
-
-        cuts = jax.tree.map(cut, args)
-        found = jax.lax.map(jax.vmap(function), cuts)
-        return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+        size = _batch_size(args)
+        found = jax.lax.map(jax.vmap(quick), _cut(args, at_once))
+        found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+        return _map_where(jax.vmap(finish), at_once, jax.vmap(unfinished)(found), args, found)
 
     @one.def_vmap
     def over_one(size: int, batched: Any, args: Any) -> Any:
-        found = many(lead(size, batched[0], args))
+        found = many(_lead(size, batched[0], args))
         return found, jax.tree.map(lambda _: True, found)
 
     @many.def_vmap
     def over_many(size: int, batched: Any, args: Any) -> Any:
-        args = lead(size, batched[0], args)
+        args = _lead(size, batched[0], args)
         inner = jax.tree.leaves(args)[0].shape[1]
         flat = jax.tree.map(lambda leaf: leaf.reshape(size * inner, *leaf.shape[2:]), args)
         found = jax.tree.map(lambda leaf: leaf.reshape(size, inner, *leaf.shape[1:]), many(flat))
         return found, jax.tree.map(lambda _: True, found)
 
     return one(args)
+
+
+def _map_where(
+    function: Callable[[Any, Any], Any], at_once: int, wanted: Array, args: Any, state: Any
+) -> Any:
+    """`function(args, state)` in the rows that are wanted, gathered `at_once` at a time."""
+    size = wanted.shape[0]
+    if size == 0:
+        return state
+    width = min(at_once, size)
+    order = jnp.argsort(~wanted).astype(jnp.int32)  # the wanted ones first
+    order = jnp.pad(order, (0, -size % width))
+    count = wanted.sum(dtype=jnp.int32)
+
+    def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        done, state = carry
+        rows = jax.lax.dynamic_slice(order, (done,), (width,))
+        gathered = jax.tree.map(lambda leaf: leaf[rows], (args, state))
+        new = function(*gathered)
+        rows = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, rows, size)
+        state = jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), state, new)
+        return done + width, state
+
+    start = (jnp.array(0, jnp.int32), state)
+    return jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
+
+
+def _cut(args: Any, at_once: int) -> Any:
+    """The batch cut into equal chunks of at most `at_once` along a new leading axis, the last
+    one filled up with copies of its last element."""
+    size = _batch_size(args)
+    count = -(-size // at_once)
+    width = -(-size // max(count, 1))
+
+    def cut(leaf: Array) -> Array:
+        missing = count * width - size
+        leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
+        return leaf.reshape(count, width, *leaf.shape[1:])
+
+    return jax.tree.map(cut, args)
+
+
+def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+    """The leaves of args that are batched, and how to put one row of them back among those
+    that all rows share."""
+    leaves, structure = jax.tree.flatten(args)
+    marks = jax.tree.leaves(batched)
+    rows = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
+
+    def join(row: list[Array]) -> Any:
+        own = iter(row)
+        return jax.tree.unflatten(
+            structure,
+            [next(own) if mark else leaf for leaf, mark in zip(leaves, marks, strict=True)],
+        )
+
+    return rows, join
+
+
+def _lead(size: int, batched: Any, tree: Any) -> Any:
+    """The tree with every leaf led by the batch axis."""
+
+    def lead(leaf: Array, is_batched: bool) -> Array:
+        return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+
+    return jax.tree.map(lead, tree, batched)
+
+
+def _batch_size(tree: Any) -> int:
+    return jax.tree.leaves(tree)[0].shape[0]

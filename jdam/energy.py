@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam import _checks
-from jdam._batching import compute_if
+from jdam._batching import compute_if, in_tiles
 from jdam._compile import compiled, working_dtype
 from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison
 from jdam.memory import Memory, check_against
@@ -138,7 +138,15 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 @compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    return _for_each_pattern(memory, query, lambda divergences, _: divergences)
+    def look(memory: Memory, query: AnyMeasure) -> Array:
+        return _for_each_pattern(memory, query, lambda divergences, _: divergences)
+
+    return in_tiles(look, queries_at_once(memory), memory, query)
+
+
+def queries_at_once(memory: Memory) -> int:
+    """How many queries of a batch to compare with the patterns at once."""
+    return memory.geometry.tile(memory.patterns)[0]
 
 
 def _for_each_pattern(
@@ -177,7 +185,10 @@ def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, "
 
 @compiled()
 def _energy(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> Float[Array, ""]:
-    return gibbs_average(memory, query, beta, with_pull=False).energy
+    def look(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
+        return gibbs_average(memory, query, beta, with_pull=False).energy
+
+    return in_tiles(look, queries_at_once(memory), memory, query, beta)
 
 
 def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, " N"]:
@@ -191,9 +202,12 @@ def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[A
 
 @compiled()
 def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
-    levels = _for_each_pattern(memory, query, partial(_levels, beta=beta))
-    masses = _mass(levels - jax.lax.stop_gradient(levels.min()), beta)
-    return masses / masses.sum()
+    def look(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
+        levels = _for_each_pattern(memory, query, partial(_levels, beta=beta))
+        masses = _mass(levels - jax.lax.stop_gradient(levels.min()), beta)
+        return masses / masses.sum()
+
+    return in_tiles(look, queries_at_once(memory), memory, query, beta)
 
 
 def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:

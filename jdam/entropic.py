@@ -88,21 +88,30 @@ def couple(
 ) -> Coupling:
     """The optimal coupling, from a `guess` of g on. Pairs of a vmapped batch are solved a few
     at a time, each to its own convergence."""
-    solve = _solve_by_ott if solver.method == "ott" else _solve
+    problem = (x, a, y, b, epsilon, guess)
     pairs = _pairs_at_once(x.shape[0] * y.shape[0])
-    return in_chunks(partial(_finish, solve, solver), pairs, (x, a, y, b, epsilon, guess))
+    if solver.method == "ott":
+        state = in_chunks(partial(_solve_by_ott, solver), _never, _keep, pairs, problem)
+    else:
+        unsolved = partial(_unsolved, solver)
+        quick, finish = partial(_first_burst, solver), partial(_finish, solver)
+        state = in_chunks(quick, unsolved, finish, pairs, problem)
+    cost = jnp.vdot(state.f, a) + jnp.vdot(jnp.where(b > 0, state.g, 0), b)
+    return Coupling(cost, state.f, state.g, state.barycentre, state.error)
+
+
+def _never(found: Any) -> Array:
+    return jnp.array(False)
+
+
+def _keep(args: Any, found: Any) -> Any:
+    return found
 
 
 def _pairs_at_once(size: int) -> int:
     """On a CPU as many pairs as its cache holds; on accelerators as many as keep them busy."""
-    numbers = 2**15 if jax.default_backend() == "cpu" else 2**24
+    numbers = 2**14 if jax.default_backend() == "cpu" else 2**24
     return max(1, numbers // size)
-
-
-def _finish(solve: Any, solver: Solver, problem: tuple) -> Coupling:
-    f, g, barycentre, error = solve(solver, *problem)
-    _, a, _, b, _, _ = problem
-    return Coupling(jnp.vdot(f, a) + jnp.vdot(jnp.where(b > 0, g, 0), b), f, g, barycentre, error)
 
 
 class _Plan(NamedTuple):
@@ -121,67 +130,67 @@ class _State(NamedTuple):
     iterations: Int[Array, ""]
 
 
-def _solve(
-    solver: Solver, x: Array, a: Array, y: Array, b: Array, epsilon: Array, guess: Array
-) -> tuple[Array, Array, Array, Array]:
-    """Scaling iterations on the kernel of the guess, which is enough for most pairs; for the
-    rest, rounds of a Newton step and a few scaling iterations, each on a fresh kernel. Where
-    the guess was poor, these rounds come down a ladder of larger ε."""
-    problem = (x, a, y, b, solver.tol)
-    first = _round(problem, epsilon, guess, FIRST_BURST, newton=False)
+@partial(jax.jit, static_argnums=0)
+def _first_burst(solver: Solver, problem: tuple) -> _State:
+    """Scaling iterations on the kernel of the guess: enough for most pairs."""
+    *clouds, epsilon, guess = problem
+    return _round(solver, clouds, epsilon, guess, FIRST_BURST, newton=False)
+
+
+def _unsolved(solver: Solver, state: _State) -> Bool[Array, ""]:
+    return state.error > solver.tol
+
+
+@partial(jax.jit, static_argnums=0)
+def _finish(solver: Solver, problem: tuple, first: _State) -> _State:
+    """Rounds of a Newton step and a few scaling iterations, each on a fresh kernel. Where the
+    first burst was far off, they come down a ladder of larger ε."""
+    x, a, y, b, epsilon, _ = problem
     size = _half_square(x, a).max() + _half_square(y, b).max()
-    poor = first.error > POOR
-    level = jnp.where(poor, jnp.maximum(size / epsilon, 1), 1)
+    top = jnp.where(first.error < POOR, 1, jnp.maximum(size / epsilon, 1))
 
-    def unsolved(level: Array, state: _State) -> Array:
-        return (state.error > solver.tol) | (level > 1)
+    def pending(carry: tuple[Array, _State]) -> Array:
+        level, state = carry
+        unsolved = _unsolved(solver, state) | (level > 1)
+        return unsolved & (state.iterations < solver.max_iterations)
 
-    def pending(carry: tuple[tuple, Array, _State]) -> Array:
-        _, level, state = carry
-        return unsolved(level, state) & (state.iterations < solver.max_iterations)
-
-    def turn(carry: tuple[tuple, Array, _State]) -> tuple[tuple, Array, _State]:
-        problem, level, last = carry
-        left = solver.max_iterations - last.iterations
-        burst = jnp.minimum(left, LATER_BURST)
-        state = _round(problem, level * epsilon, last.g, burst, newton=True)
+    def turn(carry: tuple[Array, _State]) -> tuple[Array, _State]:
+        level, last = carry
+        burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
+        state = _round(solver, (x, a, y, b), level * epsilon, last.g, burst, newton=True)
         level = jnp.where(state.error < POOR, jnp.maximum(level / DESCENT, 1), level)
-        return problem, level, state._replace(iterations=last.iterations + state.iterations)
+        return level, state._replace(iterations=last.iterations + state.iterations)
 
-    _, level, state = jax.lax.while_loop(pending, turn, (problem, level, first))
-    error = jnp.where(level > 1, jnp.inf, state.error)
-    return state.f, state.g, state.barycentre, error
+    level, state = jax.lax.while_loop(pending, turn, (top, first))
+    return state._replace(error=jnp.where(level > 1, jnp.inf, state.error))
 
 
 def _half_square(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(weights > 0, jnp.vecdot(x, x) / 2, 0)
 
 
-def _round(problem: tuple, epsilon: Array, g: Array, burst: Any, *, newton: bool) -> _State:
+def _round(
+    solver: Solver, clouds: Any, epsilon: Array, g: Array, burst: Any, *, newton: bool
+) -> _State:
     """A kernel whose rows are exact for g, improvements of g on it, and what follows from it."""
-    x, a, y, b, tol = problem
-    on = b > 0
-    root = jnp.sqrt(epsilon)
-    cost = half_squared_distances(x / root, y / root)
-    g = g / epsilon
-    logits = (g + _log(b))[None] - cost
+    x, a, y, b = clouds
+    on, least = b > 0, float(jnp.finfo(b.dtype).tiny) ** 0.5
+    g, root = g / epsilon, jnp.sqrt(epsilon)
+    logits = (g + _log(b))[None] - half_squared_distances(x / root, y / root)
     top = logits.max(1)
-    kernel = jnp.exp(logits - top[:, None])
+    depth = logits - top[:, None]
+    kernel = jnp.where(depth > -LARGE, jnp.exp(depth), 0)  # denormal numbers would be slow
 
     def complete(v: Array) -> _Plan:
-        u = 1 / (kernel @ v)
+        u = 1 / jnp.maximum(kernel @ v, least)
         return _Plan(u, v, (a * u) @ kernel)
 
     def missed(plan: _Plan) -> Array:
         return jnp.abs(jnp.where(on, plan.columns * plan.v - b, 0)).sum()
 
-    plan = complete(jnp.ones_like(b))
-    iterations = jnp.array(0, jnp.int32)
-    # A column that no row reaches needs its potential from the log domain.
-    lost = (on & (plan.columns < 1e6 * float(jnp.finfo(a.dtype).tiny))).any()
+    plan, iterations = complete(jnp.ones_like(b)), jnp.array(0, jnp.int32)
     if newton:
-        wanted = ~lost & (missed(plan) > tol)
-        step, iterations = _newton_direction(kernel, a, b, plan, wanted)
+        step, iterations = _newton_direction(kernel, a, b, plan)
         # J is self-concordant with respect to the oscillation: this length always ascends.
         step = step - step.max()  # a constant changes nothing, and may be large
         size = -step.min()
@@ -190,34 +199,25 @@ def _round(problem: tuple, epsilon: Array, g: Array, burst: Any, *, newton: bool
 
     def scale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
-        plan = complete(jnp.where(on, b / plan.columns, 1))
+        plan = complete(jnp.where(on, b / jnp.maximum(plan.columns, least), 1))
         return count + 1, plan, missed(plan)
 
     def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
-        return (carry[2] > tol) & (carry[0] < burst) & ~lost
+        count, _, error = carry
+        return (error > solver.tol) & (count < burst)
 
     start = (jnp.array(0, jnp.int32), plan, missed(plan))
     count, plan, error = jax.lax.while_loop(unfinished, scale, start)
-    f, g = jnp.log(plan.u) - top, g + jnp.log(plan.v)
-
-    def column_potentials(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        _, g, f = carry
-        logits = (f + _log(a))[:, None] - cost
-        return jnp.zeros_like(lost), -jax.nn.logsumexp(logits, axis=0), f
-
-    g = jax.lax.while_loop(lambda carry: carry[0], column_potentials, (lost, g, f))[1]
     return _State(
-        f=epsilon * f,
-        g=epsilon * g,
+        f=epsilon * (jnp.log(plan.u) - top),
+        g=epsilon * (g + jnp.log(plan.v)),
         barycentre=plan.u[:, None] * (kernel @ (plan.v[:, None] * y)),
-        error=jnp.where(lost, jnp.inf, error),
-        iterations=iterations + count + lost,
+        error=error,
+        iterations=iterations + count,
     )
 
 
-def _newton_direction(
-    kernel: Array, a: Array, b: Array, plan: _Plan, wanted: Bool[Array, ""]
-) -> tuple[Array, Array]:
+def _newton_direction(kernel: Array, a: Array, b: Array, plan: _Plan) -> tuple[Array, Array]:
     """δ with (diag(c) − Eᵀdiag(a)E) δ = b − c, E the plan's rows and c its columns: the Newton
     direction of the semi-dual objective, in units of ε. The plan must have v = 1."""
     weight = a * plan.u**2
@@ -228,20 +228,21 @@ def _newton_direction(
     gradient = jnp.where(b > 0, b - plan.columns, 0)
     # Precise enough for superlinear convergence, and no more.
     precision = jnp.minimum(0.1, jnp.abs(gradient).sum())
-    return _conjugate_gradients(hessian, gradient, plan.columns, precision, 100, wanted)
+    return _conjugate_gradients(hessian, gradient, plan.columns, precision, 100)
 
 
 def _conjugate_gradients(
-    matvec: Any, right: Array, diagonal: Array, precision: Any, most: int, wanted: Any = True
+    matvec: Any, right: Array, diagonal: Array, precision: Any, most: int
 ) -> tuple[Array, Array]:
     """The solution of a semidefinite system, preconditioned by its diagonal, to a relative L1
     residual `precision`, and the number of iterations. Where it breaks down it stops."""
-    inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1), 0)
+    least = float(jnp.finfo(right.dtype).tiny) ** 0.5
+    inverse = jnp.where(diagonal > least, 1 / jnp.maximum(diagonal, least), 0)
     goal = precision * jnp.abs(right).sum()
 
     def unfinished(carry: tuple) -> Array:
         count, _, residual, _, decrement = carry
-        return (jnp.abs(residual).sum() > goal) & (decrement > 0) & (count < most) & wanted
+        return (jnp.abs(residual).sum() > goal) & (decrement > 0) & (count < most)
 
     def turn(carry: tuple) -> tuple:
         count, solution, residual, direction, decrement = carry
@@ -323,21 +324,20 @@ def _couple_jvp(solver: Solver, primals: tuple, tangents: tuple) -> tuple[Coupli
     return solved, Coupling(dcost, df, dg, dbarycentre, jnp.zeros_like(solved.error))
 
 
-def _solve_by_ott(
-    solver: Solver, x: Array, a: Array, y: Array, b: Array, epsilon: Array, guess: Array
-) -> tuple[Array, Array, Array, Array]:
+def _solve_by_ott(solver: Solver, problem: tuple) -> _State:
     """The same by ott-jax's Sinkhorn solver, on ½|x−y|² from differences."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
         from ott.geometry.geometry import Geometry
         from ott.problems.linear.linear_problem import LinearProblem
         from ott.solvers.linear.sinkhorn import Sinkhorn
+    x, a, y, b, epsilon, guess = problem
     costs = Geometry(cost_matrix=half_squared_distances(x, y), epsilon=epsilon)
     sinkhorn = Sinkhorn(threshold=solver.tol, max_iterations=solver.max_iterations)
     found = sinkhorn(LinearProblem(costs, a, b), init=(None, guess + epsilon * _log(b)))
     g = found.g - epsilon * _log(b)  # ott's potentials are of the plan, ours of its density
     f, g, barycentre, columns, _ = _respond(x, a, y, b, epsilon, jnp.where(b > 0, g, 0))
-    return f, g, barycentre, jnp.abs(columns - b).sum()
+    return _State(f, g, barycentre, jnp.abs(columns - b).sum(), found.n_iters)
 
 
 # ------------------------------------------------------------------ a cloud and itself
@@ -356,9 +356,10 @@ def couple_with_itself(
     if known is not None:
         return known
     pairs = _pairs_at_once(x.shape[0] ** 2)
-    return in_chunks(partial(_solve_self, solver), pairs, (x, a, epsilon))
+    return in_chunks(partial(_solve_self, solver), _never, _keep, pairs, (x, a, epsilon))
 
 
+@partial(jax.jit, static_argnums=0)
 def _solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoupling:
     """h ← h/3 + 2/3 h^{c,ε}: the coupling's spectrum lies in [0, 1], so that each iteration
     takes two thirds off the error at least. exp(h/ε) lies between √min a and 1/√min a: no
@@ -373,7 +374,7 @@ def _solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoup
 
     def average(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, u, sums = carry
-        u = jnp.where(a > 0, jnp.cbrt(u / sums / sums), 1)
+        u = jnp.where(a > 0, jnp.exp((jnp.log(u) - 2 * jnp.log(sums)) / 3), 1)
         return count + 1, u, kernel @ (a * u)
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:

@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam import _checks
+from jdam._compile import compiled, float_dtype, working_dtype
 from jdam.geometry import Bures, Euclidean, Geometry
 from jdam.geometry.protocol import AnyMeasure, batch_size
-from jdam._compile import compiled, float_dtype, working_dtype
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
 
 

@@ -12,10 +12,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam import _checks, _descent
-from jdam._batching import compute_if
+from jdam._batching import compute_if, in_tiles
 from jdam._compile import compiled, working_dtype
 from jdam.adjoint import Unrolled
-from jdam.energy import fit_query, gibbs_average, inverse_temperature
+from jdam.energy import fit_query, gibbs_average, inverse_temperature, queries_at_once
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 from jdam.search import Exhaustive
@@ -92,6 +92,10 @@ def step(
 
 @compiled()
 def _step(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
+    return in_tiles(_move, queries_at_once(memory), memory, query, beta, step_size)
+
+
+def _move(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
     geometry, found = memory.geometry, gibbs_average(memory, query, beta)
     moved = geometry.move(found.view, found.pull, step_size)
     if geometry.attempts == 1:
@@ -99,8 +103,8 @@ def _step(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> A
 
     def descend(query: AnyMeasure, args: tuple) -> AnyMeasure:
         found, *rest = args
-        place = _descent.Place(query, found, jnp.zeros_like(found.energy))
-        walk = _descent.start(Exhaustive(), memory, query, beta)
+        walk = _descent.start(Exhaustive(), rest[0], query, rest[1])
+        place = walk.place._replace(found=found)
         walk = walk._replace(place=place, looked=jnp.array(True))
         return _descent.go_on(Exhaustive(), walk, tuple(rest)).place.measure
 
@@ -229,7 +233,7 @@ def _recall(
         state,
         (memory, beta, step_size),
         length=max_steps + 1,
-        at_once=memory.geometry.tile(memory.patterns)[0],
+        at_once=queries_at_once(memory),
     )
     measure, found, _ = end.walk.place
     finite = jnp.isfinite(found.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)

@@ -188,8 +188,10 @@ class Sinkhorn(Geometry):
         return max(4 * eps, self._tol**2) * self.scale(patterns) ** 2
 
     def tile(self, patterns):
-        numbers = patterns.num_atoms * (patterns.dim + 2)
-        return 16, max(1, 2**16 // numbers)
+        numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull
+        budget = 2**15 if jax.default_backend() == "cpu" else 2**24
+        at_once = min(len(patterns), max(1, budget // numbers))
+        return max(1, budget // (numbers * at_once)), at_once
 
     def __repr__(self):
         settings = [f"epsilon={_shown(self.epsilon)}"]
