@@ -91,9 +91,8 @@ def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
 
 def scalar_dtype(value: Any) -> jnp.dtype:
     """The floating dtype of an array, and JAX's default one for other numbers."""
-    dtype = getattr(value, "dtype", None)
-    if isinstance(value, Array) and jnp.issubdtype(dtype, jnp.floating):
-        return dtype
+    if isinstance(value, Array) and jnp.issubdtype(value.dtype, jnp.floating):
+        return value.dtype
     return jnp.zeros(()).dtype
 
 

@@ -210,8 +210,8 @@ class PointCloud(Measure):
             weights = jnp.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
         self.points, self.weights = points, simplex_weights(weights, points=points)
 
-    @property
-    def mean(self) -> Float[Array, "*batch d"]:
+    @property  # type: ignore[misc]
+    def mean(self) -> Float[Array, "*batch d"]:  # type: ignore[override]
         """Σ aⱼxⱼ."""
         return _weighted_mean(self.points, self.weights)
 
@@ -254,7 +254,8 @@ class PointCloud(Measure):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"cloud {i}: {error}") from error
             if clouds[i].batch_shape != ():
-                raise ValueError(f"cloud {i}: points must have shape (n, d); got {cloud.shape}")
+                shape = clouds[i].points.shape
+                raise ValueError(f"cloud {i}: points must have shape (n, d); got {shape}")
             if clouds[i].dim != clouds[0].dim:
                 raise ValueError(f"cloud {i}: dimension {clouds[i].dim}, not {clouds[0].dim}")
             _checks.same_dtype(**{"cloud 0": clouds[0].points, f"cloud {i}": clouds[i].points})

@@ -44,8 +44,8 @@ class Memory(eqx.Module):
     def append(self, patterns: AnyMeasure, *, log_prior: ArrayLike | None = None) -> "Memory":
         """A memory with `patterns`, a batch (M,) or a single measure, added at the end.
 
-        Factors of different rank are padded with zeros, clouds with atoms of weight 0. Where only one side has a
-        `log_prior`, the other's is log 1 = 0.
+        Factors of different rank are padded with zeros, clouds with atoms of weight 0. Where
+        only one side has a `log_prior`, the other's is log 1 = 0.
         """
         try:
             patterns = self.geometry.check("patterns", patterns, 1)

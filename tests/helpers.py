@@ -31,13 +31,22 @@ def vectors(rng, num, d, dtype=np.float64):
     return rng.normal(size=(num, d)).astype(dtype)
 
 
+def clouds(rng, num, d, n=6, dtype=np.float64, spread=1.0):
+    points = rng.normal(size=(num, n, d)) + spread * rng.normal(size=(num, 1, d))
+    weights = rng.dirichlet(np.full(n, 5.0), size=num)
+    return jdam.PointCloud(points.astype(dtype), weights.astype(dtype))
+
+
 def near(rng, measure, amount):
-    """A measure a little off: every array plus noise, scales kept positive."""
+    """A measure a little off: every array plus noise, scales kept positive and weights as
+    they are."""
 
     def shift(leaf):
         leaf = np.asarray(leaf)
         return (leaf + amount * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
+    if isinstance(measure, jdam.PointCloud):
+        return jdam.PointCloud(shift(measure.points), measure.weights)
     moved = jax.tree.map(shift, measure)
     if isinstance(moved, jdam.DiagonalGaussian):
         return jdam.DiagonalGaussian(moved.mean, np.abs(moved.scale))

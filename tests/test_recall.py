@@ -161,9 +161,9 @@ def test_the_queries_of_a_batch_stop_for_themselves(rng):
     looks = []
 
     class Watched(jdam.Euclidean):
-        def compare(self, view, patterns, exact):
+        def compare(self, view, patterns, prepared, guess, exact):
             jax.debug.callback(lambda: looks.append(1))
-            return super().compare(view, patterns, exact)
+            return super().compare(view, patterns, prepared, guess, exact)
 
         def tile(self, patterns):
             return 2, 100

@@ -12,13 +12,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam import _checks
-from jdam.entropic import (
-    SelfCoupling,
-    Solver,
-    couple,
-    couple_with_itself,
-    self_response,
-)
+from jdam._scaling import SelfCoupling, Solver, log
+from jdam.entropic import couple, couple_with_itself, self_response
 from jdam.geometry.protocol import Comparison, Geometry
 from jdam.linalg import safe_sqrt
 from jdam.measures import PointCloud
@@ -26,6 +21,8 @@ from jdam.measures import PointCloud
 #: How much more cautious each further attempt at a weight step is, and how many there are
 #: before the support step is shortened too.
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
+#: By what factors a step is shortened whose reweighting would not be linear.
+SHORTENING = 2.0
 
 
 class Sinkhorn(Geometry):
@@ -40,9 +37,10 @@ class Sinkhorn(Geometry):
         xⱼ⁺ = xⱼ + τ(Σᵢ wᵢTᵢ(xⱼ) − T₀(xⱼ))          T₀ the map of q to itself
         pⱼ⁺ ∝ pⱼ exp(−τκ Fⱼ)                         Fⱼ = Σᵢ wᵢfᵢ(xⱼ) − h(xⱼ)
 
-    which is −grad E in the SHK metric. Reweighting is stiff, the more so the smaller ε: where
-    a step would raise the energy its weight part is shortened, and its support part only if
-    that does not help.
+    which is −grad E in the SHK metric. Steps are safe: τ is shortened where it is too long for
+    reweighting (far stray atoms lose their mass before the support moves), and where a step
+    would raise the energy its weight part is, which is stiff, the more so the smaller ε; its
+    support part only if that does not help.
 
     **Arguments:** `epsilon` > 0, the regularisation, in squared units of distance; it scales
     with the data, S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few hundredths of the median of ½|x−y|²
@@ -113,7 +111,7 @@ class Sinkhorn(Geometry):
         centre = jax.lax.stop_gradient(query.mean)
         centred = query.points - centre[None]
         known = self._couple_with_itself(centred, query.weights)
-        _, barycentre = self_response(centred, query.weights, self.epsilon, known.potential)
+        _, barycentre = self_response(known.potential, centred, query.weights, self.epsilon)
         return View(query, centre, centred, known, barycentre)
 
     def compare(self, view, patterns, prepared, guess, exact):
@@ -142,19 +140,36 @@ class Sinkhorn(Geometry):
         )
 
     def move(self, view, pull, step_size, attempt=0):
-        query, on = view.query, view.query.weights > 0
-        attempt = jnp.asarray(attempt, step_size.dtype)
+        query, log_weights = view.query, log(view.query.weights)
+        length = step_size * self._shortening(query.weights, pull.variation, step_size)
+        caution = jnp.asarray(attempt, step_size.dtype)
+        rate = length * self.hellinger_scale * CAUTION**-caution
+        # The support step is shortened too where weight steps are not to blame.
         tried = jnp.where(self.hellinger_scale > 0, WEIGHT_ATTEMPTS, 0)
-        length = step_size * 2.0 ** jnp.minimum(tried - attempt, 0)
-        rate = step_size * self.hellinger_scale * CAUTION**-attempt
-        logits = jnp.where(on, jnp.log(jnp.where(on, query.weights, 1)), -jnp.inf)
-        weights = jax.nn.softmax(logits - rate * pull.variation)
+        length = length * 2.0 ** jnp.minimum(tried - caution, 0)
+        weights = jax.nn.softmax(log_weights - rate * pull.variation)
         # An atom of weight 0 could never come back.
-        least = float(jnp.finfo(weights.dtype).tiny)
-        weights = jnp.where(on, jnp.maximum(weights, least), 0)
+        weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
         # With κ = 0 not even the last digit of a weight changes.
-        weights = jnp.where(rate > 0, weights, query.weights)
+        moves = (query.weights > 0) & (rate > 0)
+        weights = jnp.where(moves, weights, query.weights)
         return PointCloud(query.points + length * pull.velocity, weights)
+
+    def _shortening(self, weights, variation, step_size):
+        """By how much to shorten a step whose reweighting would leave the linear regime.
+
+        Reweighting by exp(−s(F−F̄))/Z, s = τκ, promises log Z/s of energy, which for small s
+        is s/2 Var F. Where it is less than half of that, as for far stray atoms, mass goes in
+        a shorter time than the step's, in which the support has hardly moved: the whole step
+        is shortened to that time.
+        """
+        factors = SHORTENING ** -jnp.arange(16, dtype=step_size.dtype)
+        rates = step_size * self.hellinger_scale * factors
+        centred = variation - jnp.vdot(weights, variation)
+        variance = jnp.vdot(weights, centred**2)
+        tilts = log(weights)[None] - rates[:, None] * centred[None]
+        linear = jax.nn.logsumexp(tilts, axis=1) >= rates**2 * variance / 4
+        return factors[jnp.argmax(linear)]
 
     def surely_descends(self, view, pull, step_size, moved):
         """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 |vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
@@ -184,8 +199,11 @@ class Sinkhorn(Geometry):
         return jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
 
     def resolution(self, patterns):
+        """The rounding of S_ε between clouds of this size, and the inner solver's error."""
         eps = float(jnp.finfo(patterns.dtype).eps)
-        return max(4 * eps, self._tol**2) * self.scale(patterns) ** 2
+        centred = patterns.points - patterns.mean[:, None]
+        variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
+        return max(eps, self._tol**2) * variances.mean() / 2
 
     def tile(self, patterns):
         numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull

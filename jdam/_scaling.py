@@ -1,0 +1,248 @@
+"""Solvers of one entropic transport problem: scaling iterations, Newton steps, annealing."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+#: Scaling iterations before the first Newton step, and after each.
+FIRST_BURST, LATER_BURST = 40, 10
+#: An error of the marginal beyond which ε is annealed, and the ratio of its ladder.
+POOR, DESCENT = 0.01, 2.5
+#: Exponents of the plan's density that count as infinite: only weights of zero allow them.
+LARGE = 80.0
+
+
+@dataclass(frozen=True)
+class Solver:
+    """When to stop: at an L1 error `tol` of the marginal, or after `max_iterations`."""
+
+    tol: float
+    max_iterations: int
+    method: str = "stabilised"
+
+
+def half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
+    """½|xⱼ − yₖ|² from differences, one dimension after the other: digits that the expanded
+    square loses, and no array (n, m, d)."""
+
+    def add(total: Array, coordinates: tuple[Array, Array]) -> tuple[Array, None]:
+        p, q = coordinates
+        return total + (p[:, None] - q[None]) ** 2, None
+
+    start = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
+    return jax.lax.scan(add, start, (x.T, y.T))[0] / 2
+
+
+def log(weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    """log wⱼ, −∞ where a weight is 0, with derivative 0 there."""
+    on = weights > 0
+    return jnp.where(on, jnp.log(jnp.where(on, weights, 1)), -jnp.inf)
+
+
+def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:
+    """−log Σₖ wₖ exp(lⱼₖ), with its derivative in weights of zero too."""
+    top = jnp.where(weights > 0, logits, -jnp.inf).max(1, keepdims=True)
+    top = jax.lax.stop_gradient(top)
+    total = jnp.sum(weights * jnp.exp(jnp.minimum(logits - top, LARGE)), axis=1)
+    return -(top[:, 0] + jnp.log(total))
+
+
+def density_of(cost: Array, epsilon: Array, f: Array, g: Array) -> Float[Array, "n m"]:
+    return jnp.exp(jnp.minimum((f[:, None] + g[None] - cost) / epsilon, LARGE))
+
+
+class _Plan(NamedTuple):
+    """diag(a u) M diag(v): rows sum to a exactly, since u = 1/(M v)."""
+
+    u: Float[Array, " n"]
+    v: Float[Array, " m"]
+    columns: Float[Array, " m"]  # Mᵀ(a u), so that the plan's columns sum to columns·v
+
+
+class State(NamedTuple):
+    f: Float[Array, " n"]
+    g: Float[Array, " m"]
+    barycentre: Float[Array, "n d"]
+    error: Float[Array, ""]
+    iterations: Int[Array, ""]
+
+
+# ------------------------------------------------------------------ two clouds
+
+
+@partial(jax.jit, static_argnums=0)
+def first_burst(solver: Solver, problem: tuple) -> State:
+    """Scaling iterations on the kernel of the guess: enough for most pairs."""
+    *clouds, epsilon, guess = problem
+    return _round(solver, clouds, epsilon, guess, FIRST_BURST, newton=False)
+
+
+def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:
+    return state.error > solver.tol
+
+
+@partial(jax.jit, static_argnums=0)
+def finish(solver: Solver, problem: tuple, first: State) -> State:
+    """Rounds of a Newton step and a few scaling iterations, each on a fresh kernel. Where the
+    first burst was far off, they come down a ladder of larger ε."""
+    x, a, y, b, epsilon, _ = problem
+    size = _half_square(x, a).max() + _half_square(y, b).max()
+    top = jnp.where(first.error < POOR, 1, jnp.maximum(size / epsilon, 1))
+
+    def pending(carry: tuple[Array, State]) -> Array:
+        level, state = carry
+        more = unsolved(solver, state) | (level > 1)
+        return more & (state.iterations < solver.max_iterations)
+
+    def turn(carry: tuple[Array, State]) -> tuple[Array, State]:
+        level, last = carry
+        burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
+        state = _round(solver, (x, a, y, b), level * epsilon, last.g, burst, newton=True)
+        level = jnp.where(state.error < POOR, jnp.maximum(level / DESCENT, 1), level)
+        return level, state._replace(iterations=last.iterations + state.iterations)
+
+    level, state = jax.lax.while_loop(pending, turn, (top, first))
+    return state._replace(error=jnp.where(level > 1, jnp.inf, state.error))
+
+
+def _half_square(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[Array, " n"]:
+    return jnp.where(weights > 0, jnp.vecdot(x, x) / 2, 0)
+
+
+def _round(
+    solver: Solver, clouds: Any, epsilon: Array, g: Array, burst: Any, *, newton: bool
+) -> State:
+    """A kernel whose rows are exact for g, improvements of g on it, and what follows from it."""
+    x, a, y, b = clouds
+    on, least = b > 0, float(jnp.finfo(b.dtype).tiny) ** 0.5
+    g, root = g / epsilon, jnp.sqrt(epsilon)
+    logits = (g + log(b))[None] - half_squared_distances(x / root, y / root)
+    top = logits.max(1)
+    depth = logits - top[:, None]
+    kernel = jnp.where(depth > -LARGE, jnp.exp(depth), 0)  # denormal numbers would be slow
+
+    def complete(v: Array) -> _Plan:
+        u = 1 / jnp.maximum(kernel @ v, least)
+        return _Plan(u, v, (a * u) @ kernel)
+
+    def missed(plan: _Plan) -> Array:
+        return jnp.abs(jnp.where(on, plan.columns * plan.v - b, 0)).sum()
+
+    plan, iterations = complete(jnp.ones_like(b)), jnp.array(0, jnp.int32)
+    if newton:
+        step, iterations = _newton_direction(kernel, a, b, plan)
+        # J is self-concordant with respect to the oscillation: this length always ascends.
+        step = step - step.max()  # a constant changes nothing, and may be large
+        size = -step.min()
+        length = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 0)
+        plan = complete(jnp.exp(length * step))
+
+    def scale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
+        count, plan, _ = carry
+        plan = complete(jnp.where(on, b / jnp.maximum(plan.columns, least), 1))
+        return count + 1, plan, missed(plan)
+
+    def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
+        count, _, error = carry
+        return (error > solver.tol) & (count < burst)
+
+    start = (jnp.array(0, jnp.int32), plan, missed(plan))
+    count, plan, error = jax.lax.while_loop(unfinished, scale, start)
+    return State(
+        f=epsilon * (jnp.log(plan.u) - top),
+        g=epsilon * (g + jnp.log(plan.v)),
+        barycentre=plan.u[:, None] * (kernel @ (plan.v[:, None] * y)),
+        error=error,
+        iterations=iterations + count,
+    )
+
+
+def _newton_direction(kernel: Array, a: Array, b: Array, plan: _Plan) -> tuple[Array, Array]:
+    """δ with (diag(c) − Eᵀdiag(a)E) δ = b − c, E the plan's rows and c its columns: the Newton
+    direction of the semi-dual objective, in units of ε. The plan must have v = 1."""
+    weight = a * plan.u**2
+
+    def hessian(d: Array) -> Array:
+        return plan.columns * d - (weight * (kernel @ d)) @ kernel
+
+    gradient = jnp.where(b > 0, b - plan.columns, 0)
+    # Precise enough for superlinear convergence, and no more.
+    precision = jnp.minimum(0.1, jnp.abs(gradient).sum())
+    return conjugate_gradients(hessian, gradient, plan.columns, precision, 100)
+
+
+def conjugate_gradients(
+    matvec: Any, right: Array, diagonal: Array, precision: Any, most: int
+) -> tuple[Array, Array]:
+    """The solution of a semidefinite system, preconditioned by its diagonal, to a relative L1
+    residual `precision`, and the number of iterations. Where it breaks down it stops."""
+    least = float(jnp.finfo(right.dtype).tiny) ** 0.5
+    inverse = jnp.where(diagonal > least, 1 / jnp.maximum(diagonal, least), 0)
+    goal = precision * jnp.abs(right).sum()
+
+    def unfinished(carry: tuple) -> Array:
+        count, _, residual, _, decrement = carry
+        return (jnp.abs(residual).sum() > goal) & (decrement > 0) & (count < most)
+
+    def turn(carry: tuple) -> tuple:
+        count, solution, residual, direction, decrement = carry
+        image = matvec(direction)
+        curvature = jnp.vdot(direction, image)
+        convex = curvature > 0
+        length = jnp.where(convex, decrement / jnp.where(convex, curvature, 1), 0)
+        solution, residual = solution + length * direction, residual - length * image
+        scaled = inverse * residual
+        following = jnp.where(convex, jnp.vdot(residual, scaled), 0)
+        direction = scaled + following / decrement * direction
+        return count + 1, solution, residual, direction, following
+
+    scaled = inverse * right
+    start = (jnp.array(0, jnp.int32), jnp.zeros_like(right), right, scaled, jnp.vdot(right, scaled))
+    count, solution, *_ = jax.lax.while_loop(unfinished, turn, start)
+    return solution, count
+
+
+# ------------------------------------------------------------------ a cloud and itself
+
+
+class SelfCoupling(NamedTuple):
+    """The solution for a cloud and itself, with one symmetric potential."""
+
+    cost: Float[Array, ""]
+    potential: Float[Array, " n"]
+    error: Float[Array, ""]
+
+
+@partial(jax.jit, static_argnums=0)
+def solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoupling:
+    """h ← h/3 + 2/3 h^{c,ε}: the coupling's spectrum lies in [0, 1], so that each iteration
+    takes two thirds off the error at least. exp(h/ε) lies between √min a and 1/√min a: no
+    kernel on the way overflows or vanishes."""
+    x, a, epsilon = problem
+    root = jnp.sqrt(epsilon)
+    cost = half_squared_distances(x / root, x / root)
+    kernel = jnp.exp(-cost)
+
+    def missed(u: Array, sums: Array) -> Array:
+        return jnp.vdot(a, jnp.abs(u * sums - 1))
+
+    def average(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, u, sums = carry
+        u = jnp.where(a > 0, jnp.exp((jnp.log(u) - 2 * jnp.log(sums)) / 3), 1)
+        return count + 1, u, kernel @ (a * u)
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        count, u, sums = carry
+        return (missed(u, sums) > solver.tol) & (count < solver.max_iterations)
+
+    start = (jnp.array(0, jnp.int32), jnp.ones_like(a), kernel @ a)
+    _, u, sums = jax.lax.while_loop(unfinished, average, start)
+    extended = soft_minimum(jnp.log(u)[None] - cost, a[None])
+    h = epsilon * jnp.where(a > 0, jnp.log(u), extended)
+    cost = 2 * jnp.vdot(h, a) - epsilon * (jnp.vdot(a, u * sums) - 1)
+    return SelfCoupling(cost, h, missed(u, sums))
