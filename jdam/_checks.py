@@ -81,11 +81,12 @@ def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
 
 def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
     """As `positive`, with 0 allowed."""
-    if not isinstance(value, jax.core.Tracer) and np.ndim(value) == 0 and np.all(value == 0):
-        return jnp.zeros((), dtype)
-    array = jnp.asarray(value)
-    if isinstance(array, jax.core.Tracer) and array.ndim == 0:
-        return jnp.where(array >= 0, array, jnp.nan).astype(dtype)
+    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
+        return jnp.where(value >= 0, value, jnp.nan).astype(dtype)
+    if np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiu":
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and ≥ 0; got {float(value):g}")
+        return jnp.asarray(value, dtype)
     return positive(name, value, dtype)
 
 

@@ -124,7 +124,7 @@ def _round(
     logits = (g + log(b))[None] - half_squared_distances(x / root, y / root)
     top = logits.max(1)
     depth = logits - top[:, None]
-    kernel = jnp.where(depth > -LARGE, jnp.exp(depth), 0)  # denormal numbers would be slow
+    kernel = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow
 
     def complete(v: Array) -> _Plan:
         u = 1 / jnp.maximum(kernel @ v, least)

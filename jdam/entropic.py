@@ -65,8 +65,8 @@ def couple(
     if solver.method == "ott":
         state = in_chunks(partial(_solve_by_ott, solver), _never, _keep, pairs, problem)
     else:
-        stages = (partial(stage, solver) for stage in (first_burst, unsolved, finish))
-        state = in_chunks(*stages, at_once=pairs, args=problem)
+        start, check, end = (partial(f, solver) for f in (first_burst, unsolved, finish))
+        state = in_chunks(start, check, end, pairs, problem)
     cost = jnp.vdot(state.f, a) + jnp.vdot(jnp.where(b > 0, state.g, 0), b)
     return Coupling(cost, state.f, state.g, state.barycentre, state.error)
 
@@ -145,7 +145,9 @@ def _solve_by_ott(solver: Solver, problem: tuple) -> State:
     x, a, y, b, epsilon, _ = problem
     costs = Geometry(cost_matrix=half_squared_distances(x, y), epsilon=epsilon)
     sinkhorn = Sinkhorn(threshold=solver.tol, max_iterations=solver.max_iterations)
-    found = sinkhorn(LinearProblem(costs, a, b))
+    # Users may have set JAX to be stricter than ott-jax is.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        found = sinkhorn(LinearProblem(costs, a, b))
     g = found.g - epsilon * log(b)  # ott's potentials are of the plan, ours of its density
     f, g, barycentre, columns, _ = _respond(jnp.where(b > 0, g, 0), x, a, y, b, epsilon)
     return State(f, g, barycentre, jnp.abs(columns - b).sum(), jnp.asarray(found.n_iters))

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -247,20 +248,45 @@ class PointCloud(Measure):
             raise ValueError(
                 f"weights must hold one array for each of {len(points)} clouds; got {len(weights)}"
             )
-        clouds = []
-        for i, cloud in enumerate(points):
-            try:
-                clouds.append(cls(cloud, None if weights is None else weights[i]))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"cloud {i}: {error}") from error
-            if clouds[i].batch_shape != ():
-                shape = clouds[i].points.shape
-                raise ValueError(f"cloud {i}: points must have shape (n, d); got {shape}")
-            if clouds[i].dim != clouds[0].dim:
-                raise ValueError(f"cloud {i}: dimension {clouds[i].dim}, not {clouds[0].dim}")
-            _checks.same_dtype(**{"cloud 0": clouds[0].points, f"cloud {i}": clouds[i].points})
-        atoms = max(cloud.num_atoms for cloud in clouds)
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[c.pad(atoms) for c in clouds])
+        sizes = [np.shape(cloud) for cloud in points]
+        for i, shape in enumerate(sizes):
+            if len(shape) != 2 or 0 in shape or shape[1] != sizes[0][1]:
+                wanted = "(n, d), n, d ≥ 1, with one d for all"
+                raise ValueError(f"points of cloud {i} must have shape {wanted}; got {shape}")
+        if weights is None:
+            weights = [
+                np.full(n, 1 / n, _dtype(x)) for x, (n, _) in zip(points, sizes, strict=True)
+            ]
+        try:
+            atoms = max(n for n, _ in sizes)
+            padded = [_padded(x, atoms, mode="edge") for x in points]
+            return cls(_stack(padded), _stack([_padded(a, atoms) for a in weights]))
+        except (TypeError, ValueError):
+            for i, (x, a) in enumerate(zip(points, weights, strict=True)):
+                try:
+                    cls(x, a)
+                except (TypeError, ValueError) as error:
+                    raise type(error)(f"cloud {i}: {error}") from error
+            raise
+
+
+def _dtype(points: ArrayLike) -> Any:
+    return points.dtype if hasattr(points, "dtype") else jnp.zeros(()).dtype
+
+
+def _padded(array: ArrayLike, atoms: int, **mode: Any) -> Array | np.ndarray:
+    # On the host where possible: padding each shape by JAX would compile each.
+    traced = isinstance(array, jax.core.Tracer)
+    array = array if traced else np.asarray(array)
+    widths = [(0, atoms - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
+    return jnp.pad(array, widths, **mode) if traced else np.pad(array, widths, **mode)
+
+
+def _stack(arrays: list) -> Array | np.ndarray:
+    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
+    if len({str(array.dtype) for array in arrays}) > 1:
+        raise TypeError("clouds must have one dtype; convert them")
+    return jnp.stack(arrays) if traced else np.stack(arrays)
 
 
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:

@@ -117,33 +117,36 @@ def _soft_transform(potential, cost, weights, epsilon):
     return -epsilon * (top + np.log(np.exp(logits - top[:, None]).sum(1)))
 
 
-def entropic_transport(x, a, y, b, epsilon, iterations=300):
-    """OT_ε, f, g, and the barycentric map in extended precision: Sinkhorn's iteration on a
-    ladder of ε, then Newton's, whose directions in double precision suffice."""
+def entropic_transport(x, a, y, b, epsilon):
+    """OT_ε, f, g, and the barycentric map in extended precision: on a ladder of ε, Sinkhorn's
+    iterations and Newton's, whose directions in double precision suffice."""
     x, a, y, b = (np.asarray(v, np.longdouble) for v in (x, a, y, b))
-    epsilon = np.longdouble(epsilon)
+    a, b, epsilon = a / a.sum(), b / b.sum(), np.longdouble(epsilon)
     cost = ((x[:, None] - y[None]) ** 2).sum(-1) / 2
     g, level, on = np.zeros(len(b), np.longdouble), max(cost.max(), epsilon), b > 0
-    while level > epsilon:
-        for _ in range(10):
+    while True:
+        last = level == epsilon
+        for _ in range(100 if last else 10):
             g = _soft_transform(_soft_transform(g, cost, b, level), cost.T, a, level)
-        level = max(level / 2, epsilon)
-    for _ in range(iterations):
-        g = _soft_transform(_soft_transform(g, cost, b, epsilon), cost.T, a, epsilon)
-    for _ in range(50):
-        f = _soft_transform(g, cost, b, epsilon)
-        rows = b[None, on] * np.exp((f[:, None] + g[None, on] - cost[:, on]) / epsilon)
-        columns = a @ rows
-        if abs(columns - b[on]).sum() < 1e-18 * len(b):
+        errors = []
+        while True:
+            f = _soft_transform(g, cost, b, level)
+            rows = b[None, on] * np.exp((f[:, None] + g[None, on] - cost[:, on]) / level)
+            columns = a @ rows
+            errors.append(abs(columns - b[on]).sum())
+            stuck = len(errors) > 30 and min(errors[-20:]) >= min(errors[:-20])
+            if stuck or errors[-1] < (1e-18 if last else 1e-3):
+                break
+            root = np.sqrt(columns)
+            scaled = (np.diag(columns) - (rows.T * a) @ rows) / root / root[:, None]
+            right = ((b[on] - columns) / root).astype(float)
+            step = np.linalg.lstsq(scaled.astype(float), right, rcond=1e-15)[0] / root
+            size = max(np.ptp(step), 1e-300)
+            g[on] = g[on] + level * step * np.log1p(size) / size
+        if last:
             break
-        hessian = np.diag(columns) - (rows.T * a) @ rows
-        root = np.sqrt(columns)
-        scaled = (hessian / root / root[:, None]).astype(float)
-        right = ((b[on] - columns) / root).astype(float)
-        step = np.linalg.lstsq(scaled, right, rcond=1e-15)[0] / root
-        g[on] = g[on] + epsilon * step / max(1, np.ptp(step))
-    else:
-        raise RuntimeError(f"the oracle did not converge: {abs(columns - b[on]).sum()}")
+        level = max(level / 2, epsilon)
+    assert errors[-1] < 1e-14, f"the oracle did not converge: {errors[-1]}"
     g = np.where(on, g, _soft_transform(f, cost.T, a, epsilon))
     return f @ a + g @ b, f, g, rows @ y[on]
 

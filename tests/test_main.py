@@ -6,21 +6,43 @@ import sys
 import numpy as np
 import pytest
 
-import jdam.__main__ as demo
+import jdam
+from jdam.__main__ import main
+from jdam.demo import digits
+from jdam.demo import photographs as demo
+
+
+def rates(lines, names):
+    """The percentages recalled in the first column of each method's line."""
+    found = {}
+    for name in names:
+        (line,) = [line for line in lines if line.startswith(name + "  ")]
+        found[name] = int(line[len(name) :].split()[0])
+    return found
 
 
 def test_demo_draws_and_tabulates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DAMAGES", {"blur": demo.DAMAGES["blur"]})
-    demo.main(["--out", str(tmp_path / "new" / "folder"), "--seed", "3"])
-    figure = tmp_path / "new" / "folder" / "photographs.png"
-    assert figure.stat().st_size > 100_000
+    monkeypatch.setattr(digits, "DAMAGES", {"jitter": digits.jitter, "clutter": digits.clutter})
+    folder = tmp_path / "new" / "folder"
+    main(["--out", str(folder), "--seed", "3"])
+    assert (folder / "photographs.png").stat().st_size > 100_000
+    assert (folder / "digits.png").stat().st_size > 20_000
     lines = capsys.readouterr().out.splitlines()
-    rates = {}
-    for method in demo.METHODS:
-        (line,) = [line for line in lines if line.startswith(method.name + "  ")]
-        rates[method.name] = int(line[len(method.name) :].split()[0])
-    assert rates["Bures"] >= 90
-    assert rates["Bures"] >= rates["Bures, diagonal"] >= 80
+    found = rates(lines, [method.name for method in demo.METHODS])
+    assert found["Bures"] >= 90
+    assert found["Bures"] >= found["Bures, diagonal"] >= 80
+    assert rates(lines, ["SHK, κ = 0"])["SHK, κ = 0"] >= 80  # jittered digits
+
+
+def test_damaged_digits_are_clouds(rng):
+    inks = digits.load_digits()[:3]
+    for spoil in digits.DAMAGES.values():
+        cloud = digits.clouds([spoil(ink, rng) for ink in inks], 64)
+        assert cloud.points.shape == (3, 64, 2)
+    cloud = jdam.PointCloud(np.array([[0.0, 2.5]]))
+    canvas = digits.draw_pixels(cloud).reshape(16, 16)
+    np.testing.assert_allclose(canvas[4, [6, 7]], 0.5**0.5)  # half the ink each, norm 1
 
 
 def test_blocks_roundtrip(rng):
@@ -48,7 +70,7 @@ def test_features_tell_position_and_gradient():
 )
 def test_bad_options_are_named(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        demo.main(arguments)
+        main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 

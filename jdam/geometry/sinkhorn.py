@@ -116,7 +116,8 @@ class Sinkhorn(Geometry):
 
     def compare(self, view, patterns, prepared, guess, exact):
         query = view.query
-        centred = patterns.points - prepared.centre[:, None]
+        centres = jax.lax.stop_gradient(prepared.centre)
+        centred = patterns.points - centres[:, None]
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights, prepared.known)
         one = partial(couple, self._solver)
         found = jax.vmap(one, (None, None, 0, 0, None, 0))(
@@ -124,7 +125,7 @@ class Sinkhorn(Geometry):
         )
         # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
         # centres, and without the digits that large coordinates lose.
-        shift = view.centre[None] - prepared.centre
+        shift = view.centre[None] - centres
         offset = query.weights @ view.centred
         offsets = jnp.vecmat(patterns.weights, centred)
         means = jnp.vecdot(shift, shift / 2 + offset[None] - offsets)

@@ -17,8 +17,7 @@ KINDS = {
     "diagonal": (diagonals, jdam.Bures()),
     "euclidean": (vectors, jdam.Euclidean()),
     "dot product": (vectors, jdam.DotProduct()),
-    "clouds": (clouds, jdam.Sinkhorn(0.5)),
-    "reweighted": (clouds, jdam.Sinkhorn(0.5, hellinger_scale=0.5)),
+    "clouds": (clouds, jdam.Sinkhorn(0.5, hellinger_scale=0.2)),
 }
 #: Those whose D vanishes between equals only, and whose full steps end at patterns.
 METRIC = ["gaussian", "low rank", "diagonal", "euclidean"]
