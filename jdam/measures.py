@@ -254,9 +254,7 @@ class PointCloud(Measure):
                 wanted = "(n, d), n, d ≥ 1, with one d for all"
                 raise ValueError(f"points of cloud {i} must have shape {wanted}; got {shape}")
         if weights is None:
-            weights = [
-                np.full(n, 1 / n, _dtype(x)) for x, (n, _) in zip(points, sizes, strict=True)
-            ]
+            weights = [np.full(n, 1 / n, _dtype(x)) for x, (n, _) in zip(points, sizes)]  # noqa: B905
         try:
             atoms = max(n for n, _ in sizes)
             padded = [_padded(x, atoms, mode="edge") for x in points]
@@ -274,7 +272,7 @@ def _dtype(points: ArrayLike) -> Any:
     return points.dtype if hasattr(points, "dtype") else jnp.zeros(()).dtype
 
 
-def _padded(array: ArrayLike, atoms: int, **mode: Any) -> Array | np.ndarray:
+def _padded(array: Any, atoms: int, **mode: Any) -> Array | np.ndarray:
     # On the host where possible: padding each shape by JAX would compile each.
     traced = isinstance(array, jax.core.Tracer)
     array = array if traced else np.asarray(array)
