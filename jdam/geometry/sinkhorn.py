@@ -208,7 +208,7 @@ class Sinkhorn(Geometry):
 
     def tile(self, patterns):
         numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull
-        budget = 2**15 if jax.default_backend() == "cpu" else 2**24
+        budget = 2**14 if jax.default_backend() == "cpu" else 2**24
         at_once = min(len(patterns), max(1, budget // numbers))
         return max(1, budget // (numbers * at_once)), at_once
 
