@@ -77,8 +77,8 @@ class Sinkhorn(Geometry):
         dtype = _checks.scalar_dtype(hellinger_scale)
         self.hellinger_scale = _checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
         if tol is not None:
-            tol = float(_checks.positive("tol", tol, jnp.dtype(jnp.float32)))
-        self.tol = tol
+            _checks.positive("tol", tol, jnp.dtype(jnp.float32))
+        self.tol = None if tol is None else float(tol)
         self.max_iterations = _checks.positive_int("max_iterations", max_iterations)
         if solver not in ("stabilised", "ott"):
             raise ValueError(f"solver must be 'stabilised' or 'ott'; got {solver!r}")
