@@ -127,7 +127,7 @@ class Outcome:
 def _recall(memory, query, beta):
     """What is recalled, and the nearest pattern of the query itself."""
     first = jnp.argmin(jdam.divergences(memory, query))
-    return jdam.recall(memory, query, beta, max_steps=10), first
+    return jdam.recall(memory, query, beta, max_steps=6), first
 
 
 @jax.jit
