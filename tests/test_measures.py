@@ -220,3 +220,51 @@ def test_derivative_of_the_root_at_a_spherical_covariance(rng):
     b = b + b.T
     gradient = jax.grad(lambda c: jnp.sum(b * jdam.Gaussian.from_covariance(ZERO, c).factor))(EYE)
     np.testing.assert_allclose(gradient, b / 2, atol=1e-12)
+
+
+def test_point_cloud(rng):
+    cloud = jdam.PointCloud(rng.normal(size=(3, 5, 2)))
+    assert (cloud.dim, cloud.num_atoms, cloud.batch_shape, len(cloud)) == (2, 5, (3,), 3)
+    np.testing.assert_allclose(cloud.weights, 0.2)
+    np.testing.assert_allclose(cloud[1].mean, np.asarray(cloud.points[1]).mean(0))
+    padded = cloud.pad(7)
+    assert padded.num_atoms == 7
+    np.testing.assert_allclose(padded.mean, cloud.mean)
+
+
+def test_ragged_clouds(rng):
+    points = [rng.normal(size=(n, 2)) for n in (3, 1, 4)]
+    weights = [rng.dirichlet(np.ones(n)) for n in (3, 1, 4)]
+    cloud = jdam.PointCloud.from_ragged(points, weights)
+    assert cloud.points.shape == (3, 4, 2)
+    np.testing.assert_array_equal(cloud.weights[0], np.append(weights[0], 0))
+    uniform = jdam.PointCloud.from_ragged(points)
+    np.testing.assert_allclose(uniform.weights[0], [1 / 3, 1 / 3, 1 / 3, 0])
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: jdam.PointCloud(np.ones(3)), ValueError, "points must have shape"),
+        (lambda: jdam.PointCloud(np.ones((2, 2)), np.array([0.5, 0.6])), ValueError, "sum to one"),
+        (lambda: jdam.PointCloud(np.ones((2, 2)), np.array([1.5, -0.5])), ValueError, "≥ 0"),
+        (lambda: jdam.PointCloud(np.full((2, 2), np.nan)), ValueError, "points must be finite"),
+        (lambda: jdam.PointCloud(np.ones((2, 2), int)), TypeError, "floating dtype"),
+        (lambda: jdam.PointCloud.from_ragged([]), ValueError, "at least one cloud"),
+        (
+            lambda: jdam.PointCloud.from_ragged([np.ones((2, 2)), np.ones((2, 3))]),
+            ValueError,
+            "points of cloud 1 must have shape",
+        ),
+        (
+            lambda: jdam.PointCloud.from_ragged(
+                [np.ones((1, 2))] * 2, [np.ones(1), 2 * np.ones(1)]
+            ),
+            ValueError,
+            "cloud 1: weights must sum to one",
+        ),
+    ],
+)
+def test_bad_clouds(make, error, message):
+    with pytest.raises(error, match=message):
+        make()
