@@ -84,7 +84,8 @@ def clouds(inks: list[Ink], atoms: int | None = None) -> jdam.PointCloud:
 def draw_pixels(cloud: jdam.PointCloud) -> jax.Array:
     """Ink shared among the four pixels around each atom; canvases as vectors of norm 1."""
     side = 8 + 2 * MARGIN
-    grid = jnp.arange(side) - MARGIN
+    grid = jnp.arange(-MARGIN, side - MARGIN, dtype=cloud.dtype)
+    grid = grid.reshape((1,) * cloud.points.ndim + (side,))
     near = jnp.maximum(1 - jnp.abs(cloud.points[..., None] - grid), 0)  # (…, n, 2, side)
     canvas = jnp.einsum("...n,...ni,...nj->...ij", cloud.weights, near[..., 0, :], near[..., 1, :])
     vectors = canvas.reshape(*canvas.shape[:-2], -1)
