@@ -90,8 +90,7 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
     @run.def_vmap
     def run_batch(size: int, batched: Any, *args: Any) -> Any:
         rows, join = _split(tuple(batched), args)
-        found = jax.lax.map(jax.vmap(lambda row: function(*join(row))), _cut(rows, at_once))
-        found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+        found = _map_all(lambda row: function(*join(row)), at_once, rows)
         return found, jax.tree.map(lambda _: True, found)
 
     return run(*args)
@@ -124,9 +123,7 @@ def in_chunks(
 
     @jax.custom_batching.custom_vmap
     def many(args: Any) -> Any:
-        size = _batch_size(args)
-        found = jax.lax.map(jax.vmap(quick), _cut(args, at_once))
-        found = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+        found = _map_all(quick, at_once, args)
         return _map_where(jax.vmap(finish), at_once, jax.vmap(unfinished)(found), args, found)
 
     @one.def_vmap
@@ -170,9 +167,9 @@ def _map_where(
     return jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
 
 
-def _cut(args: Any, at_once: int) -> Any:
-    """The batch cut into equal chunks of at most `at_once` along a new leading axis, the last
-    one filled up with copies of its last element."""
+def _map_all(function: Callable[[Any], Any], at_once: int, args: Any) -> Any:
+    """`function` of each row of args, in equal chunks of at most `at_once`, the last one filled
+    up with copies of the last row."""
     size = _batch_size(args)
     count = -(-size // at_once)
     width = -(-size // max(count, 1))
@@ -182,7 +179,8 @@ def _cut(args: Any, at_once: int) -> Any:
         leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
         return leaf.reshape(count, width, *leaf.shape[1:])
 
-    return jax.tree.map(cut, args)
+    found = jax.lax.map(jax.vmap(function), jax.tree.map(cut, args))
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
 
 
 def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

@@ -65,6 +65,8 @@ class _Plan(NamedTuple):
 
 
 class State(NamedTuple):
+    """How far the solution of two clouds has come."""
+
     f: Float[Array, " n"]
     g: Float[Array, " m"]
     barycentre: Float[Array, "n d"]

@@ -254,7 +254,9 @@ class PointCloud(Measure):
                 wanted = "(n, d), n, d ≥ 1, with one d for all"
                 raise ValueError(f"points of cloud {i} must have shape {wanted}; got {shape}")
         if weights is None:
-            weights = [np.full(n, 1 / n, _dtype(x)) for x, (n, _) in zip(points, sizes)]  # noqa: B905
+            weights = [
+                np.full(n, 1 / n, _dtype(x)) for x, (n, _) in zip(points, sizes, strict=True)
+            ]
         try:
             atoms = max(n for n, _ in sizes)
             padded = [_padded(x, atoms, mode="edge") for x in points]

@@ -13,7 +13,7 @@ from jdam.geometry.euclidean import (
     products_err,
     squared_distances,
 )
-from jdam.geometry.protocol import Comparison, Geometry, with_leaves
+from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
 from jdam.linalg import polar, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
@@ -41,9 +41,7 @@ class Bures(Geometry):
                 f"{name} must be a jdam.Gaussian or jdam.DiagonalGaussian for {self}; "
                 f"got {type(measure).__name__}"
             )
-        if len(measure.batch_shape) != batch_ndim:
-            wanted = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
-            raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
+        check_batch_ndim(name, measure, batch_ndim)
         return measure
 
     def match(self, query, patterns):

@@ -119,6 +119,13 @@ class Geometry(eqx.Module):
         return 16, max(1, 2**16 // numbers)
 
 
+def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
+    """Raise unless the `jdam.Measure` has this many batch axes."""
+    if len(measure.batch_shape) != batch_ndim:
+        wanted = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
+        raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
+
+
 def batch_size(patterns: AnyMeasure) -> int:
     """The length of the leading axis that all leaves share."""
     return jax.tree.leaves(patterns)[0].shape[0]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jdam import _checks
 from jdam._scaling import SelfCoupling, Solver, log
 from jdam.entropic import couple, couple_with_itself, self_response
-from jdam.geometry.protocol import Comparison, Geometry
+from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim
 from jdam.linalg import safe_sqrt
 from jdam.measures import PointCloud
 
@@ -89,9 +89,7 @@ class Sinkhorn(Geometry):
             raise TypeError(
                 f"{name} must be a jdam.PointCloud for {self}; got {type(measure).__name__}"
             )
-        if len(measure.batch_shape) != batch_ndim:
-            wanted = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
-            raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
+        check_batch_ndim(name, measure, batch_ndim)
         return measure
 
     def join(self, first, second):
