@@ -99,14 +99,15 @@ def finish(solver: Solver, problem: tuple, first: State) -> State:
     def pending(carry: tuple[Array, State]) -> Array:
         level, state = carry
         more = unsolved(solver, state) | (level > 1)
-        return more & (state.iterations < solver.max_iterations)
+        # Pairs that hold NaN may come along with others.
+        return more & ~jnp.isnan(state.error) & (state.iterations < solver.max_iterations)
 
     def turn(carry: tuple[Array, State]) -> tuple[Array, State]:
         level, last = carry
         burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
         state = _round(solver, (x, a, y, b), level * epsilon, last.g, burst, newton=True)
         level = jnp.where(state.error < POOR, jnp.maximum(level / DESCENT, 1), level)
-        return level, state._replace(iterations=last.iterations + state.iterations)
+        return level, state._replace(iterations=last.iterations + jnp.maximum(state.iterations, 1))
 
     level, state = jax.lax.while_loop(pending, turn, (top, first))
     return state._replace(error=jnp.where(level > 1, jnp.inf, state.error))
