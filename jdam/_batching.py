@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
 
+from jdam._derivatives import jvp
+
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def compute_if(
@@ -25,14 +27,14 @@ def compute_if(
     return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, default, operand))[1]
 
 
-@compute_if.defjvp
+@partial(compute_if.defjvp, symbolic_zeros=True)
 def _compute_if_jvp(function: Callable, primals: tuple, tangents: tuple) -> Any:
     # A loop of unknown length has no reverse mode; what it computes has.
     def select(wanted: Array, default: Any, operand: Any, args: Any) -> Any:
         computed = function(operand, args)
         return jax.tree.map(lambda x, y: jnp.where(wanted, x, y), computed, default)
 
-    return jax.jvp(select, primals, tangents)
+    return jvp(select, primals, tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -70,12 +72,12 @@ def advance_where(
     return run(pending, state, args)
 
 
-@advance_where.defjvp
+@partial(advance_where.defjvp, symbolic_zeros=True)
 def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
     def compute(pending: Array, state: Any, args: Any) -> Any:
         return compute_if(pending, jax.checkpoint(advance), state, state, args)
 
-    return jax.jvp(compute, primals, tangents)
+    return jvp(compute, primals, tangents)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -96,21 +98,22 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
     return run(*args)
 
 
-@in_tiles.defjvp
+@partial(in_tiles.defjvp, symbolic_zeros=True)
 def _in_tiles_jvp(function: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
-    return jax.jvp(function, primals, tangents)
+    return jvp(function, primals, tangents)
 
 
 def in_chunks(
-    quick: Callable[[Any], Any],
-    unfinished: Callable[[Any], Array],
-    finish: Callable[[Any, Any], Any],
+    function: Callable[[Any], Any],
     at_once: int,
     args: Any,
+    *,
+    unfinished: Callable[[Any], Array] = lambda _: jnp.array(False),
+    finish: Callable[[Any, Any], Any] | None = None,
 ) -> Any:
-    """`found = quick(args)`, and `finish(args, found)` instead if `unfinished(found)`.
+    """`found = function(args)`, and `finish(args, found)` instead if `unfinished(found)`.
 
-    Under `jax.vmap`, however nested, the whole batch is flattened. `quick` is mapped over it
+    Under `jax.vmap`, however nested, the whole batch is flattened. `function` is mapped over it
     `at_once` elements at a time, so that each chunk's loops end when its own elements are done;
     then the unfinished elements are gathered, and `finish` is mapped over these likewise. The
     functions must not close over traced values.
@@ -118,12 +121,16 @@ def in_chunks(
 
     @jax.custom_batching.custom_vmap
     def one(args: Any) -> Any:
-        found = quick(args)
+        found = function(args)
+        if finish is None:
+            return found
         return jax.lax.cond(unfinished(found), finish, lambda _, found: found, args, found)
 
     @jax.custom_batching.custom_vmap
     def many(args: Any) -> Any:
-        found = _map_all(quick, at_once, args)
+        found = _map_all(function, at_once, args)
+        if finish is None:
+            return found
         return _map_where(jax.vmap(finish), at_once, jax.vmap(unfinished)(found), args, found)
 
     @one.def_vmap

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jdam._derivatives import jvp
 from jdam.energy import GibbsAverage
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
@@ -88,10 +89,10 @@ def _first_accepted(search: Any, args: tuple) -> tuple[Int[Array, ""], Place]:
     return attempt - 1, place
 
 
-@_first_accepted.defjvp
+@partial(_first_accepted.defjvp, symbolic_zeros=True)
 def _first_accepted_jvp(search: Any, primals: tuple, tangents: tuple) -> Any:
     # Which attempt is accepted is piecewise constant.
     (args,), (dargs,) = primals, tangents
     attempt, _ = _first_accepted(search, args)
-    place, dplace = jax.jvp(partial(_move_and_look, search, attempt), (args[:2],), (dargs[:2],))
+    place, dplace = jvp(partial(_move_and_look, search, attempt), (args[:2],), (dargs[:2],))
     return (attempt, place), (jnp.zeros((), jax.dtypes.float0), dplace)

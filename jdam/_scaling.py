@@ -26,6 +26,7 @@ class Solver:
     method: str = "stabilised"
 
 
+@jax.custom_jvp
 def half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
     """½|xⱼ − yₖ|² from differences, one dimension after the other: digits that the expanded
     square loses, and no array (n, m, d)."""
@@ -36,6 +37,14 @@ def half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Fl
 
     start = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
     return jax.lax.scan(add, start, (x.T, y.T))[0] / 2
+
+
+@half_squared_distances.defjvp
+def _half_squared_distances_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    # ⟨xⱼ − yₖ, dxⱼ − dyₖ⟩ by products: a derivative needs no more digits than coordinates have.
+    (x, y), (dx, dy) = primals, tangents
+    own = jnp.vecdot(x, dx)[:, None] + jnp.vecdot(y, dy)[None]
+    return half_squared_distances(x, y), own - x @ dy.T - dx @ y.T
 
 
 def log(weights: Float[Array, " n"]) -> Float[Array, " n"]:

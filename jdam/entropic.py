@@ -19,6 +19,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._batching import in_chunks
+from jdam._derivatives import jvp, moves, vdot
 from jdam._scaling import (
     SelfCoupling,
     Solver,
@@ -63,20 +64,12 @@ def couple(
     problem = (x, a, y, b, epsilon, guess)
     pairs = _pairs_at_once(x.shape[0] * y.shape[0])
     if solver.method == "ott":
-        state = in_chunks(partial(_solve_by_ott, solver), _never, _keep, pairs, problem)
+        state = in_chunks(partial(_solve_by_ott, solver), pairs, problem)
     else:
         start, check, end = (partial(f, solver) for f in (first_burst, unsolved, finish))
-        state = in_chunks(start, check, end, pairs, problem)
+        state = in_chunks(start, pairs, problem, unfinished=check, finish=end)
     cost = jnp.vdot(state.f, a) + jnp.vdot(jnp.where(b > 0, state.g, 0), b)
     return Coupling(cost, state.f, state.g, state.barycentre, state.error)
-
-
-def _never(found: Any) -> Array:
-    return jnp.array(False)
-
-
-def _keep(args: Any, found: Any) -> Any:
-    return found
 
 
 def _pairs_at_once(size: int) -> int:
@@ -85,39 +78,64 @@ def _pairs_at_once(size: int) -> int:
     return max(1, numbers // size)
 
 
-def _respond(
-    g: Array, x: Array, a: Array, y: Array, b: Array, epsilon: Array
-) -> tuple[Array, Array, Array, Array, Array]:
-    """All that g on the atoms of ν determines: f = g^{c,ε}, g extended to atoms of weight 0,
-    the barycentric map, the plan's columns, and its rows E as densities against ν."""
-    cost = half_squared_distances(x, y)
-    on = b > 0
-    f = epsilon * soft_minimum(jnp.where(on, g, 0)[None] / epsilon - cost / epsilon, b[None])
-    extended = epsilon * soft_minimum((f[:, None] - cost).T / epsilon, a[None])
-    g = jnp.where(on, g, extended)
-    density = density_of(cost, epsilon, f, g)
-    barycentre = density @ (b[:, None] * y)
-    return f, g, barycentre, b * (a @ density), density
+class Response(NamedTuple):
+    """What a potential on the atoms x of one cloud says of atoms y of another."""
+
+    potential: Float[Array, " m"]  # g = f^{c,ε}
+    barycentre: Float[Array, "m d"]  # T(yₖ) = Σⱼ Pⱼₖxⱼ / bₖ
+    spent: Float[Array, " m"]  # Σⱼ PⱼₖCⱼₖ / bₖ
+    density: Float[Array, "m n"]  # of the plan, against the product of weights
 
 
-def _dual(
-    f: Array, g: Array, x: Array, a: Array, y: Array, b: Array, epsilon: Array
-) -> Float[Array, ""]:
-    """⟨f, a⟩ + ⟨g, b⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1), of which OT_ε is the maximum."""
-    density = density_of(half_squared_distances(x, y), epsilon, f, g)
-    return jnp.vdot(f, a) + jnp.vdot(g, b) - epsilon * (a @ density @ b - 1)
+def respond(
+    f: Float[Array, " n"],
+    x: Float[Array, "n d"],
+    a: Float[Array, " n"],
+    y: Float[Array, "m d"],
+    epsilon: Float[Array, ""],
+) -> Response:
+    """The soft c-transform g = f^{c,ε}, and the plan of f and g, all of whose mass at yₖ is bₖ
+    whatever f is."""
+    cost = half_squared_distances(y, x)
+    f = jnp.where(a > 0, f, 0)
+    g = epsilon * soft_minimum((f[None] - cost) / epsilon, a[None])
+    density = density_of(cost, epsilon, g, f)
+    return Response(g, density @ (a[:, None] * x), (density * cost) @ a, density)
 
 
-@couple.defjvp
+@jax.custom_jvp
+def _respond_in_chunks(
+    f: Array, x: Array, a: Array, y: Array, epsilon: Array
+) -> tuple[Array, Array, Array]:
+    """`respond` without the density; of a vmapped batch, a few pairs at a time."""
+    pairs = _pairs_at_once(x.shape[0] * y.shape[0])
+    return in_chunks(_respond_to, pairs, (f, x, a, y, epsilon))
+
+
+def _respond_to(args: tuple) -> tuple[Array, Array, Array]:
+    answer = respond(*args)
+    return answer.potential, answer.barycentre, answer.spent
+
+
+@partial(_respond_in_chunks.defjvp, symbolic_zeros=True)
+def _respond_in_chunks_jvp(primals: tuple, tangents: tuple) -> Any:
+    return jvp(lambda *args: _respond_to(args), primals, tangents)
+
+
+@partial(couple.defjvp, symbolic_zeros=True)
 def _couple_jvp(solver: Solver, primals: tuple, tangents: tuple) -> tuple[Coupling, Coupling]:
     solved = couple(solver, *primals)
     problem, dproblem = primals[:-1], tangents[:-1]  # the guess changes nothing
+
+    def answer(g: Array, x: Array, a: Array, y: Array, b: Array, epsilon: Array) -> tuple:
+        found = respond(g, y, b, x, epsilon)
+        return found.potential, found.barycentre, b * (a @ found.density), found.density
+
+    # The columns are b, so that (∂columns/∂g) dg = db − (∂columns/∂problem) dproblem.
     _, a, _, b, epsilon = problem
     on = b > 0
-
-    # Columns(problem, g) = b, so that (∂columns/∂g) dg = db − (∂columns/∂problem) dproblem.
-    *_, columns, density = _respond(solved.g, *problem)
-    dcolumns = jax.jvp(lambda *p: _respond(solved.g, *p)[3], problem, dproblem)[1]
+    found, dfound = jvp(partial(answer, solved.g), problem, dproblem)
+    columns, density = found[2:]
 
     def hessian(d: Array) -> Array:
         crossed = b * ((a * (density @ (b * d))) @ density)
@@ -128,11 +146,25 @@ def _couple_jvp(solver: Solver, primals: tuple, tangents: tuple) -> tuple[Coupli
         precision = float(jnp.finfo(right.dtype).eps)
         return conjugate_gradients(matvec, right, diagonal, precision, 2 * right.size + 50)[0]
 
-    right = epsilon * jnp.where(on, dproblem[3] - dcolumns, 0)
+    db = dproblem[3] if moves(dproblem[3]) else jnp.zeros_like(b)
+    right = epsilon * jnp.where(on, db - dfound[2], 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
-    (f, g, *_), (df, dg, dbarycentre, *_) = jax.jvp(_respond, (solved.g, *problem), (dg, *dproblem))
-    dcost = jax.jvp(lambda *p: _dual(f, g, *p), problem, dproblem)[1]
+    df, dbarycentre, *_ = jvp(answer, (solved.g, *problem), (dg, *dproblem))[1]
+    dcost = _dcost(solved.f, solved.barycentre, solved.cost, problem, dproblem)
     return solved, Coupling(dcost, df, dg, dbarycentre, jnp.zeros_like(solved.error))
+
+
+def _dcost(f: Array, barycentre: Array, cost: Array, problem: tuple, dproblem: tuple) -> Array:
+    """dOT_ε = ⟨f, da⟩ + ⟨g, db⟩ + Σ aⱼ⟨xⱼ − T(xⱼ), dxⱼ⟩ + Σ bₖ⟨yₖ − T(yₖ), dyₖ⟩ + KL dε, by the
+    envelope theorem; KL(P | a⊗b) = (OT_ε − ⟨P, C⟩)/ε."""
+    x, a, y, b, epsilon = problem
+    dx, da, dy, db, depsilon = dproblem
+    total = vdot(f, da) + vdot(a[:, None] * (x - barycentre), dx)
+    if any(map(moves, (dy, db, depsilon))):
+        g, counterpart, spent = _respond_in_chunks(f, x, a, y, epsilon)
+        total += vdot(g, db) + vdot(b[:, None] * (y - counterpart), dy)
+        total += vdot((cost - jnp.vdot(b, spent)) / epsilon, depsilon)
+    return total
 
 
 def _solve_by_ott(solver: Solver, problem: tuple) -> State:
@@ -149,8 +181,9 @@ def _solve_by_ott(solver: Solver, problem: tuple) -> State:
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         found = sinkhorn(LinearProblem(costs, a, b))
     g = found.g - epsilon * log(b)  # ott's potentials are of the plan, ours of its density
-    f, g, barycentre, columns, _ = _respond(jnp.where(b > 0, g, 0), x, a, y, b, epsilon)
-    return State(f, g, barycentre, jnp.abs(columns - b).sum(), jnp.asarray(found.n_iters))
+    answer = respond(g, y, b, x, epsilon)
+    error = jnp.abs(b * (a @ answer.density) - b).sum()
+    return State(answer.potential, g, answer.barycentre, error, jnp.asarray(found.n_iters))
 
 
 # ------------------------------------------------------------------ a cloud and itself
@@ -169,30 +202,25 @@ def couple_with_itself(
     if known is not None:
         return known
     pairs = _pairs_at_once(x.shape[0] ** 2)
-    return in_chunks(partial(solve_self, solver), _never, _keep, pairs, (x, a, epsilon))
+    return in_chunks(partial(solve_self, solver), pairs, (x, a, epsilon))
 
 
-def self_response(
-    h: Float[Array, " n"], x: Float[Array, "n d"], a: Float[Array, " n"], epsilon: Float[Array, ""]
-) -> tuple[Float[Array, " n"], Float[Array, "n d"]]:
-    """h^{c,ε}, which is h where h is the symmetric potential, and the barycentric map T(xⱼ)."""
-    cost = half_squared_distances(x, x)
-    f = epsilon * soft_minimum((h[None] - cost) / epsilon, a[None])
-    return f, density_of(cost, epsilon, f, h) @ (a[:, None] * x)
-
-
-@couple_with_itself.defjvp
+@partial(couple_with_itself.defjvp, symbolic_zeros=True)
 def _couple_with_itself_jvp(
     solver: Solver, primals: tuple, tangents: tuple
 ) -> tuple[SelfCoupling, SelfCoupling]:
     solved = couple_with_itself(solver, *primals)
-    problem, dproblem, h = primals[:3], tangents[:3], solved.potential
+    problem, h = primals[:3], solved.potential
+    x, a, epsilon = problem
+
+    def answer(h: Array, x: Array, a: Array, epsilon: Array) -> Array:
+        return respond(h, x, a, x, epsilon).potential
 
     # h = h^{c,ε}, so that (I + E) dh = (∂h^{c,ε}/∂problem) dproblem.
-    right = jax.jvp(lambda *p: self_response(h, *p)[0], problem, dproblem)[1]
+    right = jvp(partial(answer, h), problem, tangents[:3])[1]
 
     def plus_plan(d: Array) -> Array:
-        return d - jax.jvp(lambda h: self_response(h, *problem)[0], (h,), (d,))[1]
+        return d - jax.jvp(lambda h: answer(h, *problem), (h,), (d,))[1]
 
     def solve(matvec: Any, right: Array) -> Array:
         rounds = math.ceil(-math.log(float(jnp.finfo(right.dtype).eps)) / math.log(3))
@@ -201,5 +229,8 @@ def _couple_with_itself_jvp(
         )
 
     dh = jax.lax.custom_linear_solve(plus_plan, right, solve, transpose_solve=solve)
-    dcost = jax.jvp(lambda x, a, e: _dual(h, h, x, a, x, a, e), problem, dproblem)[1]
+    _, barycentre, spent = _respond_in_chunks(h, x, a, x, epsilon)
+    dx, da, depsilon = tangents[:3]
+    dcost = 2 * vdot(h, da) + 2 * vdot(a[:, None] * (x - barycentre), dx)
+    dcost += vdot((solved.cost - jnp.vdot(a, spent)) / epsilon, depsilon)
     return solved, SelfCoupling(dcost, dh, jnp.zeros_like(solved.error))

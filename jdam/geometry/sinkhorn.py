@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jdam import _checks
 from jdam._scaling import SelfCoupling, Solver, log
-from jdam.entropic import couple, couple_with_itself, self_response
+from jdam.entropic import couple, couple_with_itself, respond
 from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim
 from jdam.linalg import safe_sqrt
 from jdam.measures import PointCloud
@@ -109,8 +109,8 @@ class Sinkhorn(Geometry):
         centre = jax.lax.stop_gradient(query.mean)
         centred = query.points - centre[None]
         known = self._couple_with_itself(centred, query.weights)
-        _, barycentre = self_response(known.potential, centred, query.weights, self.epsilon)
-        return View(query, centre, centred, known, barycentre)
+        answer = respond(known.potential, centred, query.weights, centred, self.epsilon)
+        return View(query, centre, centred, known, answer.barycentre)
 
     def compare(self, view, patterns, prepared, guess, exact):
         query = view.query
