@@ -2,10 +2,19 @@
 
 from importlib.metadata import version as _version
 
+from jdam.adjoint import Implicit as Implicit
+from jdam.adjoint import OneStep as OneStep
 from jdam.adjoint import Unrolled as Unrolled
+from jdam.attention import attend as attend
 from jdam.energy import divergences as divergences
 from jdam.energy import energy as energy
 from jdam.energy import gibbs_weights as gibbs_weights
+from jdam.fit import Fit as Fit
+from jdam.fit import FitState as FitState
+from jdam.fit import Learner as Learner
+from jdam.fit import descend as descend
+from jdam.fit import fit as fit
+from jdam.fit import recall_error as recall_error
 from jdam.geometry import Bures as Bures
 from jdam.geometry import DotProduct as DotProduct
 from jdam.geometry import Euclidean as Euclidean
@@ -22,5 +31,8 @@ from jdam.recall import Trace as Trace
 from jdam.recall import recall as recall
 from jdam.recall import step as step
 from jdam.search import Exhaustive as Exhaustive
+from jdam.separation import Entmax as Entmax
+from jdam.separation import Epanechnikov as Epanechnikov
+from jdam.separation import LogSumExp as LogSumExp
 
 __version__ = _version("jdam")

@@ -1,7 +1,8 @@
 """One move of recall and the look that follows it: moves that do not raise the energy."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,13 @@ class Walk(NamedTuple):
     ended: Bool[Array, ""]  # no move lowers the energy by more than the geometry resolves
 
 
-def start(search: Any, memory: Memory, measure: AnyMeasure, beta: Float[Array, ""]) -> Walk:
+#: (memory, query, β, guess) ↦ what the query learns from the patterns, and the mass left out.
+Look: TypeAlias = Callable[..., tuple[GibbsAverage, Float[Array, ""]]]
+
+
+def start(look: Look, memory: Memory, measure: AnyMeasure, beta: Float[Array, ""]) -> Walk:
     """A walk that has not looked yet."""
-    found, neglected = jax.eval_shape(search.look, memory, measure, beta)
+    found, neglected = jax.eval_shape(look, memory, measure, beta)
     found, neglected = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (found, neglected)
     )
@@ -42,15 +47,15 @@ def start(search: Any, memory: Memory, measure: AnyMeasure, beta: Float[Array, "
     return Walk(Place(measure, found, neglected), no, jnp.array(0, jnp.int32), no)
 
 
-def go_on(search: Any, walk: Walk, args: tuple[Memory, Array, Array]) -> Walk:
+def go_on(look: Look, walk: Walk, args: tuple[Memory, Array, Array]) -> Walk:
     """Move, except on the first turn, and look: the first of ever more cautious attempts that
     does not raise the energy. `args` are memory, β and step size."""
     memory, *_ = args
     geometry, yes = memory.geometry, jnp.array(True)
     if geometry.attempts == 1:
-        return walk._replace(place=_move_and_look(search, walk.attempt, (walk, args)), looked=yes)
+        return walk._replace(place=_move_and_look(look, walk.attempt, (walk, args)), looked=yes)
     resolution = geometry.resolution(memory.patterns)
-    attempt, place = _first_accepted(search, (walk, args, resolution))
+    attempt, place = _first_accepted(look, (walk, args, resolution))
     gain = walk.place.found.energy - place.found.energy
     keep = walk.looked & ~(gain >= 0)
     place = jax.tree.map(lambda new, old: jnp.where(keep, old, new), place, walk.place)
@@ -58,24 +63,34 @@ def go_on(search: Any, walk: Walk, args: tuple[Memory, Array, Array]) -> Walk:
     return Walk(place, yes, jnp.maximum(attempt - 1, 0), walk.looked & ~(gain > resolution))
 
 
-def _move_and_look(search: Any, attempt: Any, args: tuple) -> Place:
+def _move_and_look(look: Look, attempt: Any, args: tuple) -> Place:
     walk, (memory, beta, step_size) = args
-    found = walk.place.found
+    measure, found, _ = walk.place
+    moved = move(memory, measure, found, step_size, attempt)
+    measure = jax.tree.map(lambda new, old: jnp.where(walk.looked, new, old), moved, measure)
+    return Place(measure, *look(memory, measure, beta, found.guess))
+
+
+def move(
+    memory: Memory,
+    measure: AnyMeasure,
+    found: GibbsAverage,
+    step_size: Float[Array, ""],
+    attempt: Any = 0,
+) -> AnyMeasure:
+    """One move of `Geometry.move`; none where no pattern is within reach."""
     moved = memory.geometry.move(found.view, found.pull, step_size, attempt)
-    measure = jax.tree.map(
-        lambda new, old: jnp.where(walk.looked, new, old), moved, walk.place.measure
-    )
-    return Place(measure, *search.look(memory, measure, beta, found.guess))
+    return jax.tree.map(lambda new, old: jnp.where(found.weight == 0, old, new), moved, measure)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_accepted(search: Any, args: tuple) -> tuple[Int[Array, ""], Place]:
+def _first_accepted(look: Look, args: tuple) -> tuple[Int[Array, ""], Place]:
     walk, rest, resolution = args
     most = rest[0].geometry.attempts
 
     def turn(carry: tuple) -> tuple:
         attempt, _, _ = carry
-        place = _move_and_look(search, attempt, (walk, rest))
+        place = _move_and_look(look, attempt, (walk, rest))
         rise = place.found.energy - walk.place.found.energy
         return attempt + 1, ~walk.looked | (rise <= resolution), place
 
@@ -90,9 +105,9 @@ def _first_accepted(search: Any, args: tuple) -> tuple[Int[Array, ""], Place]:
 
 
 @partial(_first_accepted.defjvp, symbolic_zeros=True)
-def _first_accepted_jvp(search: Any, primals: tuple, tangents: tuple) -> Any:
+def _first_accepted_jvp(look: Look, primals: tuple, tangents: tuple) -> Any:
     # Which attempt is accepted is piecewise constant.
     (args,), (dargs,) = primals, tangents
-    attempt, _ = _first_accepted(search, args)
-    place, dplace = jvp(partial(_move_and_look, search, attempt), (args[:2],), (dargs[:2],))
+    attempt, _ = _first_accepted(look, args)
+    place, dplace = jvp(partial(_move_and_look, look, attempt), (args[:2],), (dargs[:2],))
     return (attempt, place), (jnp.zeros((), jax.dtypes.float0), dplace)

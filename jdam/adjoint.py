@@ -1,40 +1,145 @@
 """How recall loops, and with that how it is differentiated."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
+from jax.scipy.sparse.linalg import gmres
 
 from jdam._batching import advance_where
+from jdam.geometry.protocol import AnyMeasure
+
+
+class Loop(NamedTuple):
+    """What recall repeats, in functions that close over nothing traced: `args` is all that is
+    not state."""
+
+    advance: Callable[[Any, Any], Any]  # (state, args) ↦ the next state
+    pending: Callable[[Any, Any], Array]  # (state, args) ↦ whether it is not the last
+    observe: Callable[[Any], Any]  # what to keep of every state
+    measure: Callable[[Any], AnyMeasure]  # where a state is
+    settle: Callable[
+        [Any, AnyMeasure, Any], Any
+    ]  # (state, measure, args) ↦ a state seen from there
+    step: Callable[[AnyMeasure, Any], AnyMeasure]  # (measure, args) ↦ Φ(measure)
+    length: int  # at most so many times
+    at_once: int  # states of a vmapped batch that advance together
+
+    def run(self, state: Any, args: Any) -> tuple[Any, Any]:
+        """The last state, and `observe` of the state after each time, stacked."""
+
+        def body(state: Any, _: None) -> tuple[Any, Any]:
+            pending = self.pending(state, args)
+            state = advance_where(self.advance, self.at_once, pending, state, args)
+            return state, self.observe(state)
+
+        return jax.lax.scan(body, state, None, self.length)
+
+
+class Adjoint(ABC):
+    """How to differentiate a recall."""
+
+    @abstractmethod
+    def run(self, loop: Loop, state: Any, args: Any) -> tuple[Any, Any]:
+        """`loop.run(state, args)`, with derivatives."""
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Adjoint):
     """Differentiate through the steps that were taken, in forward or reverse mode.
 
-    Reverse mode keeps one measure a step and recomputes the rest; its result is the exact
+    Reverse mode keeps one state a step and computes the rest again; its result is the exact
     derivative of what `recall` returned, converged or not.
     """
 
-    def loop(
-        self,
-        advance: Callable[[Any, Any], Any],
-        pending: Callable[[Any], Array],
-        observe: Callable[[Any], Any],
-        state: Any,
-        args: Any,
-        *,
-        length: int,
-        at_once: int,
-    ) -> tuple[Any, Any]:
-        """`state ← advance(state, args)` up to `length` times, while `pending(state)`;
-        returns the last state and `observe(state)` after each time, stacked. Of a vmapped
-        batch, `at_once` states advance together."""
+    def run(self, loop, state, args):
+        return loop.run(state, args)
 
-        def body(state: Any, _: None) -> tuple[Any, Any]:
-            state = advance_where(advance, at_once, pending(state), state, args)
-            return state, observe(state)
 
-        return jax.lax.scan(body, state, None, length)
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """Differentiate the fixed point ξ = Φ(ξ, θ) itself, by the implicit function theorem:
+
+        (I − ∂Φ/∂ξ) dξ = (∂Φ/∂θ) dθ.
+
+    Memory does not depend on the number of steps, and the cost is that of one linear solve, by
+    GMRES to a relative accuracy `tol` (eps^0.8 of the dtype if None). Right where the recall
+    has converged, and as near as it has; `Status.MAX_STEPS` says that it has not.
+
+    Where I − ∂Φ/∂ξ is singular, because Φ conserves something of the query (rotations of a
+    factor, which are no part of the measure; the weights of a point cloud if κ = 0), that part of
+    dξ is the query's own, as it is with `Unrolled`. Entries of the trace have derivative zero.
+
+    **Raises:** `TypeError` or `ValueError` unless `tol` is None or a number > 0.
+    """
+
+    tol: float | None = None
+
+    def __post_init__(self):
+        if self.tol is not None and (isinstance(self.tol, bool) or not self.tol > 0):
+            raise ValueError(f"tol must be None or > 0; got {self.tol!r}")
+
+    def run(self, loop, state, args):
+        return _at_fixed_point(self._solve, loop, state, args)
+
+    def _solve(self, contraction: Any, direct: AnyMeasure, start: AnyMeasure) -> AnyMeasure:
+        """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct."""
+
+        def residual(d: AnyMeasure) -> AnyMeasure:
+            return jax.tree.map(jnp.subtract, d, contraction(d))
+
+        def solve(matvec: Any, right: AnyMeasure) -> AnyMeasure:
+            leaves = jax.tree.leaves(right)
+            eps = float(jnp.finfo(leaves[0].dtype).eps)
+            tol = eps**0.8 if self.tol is None else float(self.tol)
+            size = sum(leaf.size for leaf in leaves)
+            return gmres(
+                matvec,
+                right,
+                tol=tol,
+                restart=min(32, size),
+                maxiter=32,
+                solve_method="incremental",
+            )[0]
+
+        # Not by gmres alone, whose own rule of transposition fails on tangents.
+        right = jax.tree.map(jnp.subtract, direct, residual(start))
+        found = jax.lax.custom_linear_solve(residual, right, solve, transpose_solve=solve)
+        return jax.tree.map(jnp.add, start, found)
+
+
+@dataclass(frozen=True)
+class OneStep(Adjoint):
+    """Differentiate the last step alone, as if it had started from a constant.
+
+    The cheapest derivative, dξ = (∂Φ/∂θ) dθ: off by about the contraction factor of Φ, which at
+    high β is tiny, and zero in the query (one-step differentiation: Bolte, Pauwels and Vaiter,
+    arXiv:2305.13768).
+    """
+
+    def run(self, loop, state, args):
+        return _at_fixed_point(lambda _, direct, start: direct, loop, state, args)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _at_fixed_point(solve: Any, loop: Loop, state: Any, args: Any) -> tuple[Any, Any]:
+    return loop.run(state, args)
+
+
+@_at_fixed_point.defjvp
+def _at_fixed_point_jvp(solve: Any, loop: Loop, primals: tuple, tangents: tuple) -> Any:
+    end, trace = _at_fixed_point(solve, loop, *primals)
+    (_, args), (dstart, dargs) = primals, tangents
+    measure = loop.measure(end)
+
+    _, contraction = jax.linearize(lambda measure: loop.step(measure, args), measure)
+    direct = jax.jvp(lambda args: loop.step(measure, args), (args,), (dargs,))[1]
+    dmeasure = solve(contraction, direct, loop.measure(dstart))
+    _, dend = jax.jvp(partial(loop.settle, end), (measure, args), (dmeasure, dargs))
+    _, dtrace = jax.jvp(lambda: trace, (), ())
+    return (end, trace), (dend, dtrace)

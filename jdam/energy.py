@@ -15,8 +15,10 @@ from jaxtyping import Float, Int
 from jdam import _checks
 from jdam._batching import compute_if, in_tiles
 from jdam._compile import compiled, working_dtype
-from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison
+from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison, batch_size
 from jdam.memory import Memory, check_against
+from jdam.separation import LogSumExp, Separation, heaviest, levels, mass
+from jdam.separation import check as check_separation
 
 
 class GibbsAverage(NamedTuple):
@@ -36,12 +38,15 @@ def gibbs_average(
     query: AnyMeasure,
     beta: Float[Array, ""],
     *,
+    separation: Separation = LogSumExp(),
     block_size: int | None = None,
     with_pull: bool = True,
     guess: Any = None,
 ) -> GibbsAverage:
-    """The Gibbs average of the pulls: from approximate divergences where they are good enough,
-    from exact ones if not."""
+    """The energy and the weighted average of the pulls: from approximate divergences where they
+    are good enough, from exact ones if not."""
+    if not isinstance(separation, LogSumExp):
+        return _average_in_two(memory, query, beta, guess, block_size, with_pull, separation)
 
     def average(query: AnyMeasure, args: tuple[Memory, Array, Any], *, exact: bool) -> GibbsAverage:
         memory, beta, guess = args
@@ -64,11 +69,8 @@ def _average(
     with_pull: bool,
     exact: bool,
 ) -> GibbsAverage:
-    """The Gibbs average, accumulated over blocks of patterns relative to the
-    lowest level so far (online softmax), where a level is Dᵢ − β⁻¹ log πᵢ.
-
-    Levels are subtracted before β multiplies them, so that the lowest has mass 1 exactly
-    however large βD is."""
+    """The average by `LogSumExp`, accumulated over blocks of patterns relative to the lowest
+    level so far (online softmax)."""
     view = memory.geometry.view(query)
 
     def compare(block: _Block) -> Comparison:
@@ -76,18 +78,18 @@ def _average(
 
     def absorb(running: _Running, block: _Block) -> tuple[_Running, Any]:
         found = compare(block)
-        levels = _levels(found.divergence, block.log_prior, beta)
+        height = levels(found.divergence, block.log_prior, beta)
         # Energy and average do not depend on the reference, only their rounding does.
-        heights = jax.lax.stop_gradient(levels)
-        low = heights.min()
+        fixed = jax.lax.stop_gradient(height)
+        low = fixed.min()
         lowest = jnp.minimum(running.lowest, low)
         reference = jnp.where(lowest == jnp.inf, 0, lowest)  # a block may be switched off whole
-        masses = _mass(levels - reference, beta)
-        decay = _mass(running.lowest - reference, beta)
+        masses = mass(height - reference, beta)
+        decay = mass(running.lowest - reference, beta)
         return _Running(
             lowest=lowest,
             nearest=jnp.where(
-                low < running.lowest, block.start + _first(heights == low), running.nearest
+                low < running.lowest, block.start + _first(fixed == low), running.nearest
             ),
             mass=decay * running.mass + masses.sum(),
             pull=jax.tree.map(
@@ -95,19 +97,15 @@ def _average(
                 running.pull,
                 found.pull if with_pull else None,
             ),
-            unsolved=decay * running.unsolved
-            + (0 if found.missed is None else jnp.where(found.missed, masses, 0).sum()),
+            unsolved=decay * running.unsolved + _missed(found, masses),
         ), found.guess
 
     blocks = _blocks(memory, block_size, guess)
-    pulls = jax.eval_shape(compare, _first_block(blocks)).pull
     start = _Running(
         lowest=jnp.array(jnp.inf, memory.dtype),
         nearest=jnp.array(0, jnp.int32),
         mass=jnp.array(0, memory.dtype),
-        pull=jax.tree.map(
-            lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls if with_pull else None
-        ),
+        pull=_no_pull(compare, blocks) if with_pull else None,
         unsolved=jnp.array(0, memory.dtype),
     )
     end, guesses = _over_blocks(absorb, start, blocks)
@@ -120,6 +118,63 @@ def _average(
         unsolved=jax.lax.stop_gradient(end.unsolved / end.mass),
         guess=_in_a_row(guesses, len(memory)),
     )
+
+
+def _average_in_two(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    guess: Any,
+    block_size: int | None,
+    with_pull: bool,
+    separation: Separation,
+) -> GibbsAverage:
+    """The average by weights that are known only when all divergences are: a pass over the
+    patterns for these, and one for the pulls, unless one block is all."""
+    view = memory.geometry.view(query)
+
+    def compare(block: _Block) -> Comparison:
+        return memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
+
+    def absorb(total: AnyMeasure, weighted: tuple[_Block, Array]) -> tuple[AnyMeasure, None]:
+        block, weights = weighted
+        pulls = compare(block).pull
+        return jax.tree.map(lambda x, y: x + jnp.tensordot(weights, y, 1), total, pulls), None
+
+    blocks = _blocks(memory, block_size, guess)
+    once = batch_size(blocks) == 1  # all pulls fit in memory together
+
+    def look(_: None, block: _Block) -> tuple[None, Comparison]:
+        found = compare(block)
+        return None, found if once and with_pull else found._replace(pull=None)
+
+    found = _in_a_row(_over_blocks(look, None, blocks)[1], len(memory))
+    weights = separation.weights(found.divergence, memory.log_prior, beta)
+    pull = jax.tree.map(lambda pulls: jnp.tensordot(weights, pulls, 1), found.pull)
+    if with_pull and not once:
+        blocks = _blocks(memory, block_size, found.guess)
+        count, size = jax.tree.leaves(blocks.patterns)[0].shape[:2]
+        padded = jnp.pad(weights, (0, count * size - len(memory))).reshape(count, size)
+        pull, _ = _over_blocks(absorb, _no_pull(compare, blocks), (blocks, padded))
+    return GibbsAverage(
+        view=view,
+        energy=separation.energy(found.divergence, memory.log_prior, beta),
+        pull=pull,
+        nearest=heaviest(weights, found.divergence),
+        weight=weights.max(),
+        unsolved=jax.lax.stop_gradient(jnp.asarray(_missed(found, weights), memory.dtype)),
+        guess=found.guess,
+    )
+
+
+def _no_pull(compare: Callable[[Any], Comparison], blocks: Any) -> AnyMeasure:
+    pulls = jax.eval_shape(compare, jax.tree.map(lambda leaf: leaf[0], blocks)).pull
+    return jax.tree.map(lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls)
+
+
+def _missed(found: Comparison, masses: Array) -> Array | int:
+    """The mass of comparisons that missed their tolerance."""
+    return 0 if found.missed is None else jnp.where(found.missed, masses, 0).sum()
 
 
 def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
@@ -138,10 +193,7 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 @compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    def look(memory: Memory, query: AnyMeasure) -> Array:
-        return _for_each_pattern(memory, query, lambda divergences, _: divergences)
-
-    return in_tiles(look, queries_at_once(memory), memory, query)
+    return in_tiles(_compare_all, queries_at_once(memory), memory, query)
 
 
 def queries_at_once(memory: Memory) -> int:
@@ -149,15 +201,12 @@ def queries_at_once(memory: Memory) -> int:
     return memory.geometry.tile(memory.patterns)[0]
 
 
-def _for_each_pattern(
-    memory: Memory, query: AnyMeasure, function: Callable[[Array, Array | None], Array]
-) -> Float[Array, " N"]:
-    """`function(divergences, log_prior)` of every block of patterns, in a row."""
+def _compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     view = memory.geometry.view(query)
 
     def compare(_: None, block: _Block) -> tuple[None, Array]:
         found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
-        return None, function(found.divergence, block.log_prior)
+        return None, found.divergence
 
     return _in_a_row(_over_blocks(compare, None, _blocks(memory))[1], len(memory))
 
@@ -167,45 +216,63 @@ def _in_a_row(blocks: Any, num: int) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], blocks)
 
 
-def energy(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, ""]:
+def energy(
+    memory: Memory, query: AnyMeasure, beta: ArrayLike, *, separation: Separation = LogSumExp()
+) -> Float[Array, ""]:
     """E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), πᵢ = 1 unless the memory has a prior.
 
     For Gaussians, D = W₂²: the energy of arXiv:2509.23162. Differentiable in query, patterns,
-    β and prior.
+    β and prior, to second order.
 
     **Arguments:** a `memory`; one `query` of its patterns' type, dimension and dtype; the
-    inverse temperature `beta` > 0, a scalar, per squared unit of distance.
+    inverse temperature `beta` > 0, a scalar, per squared unit of distance; the `separation`,
+    of which `jdam.Entmax` and `jdam.Epanechnikov` define other energies.
 
     **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory, and
     for a β that is no positive number. Under a trace, β ≤ 0 gives NaN.
     """
     query = fit_query(memory, query)
-    return _energy(memory, query, inverse_temperature(memory, beta))
+    check_separation(separation)
+    return _energy(memory, query, inverse_temperature(memory, beta), separation=separation)
 
 
-@compiled()
-def _energy(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> Float[Array, ""]:
+@compiled(static=("separation",))
+def _energy(
+    memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
+) -> Float[Array, ""]:
     def look(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
-        return gibbs_average(memory, query, beta, with_pull=False).energy
+        return gibbs_average(memory, query, beta, separation=separation, with_pull=False).energy
 
     return in_tiles(look, queries_at_once(memory), memory, query, beta)
 
 
-def gibbs_weights(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Float[Array, " N"]:
-    """wᵢ(ξ) = softmaxᵢ(log πᵢ − β D(ξ, Xᵢ)), of shape (N,).
+def gibbs_weights(
+    memory: Memory, query: AnyMeasure, beta: ArrayLike, *, separation: Separation = LogSumExp()
+) -> Float[Array, " N"]:
+    """wᵢ(ξ) = softmaxᵢ(log πᵢ − β D(ξ, Xᵢ)), of shape (N,); other separations say how else.
 
     Arguments and errors as in `energy`.
     """
+    return weigh(memory, query, beta, separation)[0]
+
+
+def weigh(
+    memory: Memory, query: AnyMeasure, beta: ArrayLike, separation: Separation
+) -> tuple[Float[Array, " N"], Int[Array, ""]]:
+    """The weights, and the heaviest pattern."""
     query = fit_query(memory, query)
-    return _gibbs_weights(memory, query, inverse_temperature(memory, beta))
+    check_separation(separation)
+    return _weigh(memory, query, inverse_temperature(memory, beta), separation=separation)
 
 
-@compiled()
-def _gibbs_weights(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]):
-    def look(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
-        levels = _for_each_pattern(memory, query, partial(_levels, beta=beta))
-        masses = _mass(levels - jax.lax.stop_gradient(levels.min()), beta)
-        return masses / masses.sum()
+@compiled(static=("separation",))
+def _weigh(
+    memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
+) -> tuple[Float[Array, " N"], Int[Array, ""]]:
+    def look(memory: Memory, query: AnyMeasure, beta: Array) -> tuple[Array, Array]:
+        divergences = _compare_all(memory, query)
+        weights = separation.weights(divergences, memory.log_prior, beta)
+        return weights, heaviest(weights, divergences)
 
     return in_tiles(look, queries_at_once(memory), memory, query, beta)
 
@@ -246,20 +313,6 @@ def _first(marks: Array) -> Int[Array, ""]:
     return jnp.where(marks, jnp.arange(size, dtype=jnp.int32), size - 1).min()
 
 
-def _levels(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
-    """Dᵢ − β⁻¹ log πᵢ, infinite where a pattern is switched off."""
-    if log_prior is None:
-        return divergences
-    on = log_prior > -jnp.inf
-    return jnp.where(on, divergences - jnp.where(on, log_prior, 0) / beta, jnp.inf)
-
-
-def _mass(height: Array, beta: Array) -> Array:
-    """exp(−β·height), with derivative 0 at infinite height."""
-    infinite = height == jnp.inf
-    return jnp.where(infinite, 0, jnp.exp(-beta * jnp.where(infinite, 0, height)))
-
-
 def _blocks(memory: Memory, block_size: int | None = None, guess: Any = None) -> _Block:
     """The memory cut into equal blocks along a new leading axis.
 
@@ -294,13 +347,9 @@ def _blocks(memory: Memory, block_size: int | None = None, guess: Any = None) ->
     )
 
 
-def _first_block(blocks: _Block) -> _Block:
-    return jax.tree.map(lambda leaf: leaf[0], blocks)
-
-
-def _over_blocks(look: Any, start: Any, blocks: _Block) -> tuple[Any, Any]:
+def _over_blocks(look: Any, start: Any, blocks: Any) -> tuple[Any, Any]:
     """`lax.scan` over blocks, whose derivative looks again instead of remembering."""
-    if blocks.start.shape[0] == 1:
-        carry, found = look(start, _first_block(blocks))
+    if batch_size(blocks) == 1:
+        carry, found = look(start, jax.tree.map(lambda leaf: leaf[0], blocks))
         return carry, jax.tree.map(lambda leaf: leaf[None], found)
     return jax.lax.scan(jax.checkpoint(look, prevent_cse=False), start, blocks)

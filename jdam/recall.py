@@ -1,6 +1,7 @@
 """One step of recall, the loop, and its result."""
 
 import enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,15 +15,17 @@ from jaxtyping import Float, Int
 from jdam import _checks, _descent
 from jdam._batching import compute_if, in_tiles
 from jdam._compile import compiled, working_dtype
-from jdam.adjoint import Unrolled
-from jdam.energy import fit_query, gibbs_average, inverse_temperature, queries_at_once
+from jdam.adjoint import Adjoint, Loop, Unrolled
+from jdam.energy import fit_query, inverse_temperature, queries_at_once
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 from jdam.search import Exhaustive
+from jdam.separation import LogSumExp, Separation
+from jdam.separation import check as check_separation
 
 
 class Status(enum.IntEnum):
-    """How a recall ended; int32 under jit. Of several that apply the last named counts."""
+    """How a recall ended; int32 under jit. Of several that apply the highest counts."""
 
     CONVERGED = 0  #: a fixed point, and one pattern holds more than half of the Gibbs mass
     MIXTURE = 1  #: a fixed point between patterns: raise beta to recall one
@@ -30,6 +33,7 @@ class Status(enum.IntEnum):
     SOLVER = 3  #: an inner solver missed its tolerance: raise its iterations or epsilon
     UNCERTIFIED = 4  #: the search cannot bound what it left out: raise its candidates
     NONFINITE = 5  #: NaN or infinity in query, memory or on the way; beta, step_size or tol ≤ 0
+    OUT_OF_REACH = 6  #: no pattern within reach of an `Epanechnikov` separation: lower beta
 
 
 class Trace(eqx.Module):
@@ -69,7 +73,12 @@ class Recall(eqx.Module):
 
 
 def step(
-    memory: Memory, query: AnyMeasure, beta: ArrayLike, step_size: ArrayLike = 1.0
+    memory: Memory,
+    query: AnyMeasure,
+    beta: ArrayLike,
+    step_size: ArrayLike = 1.0,
+    *,
+    separation: Separation = LogSumExp(),
 ) -> AnyMeasure:
     """One step of recall, ξ⁺ = Φ(ξ) for step size τ = 1.
 
@@ -78,7 +87,8 @@ def step(
     other τ; for vectors x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls, for `Bures` and
     `Euclidean` by E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)).
 
-    **Arguments:** as in `energy`; the damping `step_size` τ > 0, descending for τ ≤ 1.
+    **Arguments:** as in `energy`; the damping `step_size` τ > 0, descending for τ ≤ 1. Where a
+    `separation` gives no pattern any weight, the step stays where it is.
 
     **Returns:** a measure of the query's type; its factor has as many columns as the larger
     of the query's and the patterns'.
@@ -87,29 +97,38 @@ def step(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    return _step(memory, query, beta, _positive(memory, "step_size", step_size))
+    step_size = _positive(memory, "step_size", step_size)
+    check_separation(separation)
+    return _step(memory, query, beta, step_size, separation=separation)
 
 
-@compiled()
-def _step(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
-    return in_tiles(_move, queries_at_once(memory), memory, query, beta, step_size)
+@compiled(static=("separation",))
+def _step(
+    memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, separation: Separation
+) -> AnyMeasure:
+    look = partial(Exhaustive().look, separation=separation)
+    move = partial(_move, look)
+    return in_tiles(move, queries_at_once(memory), memory, query, beta, step_size)
 
 
-def _move(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
-    geometry, found = memory.geometry, gibbs_average(memory, query, beta)
-    moved = geometry.move(found.view, found.pull, step_size)
+def _move(
+    look: _descent.Look, memory: Memory, query: AnyMeasure, beta: Array, step_size: Array
+) -> AnyMeasure:
+    geometry, (found, neglected) = memory.geometry, look(memory, query, beta)
+    moved = _descent.move(memory, query, found, step_size)
     if geometry.attempts == 1:
         return moved
 
     def descend(query: AnyMeasure, args: tuple) -> AnyMeasure:
-        found, *rest = args
-        walk = _descent.start(Exhaustive(), rest[0], query, rest[1])
-        place = walk.place._replace(found=found)
+        found, neglected, *rest = args
+        walk = _descent.start(look, rest[0], query, rest[1])
+        place = _descent.Place(query, found, neglected)
         walk = walk._replace(place=place, looked=jnp.array(True))
-        return _descent.go_on(Exhaustive(), walk, tuple(rest)).place.measure
+        return _descent.go_on(look, walk, tuple(rest)).place.measure
 
     doubtful = ~geometry.surely_descends(found.view, found.pull, step_size, moved)
-    return compute_if(doubtful, descend, moved, query, (found, memory, beta, step_size))
+    args = (found, neglected, memory, beta, step_size)
+    return compute_if(doubtful & (found.weight != 0), descend, moved, query, args)
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -125,7 +144,8 @@ def recall(
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
     search: Exhaustive = Exhaustive(),
-    adjoint: Unrolled = Unrolled(),
+    adjoint: Adjoint = Unrolled(),
+    separation: Separation = LogSumExp(),
     save_trace: bool = False,
 ) -> Recall:
     """Steps from the query until a fixed point: what the memory holds nearest to it.
@@ -138,7 +158,8 @@ def recall(
     `tol`: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; if None,
     eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square size of the
     patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step looks at. `adjoint`: how to
-    differentiate. `save_trace`: keep energy, residual and measure after each step.
+    differentiate: `Unrolled()`, `Implicit()` or `OneStep()`. `separation`: the shape of the
+    energy. `save_trace`: keep energy, residual and measure after each step.
     Changing β, step size, tol or values of the same shape does not recompile.
 
     **Returns:** a `Recall`. `jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)`
@@ -152,9 +173,11 @@ def recall(
     step_size = _positive(memory, "step_size", step_size)
     tol = default_tolerance(memory) if tol is None else _positive(memory, "tol", tol)
     max_steps = _checks.positive_int("max_steps", max_steps)
-    for name, value, kind in (("search", search, Exhaustive), ("adjoint", adjoint, Unrolled)):
+    for name, value, kind in (("search", search, Exhaustive), ("adjoint", adjoint, Adjoint)):
         if not isinstance(value, kind):
-            raise TypeError(f"{name} must be a jdam.{kind.__name__}(); got {value!r}")
+            example = "Unrolled" if kind is Adjoint else kind.__name__
+            raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
+    check_separation(separation)
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
     return _recall(
@@ -166,6 +189,7 @@ def recall(
         max_steps=max_steps,
         search=search,
         adjoint=adjoint,
+        separation=separation,
         save_trace=save_trace,
     )
 
@@ -180,12 +204,13 @@ def default_tolerance(memory: Memory) -> Float[Array, ""]:
 class _State(NamedTuple):
     walk: _descent.Walk
     residual: Array
+    stalled: Array  # neither energy nor residual fall any more
     num_steps: Array
     neglected: Array  # the worst so far
     unsolved: Array  # likewise
 
 
-@compiled(static=("max_steps", "search", "adjoint", "save_trace"))
+@compiled(static=("max_steps", "search", "adjoint", "separation", "save_trace"))
 def _recall(
     memory: Memory,
     query: AnyMeasure,
@@ -195,23 +220,38 @@ def _recall(
     *,
     max_steps: int,
     search: Exhaustive,
-    adjoint: Unrolled,
+    adjoint: Adjoint,
+    separation: Separation,
     save_trace: bool,
 ) -> Recall:
-    def advance(state: _State, args: tuple[Memory, Array, Array]) -> _State:
-        walk = _descent.go_on(search, state.walk, args)
+    look = partial(search.look, separation=separation)
+
+    def advance(state: _State, args: tuple) -> _State:
+        walk = _descent.go_on(look, state.walk, args[:3])
         found = walk.place.found
+        residual = args[0].geometry.residual(found.view, found.pull)
+        residual = jax.lax.stop_gradient(jnp.where(found.weight == 0, 0, residual))
         return _State(
             walk=walk,
-            residual=jax.lax.stop_gradient(args[0].geometry.residual(found.view, found.pull)),
+            residual=residual,
+            stalled=walk.ended & (residual >= state.residual),
             num_steps=state.num_steps + 1,
             neglected=jnp.maximum(state.neglected, walk.place.neglected),
             unsolved=jnp.maximum(state.unsolved, found.unsolved),
         )
 
-    def pending(state: _State) -> Array:  # no step can mend NaN
-        walk = state.walk
-        unfinished = (state.residual > tol) & jnp.isfinite(walk.place.found.energy) & ~walk.ended
+    def settle(state: _State, measure: AnyMeasure, args: tuple) -> _State:
+        memory, beta, *_ = args
+        place = _descent.Place(measure, *look(memory, measure, beta, state.walk.place.found.guess))
+        return state._replace(walk=state.walk._replace(place=place))
+
+    def plain_step(measure: AnyMeasure, args: tuple) -> AnyMeasure:
+        memory, beta, step_size, _ = args
+        return _descent.move(memory, measure, look(memory, measure, beta)[0], step_size)
+
+    def pending(state: _State, args: tuple) -> Array:  # no step can mend NaN
+        walk, tol = state.walk, args[3]
+        unfinished = (state.residual > tol) & jnp.isfinite(walk.place.found.energy) & ~state.stalled
         return unfinished | ~walk.looked
 
     def observe(state: _State) -> Trace | None:
@@ -220,40 +260,68 @@ def _recall(
 
     nothing = jnp.zeros((), memory.dtype)
     state = _State(
-        walk=_descent.start(search, memory, query, beta),
+        walk=_descent.start(look, memory, query, beta),
         residual=jnp.full((), jnp.inf, memory.dtype),
+        stalled=jnp.array(False),
         num_steps=jnp.array(-1, jnp.int32),
         neglected=nothing,
         unsolved=nothing,
     )
-    end, trace = adjoint.loop(
+    loop = Loop(
         advance,
         pending,
         observe,
-        state,
-        (memory, beta, step_size),
+        measure=lambda state: state.walk.place.measure,
+        settle=settle,
+        step=plain_step,
         length=max_steps + 1,
         at_once=queries_at_once(memory),
     )
-    measure, found, _ = end.walk.place
-    finite = jnp.isfinite(found.energy) & jnp.isfinite(end.residual) & jnp.isfinite(tol)
-    finite &= step_size > 0
-    rounding = float(jnp.finfo(memory.dtype).eps) ** 0.5
+    end, trace = adjoint.run(loop, state, (memory, beta, step_size, tol))
+    return report(
+        end.walk.place,
+        residual=end.residual,
+        num_steps=end.num_steps,
+        converged=(end.residual <= tol) | end.walk.ended,
+        unsolved=end.unsolved,
+        neglected=end.neglected,
+        valid=jnp.isfinite(tol) & (step_size > 0),
+        trace=jax.tree.map(lambda leaf: leaf[1:], trace),
+    )
+
+
+def report(
+    place: _descent.Place,
+    *,
+    residual: Array,
+    num_steps: Array,
+    converged: Array,
+    unsolved: Array,
+    neglected: Array,
+    valid: Array,
+    trace: Trace | None,
+) -> Recall:
+    """What there is to say of a descent that ended at a place."""
+    measure, found, _ = place
+    out_of_reach = (found.weight == 0) & (found.energy == jnp.inf)
+    finite = (jnp.isfinite(found.energy) | out_of_reach) & jnp.isfinite(residual) & valid
+    rounding = float(jnp.finfo(found.energy.dtype).eps) ** 0.5
     return Recall(
         measure=measure,
         nearest=found.nearest,
         weight=found.weight,
         energy=found.energy,
-        residual=end.residual,
-        num_steps=end.num_steps,
+        residual=residual,
+        num_steps=num_steps,
         status=_status(
             (found.weight <= 0.5 + rounding, Status.MIXTURE),
-            ((end.residual > tol) & ~end.walk.ended, Status.MAX_STEPS),
-            (end.unsolved > rounding, Status.SOLVER),
+            (~converged, Status.MAX_STEPS),
+            (unsolved > rounding, Status.SOLVER),
             (~finite, Status.NONFINITE),
+            (out_of_reach & valid, Status.OUT_OF_REACH),
         ),
-        neglected=end.neglected,
-        trace=jax.tree.map(lambda leaf: leaf[1:], trace),
+        neglected=neglected,
+        trace=trace,
     )
 
 

@@ -11,6 +11,7 @@ from jdam import _checks
 from jdam.energy import GibbsAverage, gibbs_average
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
+from jdam.separation import Separation
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,23 @@ class Exhaustive:
             _checks.positive_int("block_size", self.block_size)
 
     def look(
-        self, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any = None
+        self,
+        memory: Memory,
+        query: AnyMeasure,
+        beta: Float[Array, ""],
+        guess: Any = None,
+        *,
+        separation: Separation,
     ) -> tuple[GibbsAverage, Float[Array, ""]]:
         """The Gibbs average at the query, and a bound on the Gibbs mass left out of it.
 
         `guess` is that of an earlier look from nearby."""
-        found = gibbs_average(memory, query, beta, block_size=self.block_size, guess=guess)
+        found = gibbs_average(
+            memory,
+            query,
+            beta,
+            separation=separation,
+            block_size=self.block_size,
+            guess=guess,
+        )
         return found, jnp.zeros_like(beta)

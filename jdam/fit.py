@@ -1,0 +1,254 @@
+"""Learning with optax: a memory from queries and targets, and a measure down the energy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+from tqdm.auto import trange
+
+from jdam import _checks, _descent
+from jdam._compile import compiled
+from jdam._coordinates import from_free, to_free
+from jdam.energy import divergences, energy, fit_query, inverse_temperature
+from jdam.geometry.protocol import AnyMeasure
+from jdam.geometry.protocol import batch_size as length_of
+from jdam.memory import Memory, store
+from jdam.recall import Recall, default_tolerance, recall, report
+from jdam.search import Exhaustive
+from jdam.separation import LogSumExp, Separation
+from jdam.separation import check as check_separation
+
+#: (memory, β, query, target) ↦ how wrong the memory is about one query.
+Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
+
+PATTERNS, BETA, PRIOR = LEARNABLE = ("patterns", "beta", "prior")
+
+
+def recall_error(
+    memory: Memory, beta: Array, query: AnyMeasure, target: AnyMeasure
+) -> Float[Array, ""]:
+    """D(Φ(ξ), Y): how far one step of recall from the query ends from the target, a squared
+    distance."""
+    recalled = recall(memory, query, beta, max_steps=1).measure
+    wanted = store(jax.tree.map(lambda leaf: leaf[None], target), memory.geometry)
+    return divergences(wanted, recalled)[0]
+
+
+class FitState(eqx.Module):
+    """Where a fit has come to: `memory` and `beta` are what has been learned."""
+
+    memory: Memory
+    beta: Float[Array, ""]
+    free: dict[str, Any]  # what is learned, in coordinates without constraints
+    optimizer_state: Any
+
+
+@dataclass(frozen=True)
+class Learner:
+    """How to learn a memory: pure functions `init` and `update`, as those of optax.
+
+    **Arguments:** an optax `optimizer`; `loss(memory, beta, query, target)` of one query and its
+    target, any pytree, `jdam.recall_error` if not given; `learn`, which of "patterns", "beta" and
+    "prior". Factors of Gaussians, logarithms of β, of the prior and of the weights of
+    point clouds are what the optimizer moves, so that measures remain measures; atoms of weight
+    0 and patterns that the prior switches off stay so.
+    """
+
+    optimizer: optax.GradientTransformation
+    loss: Loss = recall_error
+    learn: tuple[str, ...] = LEARNABLE
+
+    def __post_init__(self):
+        unknown = [name for name in self.learn if name not in LEARNABLE]
+        if unknown or not self.learn or isinstance(self.learn, str):
+            raise ValueError(f"learn must be a tuple of some of {LEARNABLE}; got {self.learn!r}")
+
+    def init(self, memory: Memory, beta: ArrayLike) -> FitState:
+        """The state before the first update."""
+        beta = inverse_temperature(memory, beta).astype(memory.dtype)
+        prior = memory.log_prior
+        if prior is None:
+            prior = jnp.zeros(len(memory), memory.dtype)
+        free = {
+            PATTERNS: to_free(memory.patterns),
+            BETA: jnp.log(beta),
+            PRIOR: jnp.where(prior == -jnp.inf, 0, prior),
+        }
+        free = {name: jax.tree.map(jnp.asarray, free[name]) for name in self.learn}
+        return FitState(memory, beta, free, self.optimizer.init(free))
+
+    def update(
+        self, state: FitState, queries: AnyMeasure, targets: Any
+    ) -> tuple[FitState, Float[Array, ""]]:
+        """One step of the optimizer on a batch of queries and targets, and the mean loss
+        before it. Jitted; new batches of the same shape do not recompile."""
+        return _update(self, state, queries, targets)
+
+
+@partial(jax.jit, static_argnums=0)
+def _update(
+    learner: Learner, state: FitState, queries: AnyMeasure, targets: Any
+) -> tuple[FitState, Float[Array, ""]]:
+    def mean_loss(free: dict[str, Any]) -> Float[Array, ""]:
+        memory, beta = _constrained(state, free)
+        losses = jax.vmap(partial(learner.loss, memory, beta))(queries, targets)
+        return losses.mean()
+
+    loss, slope = jax.value_and_grad(mean_loss)(state.free)
+    change, optimizer_state = learner.optimizer.update(slope, state.optimizer_state, state.free)
+    free = optax.apply_updates(state.free, change)
+    memory, beta = _constrained(state, free)
+    return FitState(memory, beta, free, optimizer_state), loss
+
+
+def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
+    memory = state.memory
+    patterns, prior, beta = memory.patterns, memory.log_prior, state.beta
+    if PATTERNS in free:
+        patterns = from_free(patterns, free[PATTERNS])
+    if BETA in free:
+        beta = jnp.exp(free[BETA])
+    if PRIOR in free:
+        off = jnp.zeros(len(memory), bool) if prior is None else prior == -jnp.inf
+        prior = jnp.where(off, -jnp.inf, free[PRIOR])
+    return store(patterns, memory.geometry, log_prior=prior), beta
+
+
+class Fit(eqx.Module):
+    """What `jdam.fit` learned."""
+
+    memory: Memory
+    beta: Float[Array, ""]
+    losses: Float[Array, " T"]  #: mean loss of each batch, before its update
+
+
+def fit(
+    memory: Memory,
+    beta: ArrayLike,
+    queries: AnyMeasure,
+    targets: Any,
+    optimizer: optax.GradientTransformation,
+    *,
+    loss: Loss = recall_error,
+    learn: tuple[str, ...] = LEARNABLE,
+    num_steps: int = 200,
+    batch_size: int | None = None,
+    key: Array | None = None,
+    progress: bool = True,
+) -> Fit:
+    """Learn patterns, β and prior from queries (M,) and what should be made of each.
+
+    Minimises the mean over pairs of `loss(memory, beta, query, target)`, by default the
+    divergence D(Φ(ξ), Y) between one step of recall from the query and its target, from the
+    given memory and β on. `Learner` is the pure `init` and `update` of which this is the loop.
+
+    **Arguments:** `queries`: measures with one batch axis (M,); `targets`: a pytree of arrays that
+    lead with (M,), measures for the default loss. `optimizer`: any of optax. `loss`, `learn`: as in
+    `Learner`. `batch_size`: pairs of each step, drawn by `key`; all of them if None.
+    `progress`: whether to draw a progress bar.
+
+    **Returns:** the learned `memory` and `beta`, and the `losses` of all steps.
+
+    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
+    """
+    num_steps = _checks.positive_int("num_steps", num_steps)
+    queries = memory.geometry.check("queries", queries, 1)
+    num = length_of(queries)
+    if any(jnp.shape(leaf)[:1] != (num,) for leaf in jax.tree.leaves(targets)):
+        raise ValueError(f"targets must lead with (M,) = ({num},), one a query")
+    size = num if batch_size is None else _checks.positive_int("batch_size", batch_size)
+    if size > num:
+        raise ValueError(f"batch_size must be at most the number of queries {num}; got {size}")
+    key = jax.random.key(0) if key is None else key
+    learner = Learner(optimizer, loss, tuple(learn))
+    state, losses = learner.init(memory, beta), []
+    with trange(num_steps, disable=not progress, desc="fit") as steps:
+        for step in steps:
+            batch = queries, targets
+            if size < num:
+                drawn = jax.random.choice(jax.random.fold_in(key, step), num, (size,), False)
+                batch = jax.tree.map(lambda leaf, drawn=drawn: jnp.asarray(leaf)[drawn], batch)
+            state, mean = learner.update(state, *batch)
+            losses.append(mean)
+            if progress:
+                steps.set_postfix(loss=f"{float(mean):.4g}")
+    return Fit(state.memory, state.beta, jnp.stack(losses))
+
+
+def descend(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: ArrayLike,
+    optimizer: optax.GradientTransformation,
+    *,
+    num_steps: int = 200,
+    tol: ArrayLike | None = None,
+    separation: Separation = LogSumExp(),
+) -> Recall:
+    """Minimise the energy itself, from the query on, by an optax optimizer instead of steps of
+    recall.
+
+    The optimizer moves factors, points and logarithms of weights (all of a point cloud,
+    whatever κ), so that the measure remains one. Its learning rate is in units of these.
+
+    **Arguments:** `memory`, `query`, `beta`, `separation` as in `energy`; `optimizer`: any
+    of optax, hashable, which recompiles for each new object; `num_steps` ≥ 1; `tol`: as in
+    `recall`, for the status alone.
+
+    **Returns:** a `Recall` of the last iterate; `num_steps` is that of all. Batches by `jax.vmap`.
+
+    **Raises:** as `recall`.
+    """
+    query = fit_query(memory, query)
+    beta = inverse_temperature(memory, beta)
+    tol = default_tolerance(memory) if tol is None else _checks.positive("tol", tol, memory.dtype)
+    num_steps = _checks.positive_int("num_steps", num_steps)
+    check_separation(separation)
+    return _descend(
+        memory, query, beta, tol, optimizer=optimizer, num_steps=num_steps, separation=separation
+    )
+
+
+@compiled(static=("optimizer", "num_steps", "separation"))
+def _descend(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    tol: Array,
+    *,
+    optimizer: optax.GradientTransformation,
+    num_steps: int,
+    separation: Separation,
+) -> Recall:
+    def height(free: AnyMeasure) -> Float[Array, ""]:
+        return energy(memory, from_free(query, free), beta, separation=separation)
+
+    def turn(carry: tuple[AnyMeasure, Any], _: None) -> tuple[tuple[AnyMeasure, Any], None]:
+        free, optimizer_state = carry
+        change, optimizer_state = optimizer.update(jax.grad(height)(free), optimizer_state, free)
+        return (optax.apply_updates(free, change), optimizer_state), None
+
+    free = to_free(query)
+    (free, _), _ = jax.lax.scan(turn, (free, optimizer.init(free)), None, num_steps)
+    measure = from_free(query, free)
+    found, neglected = Exhaustive().look(memory, measure, beta, separation=separation)
+    residual = jax.lax.stop_gradient(memory.geometry.residual(found.view, found.pull))
+    residual = jnp.where(found.weight == 0, 0, residual)
+    return report(
+        _descent.Place(measure, found, neglected),
+        residual=residual,
+        num_steps=jnp.array(num_steps, jnp.int32),
+        converged=residual <= tol,
+        unsolved=found.unsolved,
+        neglected=neglected,
+        valid=jnp.isfinite(tol),
+        trace=None,
+    )
