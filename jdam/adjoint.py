@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import lineax
 from jax import Array
-from jax.scipy.sparse.linalg import gmres
 
 from jdam._batching import advance_where
 from jdam.geometry.protocol import AnyMeasure
@@ -27,6 +27,7 @@ class Loop(NamedTuple):
         [Any, AnyMeasure, Any], Any
     ]  # (state, measure, args) ↦ a state seen from there
     step: Callable[[AnyMeasure, Any], AnyMeasure]  # (measure, args) ↦ Φ(measure)
+    conserved: Callable[[AnyMeasure, Any, AnyMeasure], AnyMeasure]  # `Geometry.conserved`
     length: int  # at most so many times
     at_once: int  # states of a vmapped batch that advance together
 
@@ -87,29 +88,33 @@ class Implicit(Adjoint):
     def run(self, loop, state, args):
         return _at_fixed_point(self._solve, loop, state, args)
 
-    def _solve(self, contraction: Any, direct: AnyMeasure, start: AnyMeasure) -> AnyMeasure:
-        """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct."""
+    def _solve(
+        self, contraction: Any, conserved: Any, direct: AnyMeasure, start: AnyMeasure
+    ) -> AnyMeasure:
+        """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct from a
+        start on, of which what is conserved stays."""
 
         def residual(d: AnyMeasure) -> AnyMeasure:
             return jax.tree.map(jnp.subtract, d, contraction(d))
 
+        def regular(d: AnyMeasure) -> AnyMeasure:  # I − J, where it is not zero
+            return jax.tree.map(jnp.add, residual(d), conserved(d))
+
         def solve(matvec: Any, right: AnyMeasure) -> AnyMeasure:
             leaves = jax.tree.leaves(right)
             eps = float(jnp.finfo(leaves[0].dtype).eps)
-            tol = eps**0.8 if self.tol is None else float(self.tol)
-            size = sum(leaf.size for leaf in leaves)
-            return gmres(
-                matvec,
-                right,
-                tol=tol,
-                restart=min(32, size),
-                maxiter=32,
-                solve_method="incremental",
-            )[0]
+            gmres = lineax.GMRES(
+                rtol=eps**0.8 if self.tol is None else float(self.tol),
+                atol=0.0,
+                restart=min(32, sum(leaf.size for leaf in leaves)),
+                max_steps=1000,
+            )
+            operator = lineax.FunctionLinearOperator(matvec, jax.eval_shape(lambda: right))
+            return lineax.linear_solve(operator, right, gmres, throw=False).value
 
-        # Not by gmres alone, whose own rule of transposition fails on tangents.
+        # Not by lineax alone, whose transposed solve would raise where this one only stops.
         right = jax.tree.map(jnp.subtract, direct, residual(start))
-        found = jax.lax.custom_linear_solve(residual, right, solve, transpose_solve=solve)
+        found = jax.lax.custom_linear_solve(regular, right, solve, transpose_solve=solve)
         return jax.tree.map(jnp.add, start, found)
 
 
@@ -123,7 +128,13 @@ class OneStep(Adjoint):
     """
 
     def run(self, loop, state, args):
-        return _at_fixed_point(lambda _, direct, start: direct, loop, state, args)
+        return _at_fixed_point(_directly, loop, state, args)
+
+
+def _directly(
+    contraction: Any, conserved: Any, direct: AnyMeasure, start: AnyMeasure
+) -> AnyMeasure:
+    return direct
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
@@ -139,7 +150,8 @@ def _at_fixed_point_jvp(solve: Any, loop: Loop, primals: tuple, tangents: tuple)
 
     _, contraction = jax.linearize(lambda measure: loop.step(measure, args), measure)
     direct = jax.jvp(lambda args: loop.step(measure, args), (args,), (dargs,))[1]
-    dmeasure = solve(contraction, direct, loop.measure(dstart))
+    conserved = partial(loop.conserved, measure, args)
+    dmeasure = solve(contraction, conserved, direct, loop.measure(dstart))
     _, dend = jax.jvp(partial(loop.settle, end), (measure, args), (dmeasure, dargs))
     _, dtrace = jax.jvp(lambda: trace, (), ())
     return (end, trace), (dend, dtrace)

@@ -138,18 +138,15 @@ def _couple_jvp(solver: Solver, primals: tuple, tangents: tuple) -> tuple[Coupli
     columns, density = found[2:]
 
     def hessian(d: Array) -> Array:
+        # The last term makes it definite: potentials are free up to a constant, mass is conserved.
         crossed = b * ((a * (density @ (b * d))) @ density)
-        return jnp.where(on, columns * d - crossed, 0)
-
-    def centred(d: Array) -> Array:
-        return jnp.where(on, d - jnp.mean(d, where=on), 0)
+        constant = columns * (jnp.vdot(columns, d) / columns.sum())
+        return jnp.where(on, columns * d - crossed + constant, 0)
 
     def solve(matvec: Any, right: Array) -> Array:
-        # The pseudo-inverse's: potentials are free up to a constant, and mass is conserved.
         diagonal = jax.lax.stop_gradient(jnp.where(on, columns, 0))
-        precision, most = float(jnp.finfo(right.dtype).eps), 2 * right.size + 50
-        right = centred(right)
-        return centred(conjugate_gradients(matvec, right, diagonal, precision, most)[0])
+        precision = float(jnp.finfo(right.dtype).eps)
+        return conjugate_gradients(matvec, right, diagonal, precision, 2 * right.size + 50)[0]
 
     db = dproblem[3] if moves(dproblem[3]) else jnp.zeros_like(b)
     right = epsilon * jnp.where(on, db - dfound[2], 0)

@@ -103,8 +103,7 @@ def _update(
         return losses.mean()
 
     loss, slope = jax.value_and_grad(mean_loss)(state.free)
-    change, optimizer_state = learner.optimizer.update(slope, state.optimizer_state, state.free)
-    free = optax.apply_updates(state.free, change)
+    free, optimizer_state = _moved(learner.optimizer, slope, state.optimizer_state, state.free)
     memory, beta = _constrained(state, free)
     return FitState(memory, beta, free, optimizer_state), loss
 
@@ -120,6 +119,15 @@ def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
         off = jnp.zeros(len(memory), bool) if prior is None else prior == -jnp.inf
         prior = jnp.where(off, -jnp.inf, free[PRIOR])
     return store(patterns, memory.geometry, log_prior=prior), beta
+
+
+def _moved(
+    optimizer: optax.GradientTransformation, slope: Any, optimizer_state: Any, free: Any
+) -> tuple[Any, Any]:
+    # Users may have set JAX to be stricter than optax is.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        change, optimizer_state = optimizer.update(slope, optimizer_state, free)
+        return optax.apply_updates(free, change), optimizer_state
 
 
 class Fit(eqx.Module):
@@ -233,8 +241,7 @@ def _descend(
 
     def turn(carry: tuple[AnyMeasure, Any], _: None) -> tuple[tuple[AnyMeasure, Any], None]:
         free, optimizer_state = carry
-        change, optimizer_state = optimizer.update(jax.grad(height)(free), optimizer_state, free)
-        return (optax.apply_updates(free, change), optimizer_state), None
+        return _moved(optimizer, jax.grad(height)(free), optimizer_state, free), None
 
     free = to_free(query)
     (free, _), _ = jax.lax.scan(turn, (free, optimizer.init(free)), None, num_steps)

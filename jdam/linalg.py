@@ -54,6 +54,14 @@ def _psd_root_jvp(primals, tangents):
     return root, _solve_lyapunov(root, values, basis, _symmetric(dmatrix))
 
 
+def rotation_part(factor: Float[Array, "d r"], tangent: Float[Array, "d r"]) -> Array:
+    """The L Ω, Ω skew, that is nearest to a tangent dL: with G = LᵀL, G Ω + Ω G = LᵀdL − dLᵀL."""
+    gram = factor.mT @ factor
+    values, basis = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
+    inner = factor.mT @ tangent
+    return factor @ _solve_lyapunov(gram, jnp.maximum(values, 0), basis, inner - inner.mT)
+
+
 def _solve_lyapunov(root: Array, values: Array, basis: Array, right: Array) -> Array:
     """Y with S Y + Y S = B, given S and its eigenvalues and eigenvectors; the pseudo-inverse's
     solution where eigenvalues vanish. As the solution of a linear system it can be

@@ -274,6 +274,7 @@ def _recall(
         measure=lambda state: state.walk.place.measure,
         settle=settle,
         step=plain_step,
+        conserved=lambda measure, args, tangent: args[0].geometry.conserved(measure, tangent),
         length=max_steps + 1,
         at_once=queries_at_once(memory),
     )

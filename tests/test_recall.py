@@ -102,8 +102,8 @@ def test_equal_norms_make_euclidean_a_dot_product(rng):
         ({"step_size": np.ones(2)}, ValueError, r"step_size must be a scalar; got shape \(2,\)"),
         ({"tol": -1.0}, ValueError, "tol must be finite and > 0; got -1"),
         ({"tol": "small"}, TypeError, "tol must be a real number; got 'small'"),
-        ({"search": "all"}, TypeError, "search must be a jdam.Exhaustive"),
-        ({"adjoint": None}, TypeError, "adjoint must be a jdam.Unrolled"),
+        ({"search": "all"}, TypeError, "search must be one of jdam's, as jdam.Exhaustive"),
+        ({"adjoint": None}, TypeError, "adjoint must be one of jdam's, as jdam.Unrolled"),
         ({"save_trace": 1}, TypeError, "save_trace must be a bool; got 1"),
     ],
 )

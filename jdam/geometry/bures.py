@@ -14,7 +14,7 @@ from jdam.geometry.euclidean import (
     squared_distances,
 )
 from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
-from jdam.linalg import polar, squared_norm
+from jdam.linalg import polar, rotation_part, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
 
@@ -80,6 +80,13 @@ class Bures(Geometry):
         mean, scale = jnp.split(super().move(view, pull, step_size), 2)
         # A map that overshoots (τ > 1) may turn an axis round.
         return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
+
+    def conserved(self, measure, tangent):
+        """Rotations L Ω of the factor, Ω skew, which leave the measure as it is."""
+        still = super().conserved(measure, tangent)
+        if isinstance(measure, DiagonalGaussian):
+            return still
+        return with_leaves(still, still.mean, rotation_part(measure.factor, tangent.factor))
 
     def residual(self, view, pull):
         return super().residual(view.query if isinstance(view, View) else view, pull)

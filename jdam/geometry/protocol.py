@@ -98,6 +98,10 @@ class Geometry(eqx.Module):
         """Whether it is proved that the first attempt, `moved`, does not raise the energy."""
         return jnp.array(self.attempts == 1)
 
+    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+        """Of a tangent at a measure, the part that steps leave as it is, by a projection."""
+        return jax.tree.map(jnp.zeros_like, tangent)
+
     def resolution(self, patterns: AnyMeasure) -> Float[Array, ""]:
         """The smallest change of energy that says anything, where steps need attempts."""
         return jnp.zeros((), jax.tree.leaves(patterns)[0].dtype)

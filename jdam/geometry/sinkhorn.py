@@ -14,7 +14,7 @@ from jaxtyping import Float
 from jdam import _checks
 from jdam._scaling import SelfCoupling, Solver, log
 from jdam.entropic import couple, couple_with_itself, respond
-from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim
+from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
 from jdam.linalg import safe_sqrt
 from jdam.measures import PointCloud
 
@@ -180,6 +180,12 @@ class Sinkhorn(Geometry):
         known = self._couple_with_itself(centred, weights)
         bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
         return (self.hellinger_scale == 0) & (bound <= 0)
+
+    def conserved(self, measure, tangent):
+        """The weights if κ = 0, and always those that are 0."""
+        still = super().conserved(measure, tangent)
+        fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
+        return with_leaves(still, still.points, jnp.where(fixed, tangent.weights, 0))
 
     def residual(self, view, pull):
         """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""

@@ -1,0 +1,174 @@
+"""How recall is differentiated."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+import jdam
+from tests.geometry.test_conformance import KINDS, quick_kinds
+from tests.helpers import clouds, gaussians, near, vectors
+
+ADJOINTS = [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()]
+
+
+def functional(measure):
+    """A number that depends on the measure, not on the factor that represents it."""
+    if isinstance(measure, jdam.Gaussian):
+        return jnp.sum(measure.covariance**2) + jnp.sum(measure.mean**3)
+    if isinstance(measure, jdam.PointCloud):
+        return jnp.vdot(measure.weights, jnp.sum(jnp.sin(measure.points), 1))
+    return sum(jnp.sum(x**3) for x in jax.tree.leaves(measure))
+
+
+def loss(adjoint, geometry, query, patterns, beta, log_prior, **settings):
+    memory = jdam.store(patterns, geometry, log_prior=log_prior)
+    result = jdam.recall(memory, query, beta, adjoint=adjoint, **settings)
+    return functional(result.measure) + result.weight + result.energy, result
+
+
+def gradients(adjoint, geometry, arguments, **settings):
+    differentiate = jax.grad(partial(loss, adjoint, geometry), (0, 1, 2, 3), has_aux=True)
+    return differentiate(*arguments, **settings)
+
+
+def leaves(tree):
+    return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
+
+
+@quick_kinds
+def test_implicit_is_unrolled_at_convergence(rng, kind):
+    make, geometry = KINDS[kind]
+    patterns = make(rng, 5, 3)
+    query = near(rng, jax.tree.map(lambda x: x[2], patterns), 0.3)
+    arguments = query, patterns, 1.3, jnp.asarray(rng.normal(size=5))
+    found = {}
+    for adjoint in ADJOINTS:
+        found[adjoint], result = gradients(adjoint, geometry, arguments, max_steps=200, tol=1e-12)
+        assert int(result.status) <= jdam.Status.MIXTURE
+    unrolled, implicit, one_step = (leaves(found[adjoint]) for adjoint in ADJOINTS)
+    scale = float(abs(unrolled).max())
+    np.testing.assert_allclose(implicit, unrolled, atol=1e-8 * scale)
+    assert float(abs(one_step - unrolled).max()) > 1e-4 * scale  # β is low: it must differ
+    assert float(abs(leaves(found[ADJOINTS[1]][0])).max()) < 1e-8  # the query is forgotten
+
+
+@quick_kinds
+def test_one_step_is_right_at_high_beta(rng, kind):
+    make, geometry = KINDS[kind]
+    patterns = make(rng, 5, 3)
+    if kind == "dot product":
+        patterns = patterns / np.linalg.norm(patterns, axis=1, keepdims=True)
+    query = near(rng, jax.tree.map(lambda x: x[2], patterns), 0.01)
+    arguments = query, patterns, 200.0, jnp.zeros(5)
+    unrolled, one_step = (
+        leaves(gradients(adjoint, geometry, arguments, max_steps=20)[0][1:])
+        for adjoint in (ADJOINTS[0], ADJOINTS[2])
+    )
+    np.testing.assert_allclose(one_step, unrolled, atol=1e-6 * float(abs(unrolled).max()))
+
+
+def test_clouds(rng):
+    """In points of patterns and β; the weights move too in the second, to a looser fixed point."""
+    patterns = clouds(rng, 4, 2, n=4)
+    query = near(rng, patterns[2], 0.1)
+
+    def outputs(adjoint, points, beta):
+        memory = jdam.store(
+            jdam.PointCloud(points, patterns.weights), jdam.Sinkhorn(0.2, tol=1e-13)
+        )
+        result = jdam.recall(memory, query, beta, adjoint=adjoint, max_steps=300, tol=1e-30)
+        return functional(result.measure), result
+
+    found = [
+        jax.grad(partial(outputs, adjoint), (0, 1), has_aux=True)(patterns.points, 0.8)
+        for adjoint in ADJOINTS[:2]
+    ]
+    (unrolled, result), (implicit, _) = found
+    assert int(result.status) in (jdam.Status.CONVERGED, jdam.Status.MIXTURE)
+    scale = float(abs(leaves(unrolled)).max())
+    np.testing.assert_allclose(leaves(implicit), leaves(unrolled), atol=1e-6 * scale)
+
+
+def test_what_recall_conserves_comes_from_the_query(rng):
+    """With κ = 0 the weights are the query's, and so is their derivative."""
+    patterns = clouds(rng, 3, 2, n=4)
+    memory = jdam.store(patterns, jdam.Sinkhorn(1.0))
+
+    def weights(logits, adjoint):
+        query = jdam.PointCloud(patterns.points[1] + 0.1, jax.nn.softmax(logits))
+        return jdam.recall(memory, query, 1.0, adjoint=adjoint).measure.weights
+
+    logits = jnp.asarray(rng.normal(size=4))
+    implicit = jax.jacrev(weights)(logits, jdam.Implicit())
+    np.testing.assert_allclose(implicit, jax.jacrev(jax.nn.softmax)(logits), atol=1e-9)
+
+
+@quick_kinds
+def test_implicit_by_differences(rng, kind):
+    """To first order in both modes, and under vmap."""
+    make, geometry = KINDS[kind]
+    patterns, queries = make(rng, 4, 2), make(rng, 3, 2)
+
+    def outputs(patterns, beta):
+        memory = jdam.store(patterns, geometry)
+        recall = partial(jdam.recall, adjoint=jdam.Implicit(), max_steps=300, tol=1e-12)
+        result = jax.vmap(recall, (None, 0, None))(memory, queries, beta)
+        return jax.vmap(functional)(result.measure), result.energy
+
+    arguments = jax.tree.map(jnp.asarray, patterns), jnp.float64(0.8)
+    check_grads(jax.jit(outputs), arguments, 1, rtol=1e-5, atol=1e-5, eps=1e-5)
+
+
+def test_second_derivative_of_implicit(rng):
+    """For vectors, where differences of the gradient can tell."""
+    patterns, query = jnp.asarray(vectors(rng, 4, 2)), vectors(rng, 1, 2)[0]
+
+    def outputs(patterns):
+        memory = jdam.store(patterns)
+        recall = partial(jdam.recall, adjoint=jdam.Implicit(), max_steps=300, tol=1e-13)
+        return functional(recall(memory, query, 0.5).measure)
+
+    check_grads(jax.jit(outputs), (patterns,), 2, rtol=1e-4, atol=1e-4, eps=1e-5)
+
+
+def temporary(adjoint, steps, memory, query):
+    def outputs(query, memory):
+        recall = partial(jdam.recall, max_steps=steps, adjoint=adjoint)
+        return functional(recall(memory, query, 1.0).measure)
+
+    compiled = jax.jit(jax.grad(outputs, (0, 1), allow_int=True)).lower(query, memory).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS[1:], ids=str)
+def test_memory_does_not_grow_with_steps(rng, adjoint):
+    memory = jdam.store(gaussians(rng, 20, 8))
+    few, many = (temporary(adjoint, steps, memory, memory[0]) for steps in (10, 1000))
+    assert many <= few
+    assert temporary(jdam.Unrolled(), 1000, memory, memory[0]) > 10 * many
+
+
+def test_memory_of_unrolled_clouds_is_that_of_their_states(rng):
+    """Not of the inner solver's iterations: a few copies of measure, pull and potentials a step."""
+    patterns = clouds(rng, 6, 2, n=10)
+    memory = jdam.store(patterns, jdam.Sinkhorn(0.1))
+    few, many = (temporary(jdam.Unrolled(), steps, memory, patterns[0]) for steps in (10, 110))
+    assert (many - few) / 100 < 8 * 8 * (10 * 3 + 6 * 10)
+
+
+def test_unconverged_is_said(rng):
+    memory = jdam.store(gaussians(rng, 4, 3))
+    result = jdam.recall(memory, memory[0], 0.1, max_steps=1, adjoint=jdam.Implicit())
+    assert int(result.status) == jdam.Status.MAX_STEPS
+
+
+def test_bad_adjoints(rng):
+    memory = jdam.store(vectors(rng, 4, 2))
+    with pytest.raises(TypeError, match=r"adjoint must be one of jdam's, as jdam.Unrolled\(\)"):
+        jdam.recall(memory, memory[0], 1.0, adjoint="implicit")
+    with pytest.raises(ValueError, match="tol must be None or > 0; got 0"):
+        jdam.Implicit(tol=0)
