@@ -15,6 +15,8 @@ def test_example(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("Recall(CONVERGED")
     assert "nearest=3" in printed
+    losses = scope["learned"].losses
+    assert losses[-1] < 0.2 * losses[0]
     assert scope["batch"].nearest.tolist() == list(range(100))
 
 
