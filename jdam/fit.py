@@ -12,7 +12,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
-from tqdm.auto import trange
+from tqdm import trange
 
 from jdam import _checks, _descent
 from jdam._compile import compiled
