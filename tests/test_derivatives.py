@@ -5,11 +5,12 @@ from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
 import jdam
-from tests.helpers import clouds, diagonals, gaussians, near, orthogonal, vectors
+from tests.helpers import clouds, diagonals, gaussians, near, orthogonal, vectors, w2_squared
 
 BETAS = (1e-2, 1.0, 1e6)
 
@@ -220,3 +221,33 @@ def test_transformations_of_step(kind):
     summed = jax.jit(jax.grad(lambda many: jax.vmap(number)(many).sum()))(queries)
     for x, y in zip(jax.tree.leaves(mapped), jax.tree.leaves(summed), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["generic", "query equal to a pattern", "repeated eigenvalues"])
+def test_gradient_in_high_precision(name):
+    """Of the energy of full Gaussians along a direction, by differences in 80 digits."""
+    query, patterns = next(rest for found, *rest in points_of("full") if found == name)
+    rng = np.random.default_rng(5)
+    direction = jax.tree.map(lambda x: rng.normal(size=np.shape(x)), query)
+    slope = jax.grad(jdam.energy, 1)(jdam.store(patterns), query, 0.7)
+
+    def exact_energy(h):
+        factor = mpmath.matrix(np.asarray(query.factor).tolist())
+        factor += h * mpmath.matrix(direction.factor.tolist())
+        total = mpmath.mpf(0)
+        for mean, root in zip(patterns.mean, patterns.factor, strict=True):
+            root = mpmath.matrix(np.asarray(root).tolist())
+            bures = w2_squared(
+                np.zeros(3), root * root.T, np.zeros(3), factor * factor.T, digits=80
+            )
+            pairs = zip(np.asarray(query.mean), direction.mean, np.asarray(mean), strict=True)
+            shift = sum(
+                (mpmath.mpf(m) + h * mpmath.mpf(d) - mpmath.mpf(n)) ** 2 for m, d, n in pairs
+            )
+            total += mpmath.exp(-mpmath.mpf(0.7) * (bures + shift))
+        return -mpmath.log(total) / mpmath.mpf(0.7)
+
+    with mpmath.workdps(80):
+        h = mpmath.mpf(10) ** -20
+        expected = float((exact_energy(h) - exact_energy(-h)) / (2 * h))
+    np.testing.assert_allclose(inner(slope, direction), expected, rtol=1e-10, atol=1e-12)
