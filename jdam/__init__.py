@@ -30,6 +30,7 @@ from jdam.recall import Status as Status
 from jdam.recall import Trace as Trace
 from jdam.recall import recall as recall
 from jdam.recall import step as step
+from jdam.search import Certified as Certified
 from jdam.search import Exhaustive as Exhaustive
 from jdam.separation import Entmax as Entmax
 from jdam.separation import Epanechnikov as Epanechnikov

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jdam._average import GibbsAverage
 from jdam._derivatives import jvp
-from jdam.energy import GibbsAverage
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 
@@ -42,7 +42,8 @@ def start(look: Look, memory: Memory, measure: AnyMeasure, beta: Float[Array, ""
     found, neglected = jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (found, neglected)
     )
-    found = found._replace(guess=memory.geometry.first_guess(memory.prepared))
+    if found.guess is not None:
+        found = found._replace(guess=memory.geometry.first_guess(memory.prepared))
     no = jnp.array(False)
     return Walk(Place(measure, found, neglected), no, jnp.array(0, jnp.int32), no)
 

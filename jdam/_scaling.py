@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 
 #: Scaling iterations before the first Newton step, and after each.
 FIRST_BURST, LATER_BURST = 40, 10
+#: Scaling iterations for a bound.
+SOME = 4
 #: An error of the marginal beyond which ε is annealed, and the ratio of its ladder.
 POOR, DESCENT = 0.01, 2.5
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
@@ -91,6 +93,12 @@ def first_burst(solver: Solver, problem: tuple) -> State:
     """Scaling iterations on the kernel of the guess: enough for most pairs."""
     *clouds, epsilon, guess = problem
     return _round(solver, clouds, epsilon, guess, FIRST_BURST, newton=False)
+
+
+def some_iterations(solver: Solver, problem: tuple) -> State:
+    """Some scaling iterations on the kernel of the guess, for a lower bound on OT_ε."""
+    *clouds, epsilon, guess = problem
+    return _round(solver, clouds, epsilon, guess, SOME, newton=False)
 
 
 def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:

@@ -256,6 +256,7 @@ def _descend(
         converged=residual <= tol,
         unsolved=found.unsolved,
         neglected=neglected,
+        certified=jnp.array(True),
         valid=jnp.isfinite(tol),
         trace=None,
     )

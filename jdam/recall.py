@@ -19,7 +19,7 @@ from jdam.adjoint import Adjoint, Loop, Unrolled
 from jdam.energy import fit_query, inverse_temperature, queries_at_once
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
-from jdam.search import Exhaustive
+from jdam.search import Exhaustive, Search
 from jdam.separation import LogSumExp, Separation
 from jdam.separation import check as check_separation
 
@@ -143,7 +143,7 @@ def recall(
     max_steps: int = 50,
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
-    search: Exhaustive = Exhaustive(),
+    search: Search = Exhaustive(),
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
     save_trace: bool = False,
@@ -173,9 +173,9 @@ def recall(
     step_size = _positive(memory, "step_size", step_size)
     tol = default_tolerance(memory) if tol is None else _positive(memory, "tol", tol)
     max_steps = _checks.positive_int("max_steps", max_steps)
-    for name, value, kind in (("search", search, Exhaustive), ("adjoint", adjoint, Adjoint)):
+    for name, value, kind in (("search", search, Search), ("adjoint", adjoint, Adjoint)):
         if not isinstance(value, kind):
-            example = "Unrolled" if kind is Adjoint else kind.__name__
+            example = "Unrolled" if kind is Adjoint else "Exhaustive"
             raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
     check_separation(separation)
     if not isinstance(save_trace, bool):
@@ -219,7 +219,7 @@ def _recall(
     tol: Array,
     *,
     max_steps: int,
-    search: Exhaustive,
+    search: Search,
     adjoint: Adjoint,
     separation: Separation,
     save_trace: bool,
@@ -276,7 +276,7 @@ def _recall(
         step=plain_step,
         conserved=lambda measure, args, tangent: args[0].geometry.conserved(measure, tangent),
         length=max_steps + 1,
-        at_once=queries_at_once(memory),
+        at_once=search.queries_at_once(memory),
     )
     end, trace = adjoint.run(loop, state, (memory, beta, step_size, tol))
     return report(
@@ -286,6 +286,7 @@ def _recall(
         converged=(end.residual <= tol) | end.walk.ended,
         unsolved=end.unsolved,
         neglected=end.neglected,
+        certified=end.neglected <= search.tolerance,
         valid=jnp.isfinite(tol) & (step_size > 0),
         trace=jax.tree.map(lambda leaf: leaf[1:], trace),
     )
@@ -299,6 +300,7 @@ def report(
     converged: Array,
     unsolved: Array,
     neglected: Array,
+    certified: Array,
     valid: Array,
     trace: Trace | None,
 ) -> Recall:
@@ -318,6 +320,7 @@ def report(
             (found.weight <= 0.5 + rounding, Status.MIXTURE),
             (~converged, Status.MAX_STEPS),
             (unsolved > rounding, Status.SOLVER),
+            (~certified, Status.UNCERTIFIED),
             (~finite, Status.NONFINITE),
             (out_of_reach & valid, Status.OUT_OF_REACH),
         ),

@@ -1,21 +1,64 @@
-"""Which patterns a step looks at."""
+"""Which patterns a step looks at, and what is proved of those it does not."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 from jdam import _checks
-from jdam.energy import GibbsAverage, gibbs_average
-from jdam.geometry.protocol import AnyMeasure
+from jdam._average import (
+    Block,
+    GibbsAverage,
+    Running,
+    absorb,
+    conclude,
+    gibbs_average,
+    nothing_yet,
+)
+from jdam._batching import advance_where
+from jdam._derivatives import jvp
+from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory
-from jdam.separation import Separation
+from jdam.separation import LogSumExp, Separation, levels, mass
+
+#: How many patterns to bound more closely at a time, by level, for each of those compared at once.
+SHARPENED = 32, 8
+
+
+class Search(ABC):
+    """How a step of recall finds the patterns that matter."""
+
+    @property
+    @abstractmethod
+    def tolerance(self) -> float:
+        """How much Gibbs mass may be left out without a word."""
+
+    @abstractmethod
+    def queries_at_once(self, memory: Memory) -> int:
+        """How many queries of a batch look at the same time."""
+
+    @abstractmethod
+    def look(
+        self,
+        memory: Memory,
+        query: AnyMeasure,
+        beta: Float[Array, ""],
+        guess: Any = None,
+        *,
+        separation: Separation,
+    ) -> tuple[GibbsAverage, Float[Array, ""]]:
+        """The Gibbs average at the query, and a bound on the Gibbs mass left out of it.
+
+        `guess` is that of an earlier look from nearby."""
 
 
 @dataclass(frozen=True)
-class Exhaustive:
+class Exhaustive(Search):
     """Look at every pattern, `block_size` of them at a time.
 
     Beside its arguments a recall then needs memory for queries × block_size comparisons.
@@ -31,18 +74,14 @@ class Exhaustive:
         if self.block_size is not None:
             _checks.positive_int("block_size", self.block_size)
 
-    def look(
-        self,
-        memory: Memory,
-        query: AnyMeasure,
-        beta: Float[Array, ""],
-        guess: Any = None,
-        *,
-        separation: Separation,
-    ) -> tuple[GibbsAverage, Float[Array, ""]]:
-        """The Gibbs average at the query, and a bound on the Gibbs mass left out of it.
+    @property
+    def tolerance(self):
+        return 0.0
 
-        `guess` is that of an earlier look from nearby."""
+    def queries_at_once(self, memory):
+        return memory.geometry.tile(memory.patterns)[0]
+
+    def look(self, memory, query, beta, guess=None, *, separation):
         found = gibbs_average(
             memory,
             query,
@@ -52,3 +91,200 @@ class Exhaustive:
             guess=guess,
         )
         return found, jnp.zeros_like(beta)
+
+
+@dataclass(frozen=True)
+class Certified(Search):
+    """Compare a query with few patterns, and prove that the others do not matter.
+
+    Every look bounds D from below for all patterns, which is cheap (`Geometry.bound`), compares
+    the query with the `num_candidates` of least bound, and so knows how much Gibbs mass the
+    others can have at most:
+
+        neglected ≤ Σ_out πᵢ exp(−β boundᵢ) / (Σ_in πᵢ exp(−βDᵢ) + Σ_out πᵢ exp(−β boundᵢ)).
+
+    While that is more than `tol`, patterns that might still matter are bounded more closely
+    (`Geometry.sharpen`) and then compared, `num_candidates` at a time in order of their bounds,
+    at most `max_candidates` in all: 16 times `num_candidates` unless given. Easy queries are
+    cheap, hard ones take as long as they need. `Recall.neglected` is the largest bound of all
+    steps; where it is more than `tol`, the status is `UNCERTIFIED`: β is too small for few
+    patterns to hold the Gibbs mass, or bounds are too loose. Otherwise a recall is that of
+    `Exhaustive` up to `tol` in every weight.
+
+    **Choosing.** `num_candidates` about the number of patterns that matter to an ordinary query;
+    16 is good for most. Time grows with it, and derivatives compare `max_candidates` patterns in
+    any case, so that for learning it should be small.
+
+    **Raises:** `TypeError` or `ValueError` for counts that are no ints ≥ 1, `max_candidates`
+    below `num_candidates`, or a `tol` outside (0, 1). `recall` raises `ValueError` for it with a
+    separation other than `LogSumExp`.
+    """
+
+    num_candidates: int = 16
+    max_candidates: int | None = None
+    tol: float = 1e-8
+
+    def __post_init__(self):
+        _checks.positive_int("num_candidates", self.num_candidates)
+        if self.max_candidates is not None:
+            _checks.positive_int("max_candidates", self.max_candidates)
+            if self.max_candidates < self.num_candidates:
+                raise ValueError(
+                    f"max_candidates must be ≥ num_candidates = {self.num_candidates}; "
+                    f"got {self.max_candidates}"
+                )
+        if not isinstance(self.tol, int | float) or isinstance(self.tol, bool):
+            raise TypeError(f"tol must be a number; got {self.tol!r}")
+        if not 0 < self.tol < 1:
+            raise ValueError(f"tol must be in (0, 1); got {self.tol}")
+
+    @property
+    def tolerance(self):
+        return self.tol
+
+    def queries_at_once(self, memory):
+        # Bounds of all patterns, a few numbers for each, stay within some tens of megabytes.
+        most = 64 if jax.default_backend() == "cpu" else 1024
+        return max(1, min(most, 2**22 // len(memory)))
+
+    def look(self, memory, query, beta, guess=None, *, separation):
+        if not isinstance(separation, LogSumExp):
+            raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
+        found, neglected, _ = _look(self, memory, query, beta)
+        return found, neglected
+
+    def sizes(self, num: int) -> tuple[int, int]:
+        """How many of N patterns to compare at a time, and in how many turns at most."""
+        size = min(num, self.num_candidates)
+        most = 16 * size if self.max_candidates is None else self.max_candidates
+        return size, -(-min(num, most) // size)
+
+
+class _Hunt(NamedTuple):
+    """How far a search has come."""
+
+    floor: Float[Array, " N"]  # lower bounds on levels D − log π/β; ∞ where no longer needed
+    level: Int[Array, " N"]  # of the bounds
+    running: Running  # over the candidates
+    picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
+    turns: Int[Array, ""]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _look(
+    search: Certified, memory: Memory, query: AnyMeasure, beta: Array
+) -> tuple[GibbsAverage, Float[Array, ""], Int[Array, " C"]]:
+    """The average over the candidates, what the others can weigh, and the candidates."""
+    geometry, num = memory.geometry, len(memory)
+    size, turns = search.sizes(num)
+    view = geometry.view(query)
+    bounds = geometry.bound(view, memory.patterns, memory.prepared)
+    start = _Hunt(
+        floor=levels(bounds, memory.log_prior, beta),
+        level=jnp.zeros(num, jnp.int8),
+        running=nothing_yet(memory, view),
+        picked=jnp.full((turns, size), -1, jnp.int32),
+        turns=jnp.array(0, jnp.int32),
+    )
+    args = (memory, view, beta)
+    first = _compare(search, start, args)
+    at_once = 1 if jax.default_backend() == "cpu" else 64
+    again = _left_out(first, beta) > search.tol
+    hunt = advance_where(partial(_go_on, search), at_once, again, first, args)
+    out = _left_out(hunt, beta)
+    neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
+    return conclude(view, hunt.running, beta, None), neglected, hunt.picked.reshape(-1)
+
+
+@partial(_look.defjvp, symbolic_zeros=True)
+def _look_jvp(search: Certified, primals: tuple, tangents: tuple) -> Any:
+    found, neglected, picked = _look(search, *primals)
+
+    def average(memory: Memory, query: AnyMeasure, beta: Array) -> GibbsAverage:
+        part = _take(memory, picked, picked >= 0)
+        candidates = Memory(part.patterns, memory.geometry, part.log_prior, part.prepared)
+        return gibbs_average(candidates, query, beta)._replace(guess=None)
+
+    dfound = jvp(average, primals, tangents)[1]
+    constant = jnp.zeros_like(neglected), jnp.zeros(picked.shape, jax.dtypes.float0)
+    return (found, neglected, picked), (dfound, *constant)
+
+
+def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+    """Bound more closely what may matter, and compare what still may, to the end."""
+    memory, _, beta = args
+    sharpenings = memory.geometry.sharpenings(memory.patterns)
+    _, turns = search.sizes(len(memory))
+
+    def compare_until(last: int, hunt: _Hunt) -> _Hunt:
+        def unproved(hunt: _Hunt) -> Array:
+            return (_left_out(hunt, beta) > search.tol) & (hunt.turns < last)
+
+        return jax.lax.while_loop(unproved, lambda hunt: _compare(search, hunt, args), hunt)
+
+    for level in range(1, sharpenings + 1):
+
+        def blunt(hunt: _Hunt, level: int = level) -> Array:
+            return _left_out(hunt, beta, where=hunt.level < level) > search.tol / 2
+
+        def sharpen(hunt: _Hunt, level: int = level) -> _Hunt:
+            return _sharpen(search, level, hunt, args)
+
+        # With better candidates fewer patterns need the next level.
+        hunt = compare_until(min(turns, level + 1), jax.lax.while_loop(blunt, sharpen, hunt))
+    return compare_until(turns, hunt)
+
+
+def _left_out(hunt: _Hunt, beta: Array, where: Array | None = None) -> Float[Array, ""]:
+    """What the rest can weigh at most, relative to the candidates."""
+    heights = hunt.floor - hunt.running.lowest
+    if where is not None:
+        heights = jnp.where(where, heights, jnp.inf)
+    return mass(heights, beta).sum() / hunt.running.mass
+
+
+def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+    """One turn: the patterns of least bound are compared."""
+    memory, view, beta = args
+    size, _ = search.sizes(len(memory))
+    index, on = _least(hunt.floor, size)
+    block = _take(memory, index, on)
+    found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
+    return hunt._replace(
+        floor=hunt.floor.at[index].set(jnp.inf),
+        running=absorb(hunt.running, found, block, beta),
+        picked=hunt.picked.at[hunt.turns].set(jnp.where(on, index, -1)),
+        turns=hunt.turns + 1,
+    )
+
+
+def _sharpen(
+    search: Certified, level: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
+) -> _Hunt:
+    """The patterns of least bound below a level are bounded at that level."""
+    memory, view, beta = args
+    size = min(len(memory), SHARPENED[level - 1] * search.sizes(len(memory))[0])
+    index, _ = _least(jnp.where(hunt.level < level, hunt.floor, jnp.inf), size)
+    block = _take(memory, index, jnp.ones_like(index, bool))
+    bounds = memory.geometry.sharpen(view, block.patterns, block.prepared, level)
+    return hunt._replace(
+        floor=hunt.floor.at[index].max(levels(bounds, block.log_prior, beta)),
+        level=hunt.level.at[index].max(jnp.int8(level)),
+    )
+
+
+def _least(floor: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """The indices of the least entries, and which of them are finite."""
+    # Selection is fast in single precision only, and order need not be exact.
+    shifted = (floor - jnp.where(jnp.isfinite(floor), floor, jnp.inf).min()).astype(jnp.float32)
+    _, index = jax.lax.top_k(-shifted, size)
+    return index, floor[index] < jnp.inf
+
+
+def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Block:
+    """The patterns at some indices, those that are not on switched off by the prior."""
+    rows = (memory.patterns, memory.prepared, memory.log_prior)
+    patterns, prepared, prior = jax.tree.map(lambda leaf: leaf[index], rows)
+    prior = jnp.zeros(index.shape, memory.dtype) if prior is None else prior
+    guess = memory.geometry.first_guess(prepared)
+    return Block(index, patterns, jnp.where(on, prior, -jnp.inf), prepared, guess)

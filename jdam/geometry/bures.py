@@ -11,10 +11,12 @@ from jdam.geometry.euclidean import (
     VECTOR_TILE,
     fast_squared_distances,
     products_err,
+    rounding,
     squared_distances,
+    squared_distances_less_rounding,
 )
 from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
-from jdam.linalg import polar, rotation_part, squared_norm
+from jdam.linalg import polar, rotation_part, singular_values, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
 
@@ -69,6 +71,61 @@ class Bures(Geometry):
         aligned = with_leaves(patterns, patterns.mean, patterns.factor @ rotations)
         return Comparison(divergences, aligned)
 
+    def prepare(self, patterns):
+        if isinstance(patterns, DiagonalGaussian):
+            return None
+        factor = jax.lax.stop_gradient(patterns.factor)
+        # In batches: decompositions copy what they are given.
+        return Prepared(
+            spread=jnp.linalg.norm(factor, axis=-1),
+            spectrum=jax.lax.map(singular_values, factor, batch_size=1024),
+        )
+
+    def bound(self, view, patterns, prepared):
+        """|m − μ|² plus the larger of two sums of squared differences of standard deviations:
+
+        along the coordinate axes, Σₖ (√Ωₖₖ − √Σₖₖ)², since for any plan and any orthonormal
+        basis E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ;
+
+        of the sorted spectra, Σₖ (σₖ(L) − σₖ(M))², since W₂² = |m−μ|² + |L|² + |M|² − 2|MᵀL|_*
+        and the nuclear norm |MᵀL|_* ≤ Σₖ σₖ(M) σₖ(L) (von Neumann).
+        """
+        if isinstance(patterns, DiagonalGaussian):
+            return squared_distances_less_rounding(view, _stacked(patterns))
+        query = view.query
+        spread = jnp.linalg.norm(query.factor, axis=-1)
+        sizes = jnp.linalg.norm(query.factor, axis=-2)[: query.dim]
+        missing = sizes.size - prepared.spectrum.shape[-1]
+        spectrum = jnp.pad(prepared.spectrum, [(0, 0), (0, missing)])
+        marginal = _gaps(spread, prepared.spread)
+        return _shifts(query.mean, patterns.mean) + jnp.maximum(marginal, _gaps(sizes, spectrum))
+
+    def sharpenings(self, patterns):
+        return 0 if isinstance(patterns, DiagonalGaussian) else 2
+
+    def sharpen(self, view, patterns, prepared, level):
+        """Level 1: |m − μ|² plus the sum over the principal axes uₖ of the query, L = U S Vᵀ, of
+        squared differences of standard deviations:
+
+            Σₖ (sₖ − |Mᵀuₖ|)² + |M|² − Σₖ |Mᵀuₖ|²,
+
+        the bound by marginals in that basis, its last terms those along axes on which L vanishes.
+        It is exact where the covariances commute.
+
+        Level 2: |m − μ|² + |L|² + |M|² − tr H − tr(H⁻¹KᵀK), K = MᵀL V, for an H ≻ 0 near
+        (KᵀK)^½, since 2|K|_* is the least value of tr H + tr(H⁻¹KᵀK) over all H ≻ 0.
+        """
+        query = view.query
+        if level == 2:
+            return _shifts(query.mean, patterns.mean) + _gap_from_below(query, patterns)
+        sizes = jnp.linalg.norm(query.factor, axis=-2)
+        axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
+        along = jnp.linalg.norm(patterns.factor.mT @ axes[None], axis=-2)
+        whole = squared_norm(patterns.factor)
+        rest = whole * (1 - rounding(patterns.factor[0].size, whole.dtype))
+        rest = jnp.maximum(rest - jnp.vecdot(along, along), 0)
+        return _shifts(query.mean, patterns.mean) + _gaps(sizes, along) + rest
+
     def approximation_errs(self, query, patterns, beta):
         diagonal = isinstance(patterns, DiagonalGaussian)
         return products_err(query, patterns, beta) if diagonal else None
@@ -93,6 +150,13 @@ class Bures(Geometry):
 
     def tile(self, patterns):
         return VECTOR_TILE if isinstance(patterns, DiagonalGaussian) else super().tile(patterns)
+
+
+class Prepared(NamedTuple):
+    """Standard deviations of patterns along coordinate and, in falling order, principal axes."""
+
+    spread: Float[Array, "N d"]
+    spectrum: Float[Array, "N k"]
 
 
 class View(NamedTuple):
@@ -132,6 +196,41 @@ def _aligned_gap_jvp(primals, tangents):
     gap = factor[None] - factors @ rotations
     dgap = dfactor[None] - dfactors @ rotations
     return squared_norm(gap), 2 * jnp.sum(gap * dgap, axis=(-1, -2))
+
+
+def _gap_from_below(query: Gaussian, patterns: Gaussian) -> Float[Array, " B"]:
+    """|L|² + |M|² − tr H − tr(H⁻¹A), less its rounding, where A = KᵀK, nᵢ² = Aᵢᵢ and
+
+        Hᵢⱼ = Aᵢⱼ/(nᵢ + nⱼ) + ½nᵢδᵢⱼ,
+
+    the root of A to first order in what is off its diagonal. H ≻ 0, for the Schur product of A
+    with a Cauchy matrix is ⪰ 0; scaled to a diagonal of 1 its condition is at most twice its size.
+    """
+    crossed = patterns.factor.mT @ query.factor[None]
+    sizes = jnp.linalg.norm(crossed, axis=-2)
+    crossed = crossed / jnp.sqrt(jnp.where(sizes > 0, sizes, 1))[:, None]
+    sums = sizes[:, :, None] + sizes[:, None]
+    half = jnp.eye(sizes.shape[-1], dtype=sizes.dtype)[None] / 2
+    scaled = crossed.mT @ crossed / jnp.where(sums > 0, sums, 1) + half
+    solved = jax.lax.linalg.triangular_solve(
+        jnp.linalg.cholesky(scaled), crossed.mT, left_side=True, lower=True
+    )
+    squares = squared_norm(query.factor) + squared_norm(patterns.factor)
+    squares = squares * (1 - rounding(8 * patterns.dim, squares.dtype))
+    return jnp.maximum(squares - sizes.sum(-1) - squared_norm(solved), 0)
+
+
+def _shifts(mean: Float[Array, " d"], means: Float[Array, "B d"]) -> Float[Array, " B"]:
+    """|m − μᵢ|², less its rounding."""
+    return squared_distances(mean, means) * (1 - rounding(mean.size, mean.dtype))
+
+
+def _gaps(first: Float[Array, " k"], second: Float[Array, "B k"]) -> Float[Array, " B"]:
+    """Σₖ (aₖ − bₖ)² of sizes that are sums of some k² squares, less their rounding."""
+    error = rounding(first.size, first.dtype)
+    gap = jnp.abs(first[None] - second) - error * (first[None] + second)
+    gap = jnp.maximum(gap, 0)
+    return jnp.vecdot(gap, gap) * (1 - error)
 
 
 def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch 2d"]:

@@ -42,6 +42,10 @@ class Euclidean(Vectors):
         distances = squared_distances if exact else fast_squared_distances
         return Comparison(distances(view, patterns), patterns)
 
+    def bound(self, view, patterns, prepared):
+        """|x − y|² by a matrix product, less its rounding."""
+        return squared_distances_less_rounding(view, patterns)
+
     def approximation_errs(self, query, patterns, beta):
         return products_err(query, patterns, beta)
 
@@ -71,11 +75,29 @@ def fast_squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Fl
     About the centre c of the block, |x−c|² + |yᵢ−c|² − 2⟨x−c, yᵢ−c⟩ errs by some
     eps·(|x−c|² + |yᵢ−c|²); `products_err` tells where that is too much.
     """
+    squares, crossed = _products(x, ys)
+    return jnp.maximum(squares - 2 * crossed, 0)
+
+
+def squared_distances_less_rounding(
+    x: Float[Array, " d"], ys: Float[Array, "B d"]
+) -> Float[Array, " B"]:
+    """What |x − yᵢ|² surely is not less than, by one matrix product."""
+    squares, crossed = _products(x, ys)
+    return jnp.maximum(squares * (1 - rounding(ys.shape[-1], ys.dtype)) - 2 * crossed, 0)
+
+
+def rounding(terms: int, dtype: jnp.dtype) -> float:
+    """A bound on the relative error of a sum of so many rounded squares or products."""
+    return (terms + 8) * float(jnp.finfo(dtype).eps)
+
+
+def _products(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> tuple[Array, Array]:
+    """|x−c|² + |yᵢ−c|² and ⟨x−c, yᵢ−c⟩, c the centre of the yᵢ."""
     centre = jax.lax.stop_gradient(ys.mean(0))
     x, ys = x - centre, ys - centre[None]
     # In this order the product, vmapped over x, is (queries, patterns) and row-major.
-    cross = jnp.vecmat(x, ys.mT)
-    return jnp.maximum(jnp.vdot(x, x) + jnp.vecdot(ys, ys) - 2 * cross, 0)
+    return jnp.vdot(x, x) + jnp.vecdot(ys, ys), jnp.vecmat(x, ys.mT)
 
 
 def products_err(query: Any, patterns: Any, beta: Float[Array, ""]) -> Bool[Array, ""] | None:

@@ -78,6 +78,23 @@ class Geometry(eqx.Module):
         `prepared` and `guess` are what `prepare` and the last comparison said of the patterns.
         Unless `exact`, D may be approximated where `approximation_errs` allows it."""
 
+    def bound(self, view: AnyView, patterns: AnyMeasure, prepared: Any) -> Float[Array, " B"]:
+        """Lower bounds on D(ξ, Xᵢ), rounding included, cheap enough for all patterns: by default
+        D itself."""
+        guess = self.first_guess(prepared)
+        return self.compare(view, patterns, prepared, guess, True).divergence
+
+    def sharpenings(self, patterns: AnyMeasure) -> int:
+        """How many levels of closer bounds there are."""
+        return 0
+
+    def sharpen(
+        self, view: AnyView, patterns: AnyMeasure, prepared: Any, level: int
+    ) -> Float[Array, " B"]:
+        """Closer lower bounds at greater cost, for patterns that earlier ones do not settle:
+        of level 1, 2, …, `sharpenings`."""
+        raise NotImplementedError
+
     def approximation_errs(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]
     ) -> Bool[Array, ""] | None:

@@ -13,7 +13,8 @@ from jaxtyping import Float
 
 from jdam import _checks
 from jdam._scaling import SelfCoupling, Solver, log
-from jdam.entropic import couple, couple_with_itself, respond
+from jdam.entropic import couple, couple_with_itself, dual_value, respond
+from jdam.geometry.euclidean import rounding
 from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
 from jdam.linalg import safe_sqrt
 from jdam.measures import PointCloud
@@ -100,7 +101,8 @@ class Sinkhorn(Geometry):
         centre = jax.lax.stop_gradient(patterns.mean)
         centred = patterns.points - centre[:, None]
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
-        return Prepared(centre, jax.lax.stop_gradient(known))
+        offset = jnp.vecmat(patterns.weights, centred)
+        return Prepared(centre, *jax.lax.stop_gradient((offset, known)))
 
     def first_guess(self, prepared):
         return prepared.known.potential
@@ -137,6 +139,35 @@ class Sinkhorn(Geometry):
             guess=jax.lax.stop_gradient(found.g),
             missed=missed | (view.known.error > self._tol),
         )
+
+    def bound(self, view, patterns, prepared):
+        """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
+        offset = view.query.weights @ view.centred
+        shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
+        return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
+
+    def sharpenings(self, patterns):
+        return 1
+
+    def sharpen(self, view, patterns, prepared, level):
+        """The dual value after a few iterations from the potential of the pattern with itself:
+        at most OT_ε, because any dual value is."""
+        one = jax.vmap(partial(dual_value, self._solver), (None, None, 0, 0, None, 0))
+        centred = patterns.points - prepared.centre[:, None]
+        dual = one(
+            view.centred,
+            view.query.weights,
+            centred,
+            patterns.weights,
+            self.epsilon,
+            prepared.known.potential,
+        )
+        selves = (view.known.cost + prepared.known.cost) / 2
+        shift = view.centre[None] - prepared.centre
+        offset = view.query.weights @ view.centred
+        means = jnp.vecdot(shift, shift / 2 + offset[None] - prepared.offset)
+        error = rounding(patterns.num_atoms, dual.dtype) * (jnp.abs(dual) + selves + jnp.abs(means))
+        return means + dual - selves - error
 
     def move(self, view, pull, step_size, attempt=0):
         query, log_weights = view.query, log(view.query.weights)
@@ -241,6 +272,7 @@ class Prepared(NamedTuple):
     """What is constant about patterns: a centre each, and the coupling with itself."""
 
     centre: Float[Array, "N d"]
+    offset: Float[Array, "N d"]  # of the mean from it: rounding
     known: SelfCoupling
 
 

@@ -1,0 +1,272 @@
+"""One look of a query at the patterns: a streamed log-sum-exp, in which no array of all
+(query, pattern) pairs of measures ever exists."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from jdam._batching import compute_if
+from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison, batch_size
+from jdam.memory import Memory
+from jdam.separation import LogSumExp, Separation, heaviest, levels, mass
+
+
+class GibbsAverage(NamedTuple):
+    """What a query learns from all patterns, wᵢ ∝ πᵢ exp(−βDᵢ) being their Gibbs weights."""
+
+    view: AnyView  # of the query, as `Geometry.move` wants it
+    energy: Float[Array, ""]  # −β⁻¹ log Σ πᵢ exp(−βDᵢ)
+    pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
+    nearest: Int[Array, ""]  # the heaviest pattern
+    weight: Float[Array, ""]  # its weight
+    unsolved: Float[Array, ""]  # Gibbs mass of the patterns whose comparison missed its tolerance
+    guess: Any  # to start the next look from
+
+
+class Block(NamedTuple):
+    """Some patterns, and all that goes with them; leaves lead with (B,)."""
+
+    index: Int[Array, " B"]  # in the memory
+    patterns: AnyMeasure
+    log_prior: Float[Array, " B"] | None
+    prepared: Any
+    guess: Any
+
+
+class Running(NamedTuple):
+    """An average that is not yet over."""
+
+    lowest: Float[Array, ""]  # level so far
+    nearest: Int[Array, ""]
+    mass: Float[Array, ""]  # Σ exp(−β(level − lowest))
+    pull: AnyMeasure  # Σ exp(−β(level − lowest))·pull
+    unsolved: Float[Array, ""]  # that sum over comparisons that missed their tolerance
+
+
+def gibbs_average(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    *,
+    separation: Separation = LogSumExp(),
+    block_size: int | None = None,
+    with_pull: bool = True,
+    guess: Any = None,
+) -> GibbsAverage:
+    """The energy and the weighted average of the pulls: from approximate divergences where they
+    are good enough, from exact ones if not."""
+    if not isinstance(separation, LogSumExp):
+        return _average_in_two(memory, query, beta, guess, block_size, with_pull, separation)
+
+    def average(query: AnyMeasure, args: tuple[Memory, Array, Any], *, exact: bool) -> GibbsAverage:
+        memory, beta, guess = args
+        return _average(memory, query, beta, guess, block_size, with_pull, exact)
+
+    doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
+    args = (memory, beta, guess)
+    if doubtful is None:
+        return average(query, args, exact=True)
+    approximate = average(query, args, exact=False)
+    return compute_if(doubtful, partial(average, exact=True), approximate, query, args)
+
+
+def _average(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    guess: Any,
+    block_size: int | None,
+    with_pull: bool,
+    exact: bool,
+) -> GibbsAverage:
+    """The average by `LogSumExp`, accumulated over blocks of patterns."""
+    view = memory.geometry.view(query)
+
+    def look(running: Running, block: Block) -> tuple[Running, Any]:
+        found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, exact)
+        return absorb(running, found, block, beta), found.guess
+
+    blocks = cut_into_blocks(memory, block_size, guess)
+    start = nothing_yet(memory, view, with_pull)
+    end, guesses = over_blocks(look, start, blocks)
+    return conclude(view, end, beta, in_a_row(guesses, len(memory)))
+
+
+def nothing_yet(memory: Memory, view: AnyView, with_pull: bool = True) -> Running:
+    nothing = jnp.array(0, memory.dtype)
+    return Running(
+        lowest=jnp.array(jnp.inf, memory.dtype),
+        nearest=jnp.array(0, jnp.int32),
+        mass=nothing,
+        pull=_no_pull(memory, view) if with_pull else None,
+        unsolved=nothing,
+    )
+
+
+def absorb(running: Running, found: Comparison, block: Block, beta: Array) -> Running:
+    """The average with some more patterns, relative to the lowest level so far (online
+    softmax)."""
+    height = levels(found.divergence, block.log_prior, beta)
+    # Energy and average do not depend on the reference, only their rounding does.
+    fixed = jax.lax.stop_gradient(height)
+    low = fixed.min()
+    lowest = jnp.minimum(running.lowest, low)
+    reference = jnp.where(lowest == jnp.inf, 0, lowest)  # a block may be switched off whole
+    masses = mass(height - reference, beta)
+    decay = mass(running.lowest - reference, beta)
+    pulls = None if running.pull is None else found.pull
+    return Running(
+        lowest=lowest,
+        nearest=jnp.where(low < running.lowest, block.index[_first(fixed == low)], running.nearest),
+        mass=decay * running.mass + masses.sum(),
+        pull=jax.tree.map(
+            lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
+            running.pull,
+            pulls,
+        ),
+        unsolved=decay * running.unsolved + _missed(found, masses),
+    )
+
+
+def conclude(view: AnyView, end: Running, beta: Array, guess: Any) -> GibbsAverage:
+    return GibbsAverage(
+        view=view,
+        energy=end.lowest - jnp.log(end.mass) / beta,
+        pull=jax.tree.map(lambda total: total / end.mass, end.pull),
+        nearest=end.nearest,
+        weight=1 / end.mass,
+        unsolved=jax.lax.stop_gradient(end.unsolved / end.mass),
+        guess=guess,
+    )
+
+
+def _average_in_two(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    guess: Any,
+    block_size: int | None,
+    with_pull: bool,
+    separation: Separation,
+) -> GibbsAverage:
+    """The average by weights that are known only when all divergences are: a pass over the
+    patterns for these, and one for the pulls, unless one block is all."""
+    view = memory.geometry.view(query)
+
+    def compare(block: Block) -> Comparison:
+        return memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
+
+    def absorb(total: AnyMeasure, weighted: tuple[Block, Array]) -> tuple[AnyMeasure, None]:
+        block, weights = weighted
+        pulls = compare(block).pull
+        return jax.tree.map(lambda x, y: x + jnp.tensordot(weights, y, 1), total, pulls), None
+
+    blocks = cut_into_blocks(memory, block_size, guess)
+    once = batch_size(blocks) == 1  # all pulls fit in memory together
+
+    def look(_: None, block: Block) -> tuple[None, Comparison]:
+        found = compare(block)
+        return None, found if once and with_pull else found._replace(pull=None)
+
+    found = in_a_row(over_blocks(look, None, blocks)[1], len(memory))
+    weights = separation.weights(found.divergence, memory.log_prior, beta)
+    pull = jax.tree.map(lambda pulls: jnp.tensordot(weights, pulls, 1), found.pull)
+    if with_pull and not once:
+        blocks = cut_into_blocks(memory, block_size, found.guess)
+        count, size = blocks.index.shape
+        padded = jnp.pad(weights, (0, count * size - len(memory))).reshape(count, size)
+        pull, _ = over_blocks(absorb, _no_pull(memory, view), (blocks, padded))
+    return GibbsAverage(
+        view=view,
+        energy=separation.energy(found.divergence, memory.log_prior, beta),
+        pull=pull,
+        nearest=heaviest(weights, found.divergence),
+        weight=weights.max(),
+        unsolved=jax.lax.stop_gradient(jnp.asarray(_missed(found, weights), memory.dtype)),
+        guess=found.guess,
+    )
+
+
+def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+    """D(ξ, Xᵢ) to every pattern."""
+    view = memory.geometry.view(query)
+
+    def look(_: None, block: Block) -> tuple[None, Array]:
+        found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
+        return None, found.divergence
+
+    return in_a_row(over_blocks(look, None, cut_into_blocks(memory))[1], len(memory))
+
+
+def _no_pull(memory: Memory, view: AnyView) -> AnyMeasure:
+    def pull_of_first(memory: Memory, view: AnyView) -> AnyMeasure:
+        one, prepared = jax.tree.map(lambda leaf: leaf[:1], (memory.patterns, memory.prepared))
+        guess = memory.geometry.first_guess(prepared)
+        return memory.geometry.compare(view, one, prepared, guess, True).pull
+
+    pulls = jax.eval_shape(pull_of_first, memory, view)
+    return jax.tree.map(lambda pull: jnp.zeros(pull.shape[1:], pull.dtype), pulls)
+
+
+def _missed(found: Comparison, masses: Array) -> Array | int:
+    """The mass of comparisons that missed their tolerance."""
+    return 0 if found.missed is None else jnp.where(found.missed, masses, 0).sum()
+
+
+def _first(marks: Array) -> Int[Array, ""]:
+    """Index of the first true entry: an `argmax` that XLA vectorises."""
+    size = marks.shape[0]
+    return jnp.where(marks, jnp.arange(size, dtype=jnp.int32), size - 1).min()
+
+
+def in_a_row(blocks: Any, num: int) -> Any:
+    """What was found for blocks of patterns, (blocks, B, …), as (N, …)."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], blocks)
+
+
+def cut_into_blocks(memory: Memory, block_size: int | None = None, guess: Any = None) -> Block:
+    """The memory cut into equal blocks along a new leading axis.
+
+    The last block is filled up with copies of the last pattern, switched off by the prior.
+    """
+    num = len(memory)
+    size = memory.geometry.tile(memory.patterns)[1] if block_size is None else block_size
+    count = math.ceil(num / size)
+    size = math.ceil(num / count)
+    missing = count * size - num
+
+    def cut(leaf: Array, **fill: Any) -> Array:
+        if missing:
+            leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), **fill)
+        return leaf.reshape(count, size, *leaf.shape[1:])
+
+    prior = memory.log_prior
+    if missing and prior is None:
+        prior = jnp.zeros(num, memory.dtype)
+    if guess is None:
+        guess = memory.geometry.first_guess(memory.prepared)
+
+    def cut_all(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: cut(leaf, mode="edge"), tree)
+
+    return Block(
+        index=jnp.arange(count * size, dtype=jnp.int32).reshape(count, size),
+        patterns=cut_all(memory.patterns),
+        log_prior=None if prior is None else cut(prior, constant_values=-jnp.inf),
+        prepared=cut_all(memory.prepared),
+        guess=cut_all(guess),
+    )
+
+
+def over_blocks(look: Callable[..., Any], start: Any, blocks: Any) -> tuple[Any, Any]:
+    """`lax.scan` over blocks, whose derivative looks again instead of remembering."""
+    if batch_size(blocks) == 1:
+        carry, found = look(start, jax.tree.map(lambda leaf: leaf[0], blocks))
+        return carry, jax.tree.map(lambda leaf: leaf[None], found)
+    return jax.lax.scan(jax.checkpoint(look, prevent_cse=False), start, blocks)
