@@ -35,5 +35,6 @@ from jdam.search import Exhaustive as Exhaustive
 from jdam.separation import Entmax as Entmax
 from jdam.separation import Epanechnikov as Epanechnikov
 from jdam.separation import LogSumExp as LogSumExp
+from jdam.sharding import shard as shard
 
 __version__ = _version("jdam")

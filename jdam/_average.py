@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdam._batching import compute_if
+from jdam._layout import Layout, first_index, gathered, lowest, own, total
 from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison, batch_size
 from jdam.memory import Memory
 from jdam.separation import LogSumExp, Separation, heaviest, levels, mass
@@ -32,7 +33,7 @@ class GibbsAverage(NamedTuple):
 class Block(NamedTuple):
     """Some patterns, and all that goes with them; leaves lead with (B,)."""
 
-    index: Int[Array, " B"]  # in the memory
+    number: Int[Array, " B"]  # in the memory
     patterns: AnyMeasure
     log_prior: Float[Array, " B"] | None
     prepared: Any
@@ -72,6 +73,7 @@ def gibbs_average(
     args = (memory, beta, guess)
     if doubtful is None:
         return average(query, args, exact=True)
+    doubtful = total(doubtful.astype(jnp.int32), memory.layout) > 0  # for one, for all
     approximate = average(query, args, exact=False)
     return compute_if(doubtful, partial(average, exact=True), approximate, query, args)
 
@@ -95,6 +97,7 @@ def _average(
     blocks = cut_into_blocks(memory, block_size, guess)
     start = nothing_yet(memory, view, with_pull)
     end, guesses = over_blocks(look, start, blocks)
+    end = merge(end, beta, memory.layout)
     return conclude(view, end, beta, in_a_row(guesses, len(memory)))
 
 
@@ -123,7 +126,9 @@ def absorb(running: Running, found: Comparison, block: Block, beta: Array) -> Ru
     pulls = None if running.pull is None else found.pull
     return Running(
         lowest=lowest,
-        nearest=jnp.where(low < running.lowest, block.index[_first(fixed == low)], running.nearest),
+        nearest=jnp.where(
+            low < running.lowest, block.number[_first(fixed == low)], running.nearest
+        ),
         mass=decay * running.mass + masses.sum(),
         pull=jax.tree.map(
             lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
@@ -132,6 +137,19 @@ def absorb(running: Running, found: Comparison, block: Block, beta: Array) -> Ru
         ),
         unsolved=decay * running.unsolved + _missed(found, masses),
     )
+
+
+def merge(part: Running, beta: Array, layout: Layout | None) -> Running:
+    """The average over all parts of a memory that is spread over devices."""
+    if layout is None:
+        return part
+    least = lowest(part.lowest, layout)
+    decay = mass(part.lowest - jnp.where(least == jnp.inf, 0, least), beta)
+    last = jnp.iinfo(jnp.int32).max
+    sums = jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved))
+    whole, pull, unsolved = total(sums, layout)
+    nearest = lowest(jnp.where(part.lowest == least, part.nearest, last), layout)
+    return Running(least, nearest, whole, pull, unsolved)
 
 
 def conclude(view: AnyView, end: Running, beta: Array, guess: Any) -> GibbsAverage:
@@ -175,20 +193,24 @@ def _average_in_two(
         return None, found if once and with_pull else found._replace(pull=None)
 
     found = in_a_row(over_blocks(look, None, blocks)[1], len(memory))
-    weights = separation.weights(found.divergence, memory.log_prior, beta)
+    layout, num = memory.layout, len(memory)
+    everything = gathered(found.divergence, layout), gathered(memory.log_prior, layout)
+    all_weights = separation.weights(*everything, beta)
+    weights = own(all_weights, num, layout)
     pull = jax.tree.map(lambda pulls: jnp.tensordot(weights, pulls, 1), found.pull)
     if with_pull and not once:
         blocks = cut_into_blocks(memory, block_size, found.guess)
-        count, size = blocks.index.shape
-        padded = jnp.pad(weights, (0, count * size - len(memory))).reshape(count, size)
+        count, size = blocks.number.shape
+        padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
         pull, _ = over_blocks(absorb, _no_pull(memory, view), (blocks, padded))
+    unsolved = jnp.asarray(_missed(found, weights), memory.dtype)
     return GibbsAverage(
         view=view,
-        energy=separation.energy(found.divergence, memory.log_prior, beta),
-        pull=pull,
-        nearest=heaviest(weights, found.divergence),
-        weight=weights.max(),
-        unsolved=jax.lax.stop_gradient(jnp.asarray(_missed(found, weights), memory.dtype)),
+        energy=separation.energy(*everything, beta),
+        pull=total(pull, layout),
+        nearest=heaviest(all_weights, everything[0]),
+        weight=all_weights.max(),
+        unsolved=jax.lax.stop_gradient(total(unsolved, layout)),
         guess=found.guess,
     )
 
@@ -201,7 +223,8 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
         found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
         return None, found.divergence
 
-    return in_a_row(over_blocks(look, None, cut_into_blocks(memory))[1], len(memory))
+    found = in_a_row(over_blocks(look, None, cut_into_blocks(memory))[1], len(memory))
+    return gathered(found, memory.layout)
 
 
 def _no_pull(memory: Memory, view: AnyView) -> AnyMeasure:
@@ -256,7 +279,8 @@ def cut_into_blocks(memory: Memory, block_size: int | None = None, guess: Any = 
         return jax.tree.map(lambda leaf: cut(leaf, mode="edge"), tree)
 
     return Block(
-        index=jnp.arange(count * size, dtype=jnp.int32).reshape(count, size),
+        number=jnp.arange(count * size, dtype=jnp.int32).reshape(count, size)
+        + first_index(num, memory.layout),
         patterns=cut_all(memory.patterns),
         log_prior=None if prior is None else cut(prior, constant_values=-jnp.inf),
         prepared=cut_all(memory.prepared),

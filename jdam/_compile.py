@@ -8,12 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdam._layout import is_whole, on_parts
+
 
 def compiled(
     *, static: tuple[str, ...] = (), rounded: bool = True
 ) -> Callable[[Callable], Callable]:
     """`jax.jit` for a function of arrays whose first argument sets the dtype of the result,
-    which unless `rounded` stays the one worked in."""
+    which unless `rounded` stays the one worked in. If it is a memory on a mesh of devices, the
+    function runs on the parts."""
 
     def decorate(function: Callable) -> Callable:
         @functools.partial(jax.jit, static_argnames=static)
@@ -21,10 +24,13 @@ def compiled(
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             dtype = float_dtype(first)
             inside = working_dtype(dtype)
+            call = functools.partial(function, **kwargs)
+            if is_whole(first):
+                call = functools.partial(on_parts, call)
             with jax.default_matmul_precision("highest"):
                 if inside == dtype:
-                    return function(first, *args, **kwargs)
-                result = function(*_cast((first, *args), inside), **kwargs)
+                    return call(first, *args)
+                result = call(*_cast((first, *args), inside))
                 return _cast(result, dtype) if rounded else result
 
         return run

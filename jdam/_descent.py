@@ -48,15 +48,16 @@ def start(look: Look, memory: Memory, measure: AnyMeasure, beta: Float[Array, ""
     return Walk(Place(measure, found, neglected), no, jnp.array(0, jnp.int32), no)
 
 
-def go_on(look: Look, walk: Walk, args: tuple[Memory, Array, Array]) -> Walk:
+def go_on(look: Look, walk: Walk, args: tuple[Memory, Array, Array, Array]) -> Walk:
     """Move, except on the first turn, and look: the first of ever more cautious attempts that
-    does not raise the energy. `args` are memory, β and step size."""
-    memory, *_ = args
-    geometry, yes = memory.geometry, jnp.array(True)
+    does not raise the energy. `args` are memory, β, step size and the smallest change of energy
+    that says anything."""
+    *rest, resolution = args
+    geometry, yes = args[0].geometry, jnp.array(True)
     if geometry.attempts == 1:
-        return walk._replace(place=_move_and_look(look, walk.attempt, (walk, args)), looked=yes)
-    resolution = geometry.resolution(memory.patterns)
-    attempt, place = _first_accepted(look, (walk, args, resolution))
+        place = _move_and_look(look, walk.attempt, (walk, rest))
+        return walk._replace(place=place, looked=yes)
+    attempt, place = _first_accepted(look, (walk, rest, resolution))
     gain = walk.place.found.energy - place.found.energy
     keep = walk.looked & ~(gain >= 0)
     place = jax.tree.map(lambda new, old: jnp.where(keep, old, new), place, walk.place)

@@ -1,5 +1,6 @@
 """Solvers of one entropic transport problem: scaling iterations, Newton steps, annealing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -49,6 +50,13 @@ def _half_squared_distances_jvp(primals: tuple, tangents: tuple) -> tuple[Array,
     return half_squared_distances(x, y), own - x @ dy.T - dx @ y.T
 
 
+def half_squared_distances_by_products(
+    x: Float[Array, "n d"], y: Float[Array, "m d"]
+) -> Float[Array, "n m"]:
+    """The same in a fraction of the time, with an error of some eps·(|xⱼ|² + |yₖ|²)."""
+    return jnp.vecdot(x, x)[:, None] / 2 + jnp.vecdot(y, y)[None] / 2 - x @ y.T
+
+
 def log(weights: Float[Array, " n"]) -> Float[Array, " n"]:
     """log wⱼ, −∞ where a weight is 0, with derivative 0 there."""
     on = weights > 0
@@ -95,10 +103,11 @@ def first_burst(solver: Solver, problem: tuple) -> State:
     return _round(solver, clouds, epsilon, guess, FIRST_BURST, newton=False)
 
 
-def some_iterations(solver: Solver, problem: tuple) -> State:
-    """Some scaling iterations on the kernel of the guess, for a lower bound on OT_ε."""
+def some_iterations(solver: Solver, problem: tuple) -> Float[Array, " m"]:
+    """A better g, by some scaling iterations on the kernel of the guess."""
     *clouds, epsilon, guess = problem
-    return _round(solver, clouds, epsilon, guess, SOME, newton=False)
+    cost = half_squared_distances_by_products
+    return _round(solver, clouds, epsilon, guess, SOME, newton=False, cost=cost).g
 
 
 def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:
@@ -135,13 +144,20 @@ def _half_square(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[A
 
 
 def _round(
-    solver: Solver, clouds: Any, epsilon: Array, g: Array, burst: Any, *, newton: bool
+    solver: Solver,
+    clouds: Any,
+    epsilon: Array,
+    g: Array,
+    burst: Any,
+    *,
+    newton: bool,
+    cost: Callable[[Array, Array], Array] = half_squared_distances,
 ) -> State:
     """A kernel whose rows are exact for g, improvements of g on it, and what follows from it."""
     x, a, y, b = clouds
     on, least = b > 0, float(jnp.finfo(b.dtype).tiny) ** 0.5
     g, root = g / epsilon, jnp.sqrt(epsilon)
-    logits = (g + log(b))[None] - half_squared_distances(x / root, y / root)
+    logits = (g + log(b))[None] - cost(x / root, y / root)
     top = logits.max(1)
     depth = logits - top[:, None]
     kernel = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow

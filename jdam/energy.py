@@ -10,6 +10,7 @@ from jdam import _checks
 from jdam._average import compare_all, gibbs_average
 from jdam._batching import in_tiles
 from jdam._compile import compiled, working_dtype
+from jdam._layout import gathered
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory, check_against
 from jdam.separation import LogSumExp, Separation, heaviest
@@ -95,7 +96,8 @@ def _weigh(
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
     def look(memory: Memory, query: AnyMeasure, beta: Array) -> tuple[Array, Array]:
         divergences = compare_all(memory, query)
-        weights = separation.weights(divergences, memory.log_prior, beta)
+        prior = gathered(memory.log_prior, memory.layout)
+        weights = separation.weights(divergences, prior, beta)
         return weights, heaviest(weights, divergences)
 
     return in_tiles(look, queries_at_once(memory), memory, query, beta)

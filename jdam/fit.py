@@ -74,6 +74,8 @@ class Learner:
     def init(self, memory: Memory, beta: ArrayLike) -> FitState:
         """The state before the first update."""
         beta = inverse_temperature(memory, beta).astype(memory.dtype)
+        if memory.layout is not None:
+            raise ValueError("memory must not be sharded: learn it before jdam.shard")
         prior = memory.log_prior
         if prior is None:
             prior = jnp.zeros(len(memory), memory.dtype)

@@ -106,6 +106,11 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
+def rounding(terms: int, dtype: jnp.dtype) -> float:
+    """A bound on the relative error of a sum of so many rounded squares or products."""
+    return (terms + 8) * float(jnp.finfo(dtype).eps)
+
+
 def squared_norm(x: Float[Array, "*batch m n"]) -> Float[Array, " *batch"]:
     """|x|_F² of each matrix. As an inner product it is summed in lanes, which in float32
     keeps a digit more than one running sum over all entries."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from jdam import _checks
 from jdam._compile import compiled, float_dtype, working_dtype
+from jdam._layout import Layout
 from jdam.geometry import Bures, Euclidean, Geometry
 from jdam.geometry.protocol import AnyMeasure, batch_size
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
@@ -29,8 +30,12 @@ class Memory(eqx.Module):
     log_prior: Float[Array, " N"] | None = None
     #: What the geometry computed once of each pattern; change patterns by `store` only.
     prepared: Any = None
+    #: On which devices the patterns are, if `jdam.shard` put them there.
+    layout: Layout | None = eqx.field(static=True, default=None)
 
     def __len__(self) -> int:
+        if self.layout is not None and not self.layout.inside:
+            return self.layout.length
         return batch_size(self.patterns)
 
     def __getitem__(self, index: Any) -> AnyMeasure:
@@ -47,6 +52,7 @@ class Memory(eqx.Module):
         Factors of different rank are padded with zeros, clouds with atoms of weight 0. Where
         only one side has a `log_prior`, the other's is log 1 = 0.
         """
+        self._check_in_one_piece()
         try:
             patterns = self.geometry.check("patterns", patterns, 1)
         except ValueError:
@@ -62,6 +68,7 @@ class Memory(eqx.Module):
 
     def remove(self, indices: int | ArrayLike) -> "Memory":
         """A memory without the patterns at `indices`, an int or integers (M,)."""
+        self._check_in_one_piece()
         drop = np.asarray(indices)
         if drop.size == 0:
             return self
@@ -77,6 +84,10 @@ class Memory(eqx.Module):
         kept, prior = jax.tree.map(lambda leaf: leaf[keep], (self.patterns, self.log_prior))
         return store(kept, self.geometry, log_prior=prior)
 
+    def _check_in_one_piece(self) -> None:
+        if self.layout is not None:
+            raise ValueError("a sharded memory is fixed: append and remove before jdam.shard")
+
     def __repr__(self) -> str:
         patterns = self.patterns
         if not all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(self)):
@@ -90,7 +101,8 @@ class Memory(eqx.Module):
         else:
             kind = f"vectors(dim={patterns.shape[-1]})"
         prior = "" if self.log_prior is None else ", log_prior"
-        return f"Memory({len(self)} × {kind}, {self.geometry}, {self.dtype.name}{prior})"
+        spread = f", {self.layout.parts} shards" if self.layout else ""
+        return f"Memory({len(self)} × {kind}, {self.geometry}, {self.dtype.name}{prior}{spread})"
 
 
 def store(

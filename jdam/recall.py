@@ -17,7 +17,7 @@ from jdam._batching import compute_if, in_tiles
 from jdam._compile import compiled, working_dtype
 from jdam.adjoint import Adjoint, Loop, Unrolled
 from jdam.energy import fit_query, inverse_temperature, queries_at_once
-from jdam.geometry.protocol import AnyMeasure
+from jdam.geometry.protocol import AnyMeasure, Geometry
 from jdam.memory import Memory
 from jdam.search import Exhaustive, Search
 from jdam.separation import LogSumExp, Separation
@@ -99,20 +99,32 @@ def step(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     check_separation(separation)
-    return _step(memory, query, beta, step_size, separation=separation)
+    resolution = _resolution(memory, beta, Exhaustive())
+    return _step(memory, query, beta, step_size, resolution, separation=separation)
 
 
 @compiled(static=("separation",))
 def _step(
-    memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, separation: Separation
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    resolution: Array,
+    *,
+    separation: Separation,
 ) -> AnyMeasure:
     look = partial(Exhaustive().look, separation=separation)
     move = partial(_move, look)
-    return in_tiles(move, queries_at_once(memory), memory, query, beta, step_size)
+    return in_tiles(move, queries_at_once(memory), memory, query, beta, step_size, resolution)
 
 
 def _move(
-    look: _descent.Look, memory: Memory, query: AnyMeasure, beta: Array, step_size: Array
+    look: _descent.Look,
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    resolution: Array,
 ) -> AnyMeasure:
     geometry, (found, neglected) = memory.geometry, look(memory, query, beta)
     moved = _descent.move(memory, query, found, step_size)
@@ -127,7 +139,7 @@ def _move(
         return _descent.go_on(look, walk, tuple(rest)).place.measure
 
     doubtful = ~geometry.surely_descends(found.view, found.pull, step_size, moved)
-    args = (found, neglected, memory, beta, step_size)
+    args = (found, neglected, memory, beta, step_size, resolution)
     return compute_if(doubtful & (found.weight != 0), descend, moved, query, args)
 
 
@@ -186,6 +198,7 @@ def recall(
         beta,
         step_size,
         tol,
+        _resolution(memory, beta, search),
         max_steps=max_steps,
         search=search,
         adjoint=adjoint,
@@ -194,11 +207,28 @@ def recall(
     )
 
 
-@compiled()
 def default_tolerance(memory: Memory) -> Float[Array, ""]:
     """eps^0.7 times the root mean square size of the patterns: a distance."""
-    eps = float(jnp.finfo(memory.dtype).eps)
-    return eps**0.7 * jax.lax.stop_gradient(memory.geometry.scale(memory.patterns))
+    eps = float(jnp.finfo(working_dtype(memory.dtype)).eps)
+    return eps**0.7 * jax.lax.stop_gradient(_units(memory)[0])
+
+
+def _units(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`Geometry.scale` and `Geometry.resolution`."""
+    return _units_of(memory.patterns, memory.geometry, len(memory))
+
+
+@compiled(static=("num",), rounded=False)
+def _units_of(
+    patterns: AnyMeasure, geometry: Geometry, num: int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    patterns = jax.tree.map(lambda leaf: leaf[:num], patterns)  # without filling
+    return geometry.scale(patterns), geometry.resolution(patterns)
+
+
+def _resolution(memory: Memory, beta: Array, search: Search) -> Float[Array, ""]:
+    """The smallest change of energy that says anything: by rounding, or by mass left out."""
+    return jax.lax.stop_gradient(jnp.maximum(_units(memory)[1], search.tolerance / beta))
 
 
 class _State(NamedTuple):
@@ -217,6 +247,7 @@ def _recall(
     beta: Array,
     step_size: Array,
     tol: Array,
+    resolution: Array,
     *,
     max_steps: int,
     search: Search,
@@ -227,9 +258,10 @@ def _recall(
     look = partial(search.look, separation=separation)
 
     def advance(state: _State, args: tuple) -> _State:
-        walk = _descent.go_on(look, state.walk, args[:3])
+        memory, beta, step_size, _, resolution = args
+        walk = _descent.go_on(look, state.walk, (memory, beta, step_size, resolution))
         found = walk.place.found
-        residual = args[0].geometry.residual(found.view, found.pull)
+        residual = memory.geometry.residual(found.view, found.pull)
         residual = jax.lax.stop_gradient(jnp.where(found.weight == 0, 0, residual))
         return _State(
             walk=walk,
@@ -246,7 +278,7 @@ def _recall(
         return state._replace(walk=state.walk._replace(place=place))
 
     def plain_step(measure: AnyMeasure, args: tuple) -> AnyMeasure:
-        memory, beta, step_size, _ = args
+        memory, beta, step_size, *_ = args
         return _descent.move(memory, measure, look(memory, measure, beta)[0], step_size)
 
     def pending(state: _State, args: tuple) -> Array:  # no step can mend NaN
@@ -278,7 +310,7 @@ def _recall(
         length=max_steps + 1,
         at_once=search.queries_at_once(memory),
     )
-    end, trace = adjoint.run(loop, state, (memory, beta, step_size, tol))
+    end, trace = adjoint.run(loop, state, (memory, beta, step_size, tol, resolution))
     return report(
         end.walk.place,
         residual=end.residual,

@@ -1,7 +1,7 @@
 """Which patterns a step looks at, and what is proved of those it does not."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,16 +18,18 @@ from jdam._average import (
     absorb,
     conclude,
     gibbs_average,
+    merge,
     nothing_yet,
 )
 from jdam._batching import advance_where
 from jdam._derivatives import jvp
+from jdam._layout import Layout, first_index, total
 from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory
 from jdam.separation import LogSumExp, Separation, levels, mass
 
 #: How many patterns to bound more closely at a time, by level, for each of those compared at once.
-SHARPENED = 32, 8
+SHARPENED = 16, 8
 
 
 class Search(ABC):
@@ -166,6 +168,7 @@ class _Hunt(NamedTuple):
     floor: Float[Array, " N"]  # lower bounds on levels D − log π/β; ∞ where no longer needed
     level: Int[Array, " N"]  # of the bounds
     running: Running  # over the candidates
+    others: Running | None  # over the first ones on all devices, of a memory on several
     picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
     turns: Int[Array, ""]
 
@@ -183,17 +186,21 @@ def _look(
         floor=levels(bounds, memory.log_prior, beta),
         level=jnp.zeros(num, jnp.int8),
         running=nothing_yet(memory, view),
+        others=None,
         picked=jnp.full((turns, size), -1, jnp.int32),
         turns=jnp.array(0, jnp.int32),
     )
-    args = (memory, view, beta)
+    args, layout = (memory, view, beta), memory.layout
     first = _compare(search, start, args)
+    if layout is not None:
+        first = first._replace(others=merge(first.running._replace(pull=None), beta, layout))
     at_once = 1 if jax.default_backend() == "cpu" else 64
-    again = _left_out(first, beta) > search.tol
+    again = _left_out(first, beta) > _goal(search, layout)
     hunt = advance_where(partial(_go_on, search), at_once, again, first, args)
-    out = _left_out(hunt, beta)
+    whole = merge(hunt.running, beta, layout)
+    out = total(_relative_mass(hunt.floor, whole, beta), layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
-    return conclude(view, hunt.running, beta, None), neglected, hunt.picked.reshape(-1)
+    return conclude(view, whole, beta, None), neglected, hunt.picked.reshape(-1)
 
 
 @partial(_look.defjvp, symbolic_zeros=True)
@@ -202,7 +209,9 @@ def _look_jvp(search: Certified, primals: tuple, tangents: tuple) -> Any:
 
     def average(memory: Memory, query: AnyMeasure, beta: Array) -> GibbsAverage:
         part = _take(memory, picked, picked >= 0)
-        candidates = Memory(part.patterns, memory.geometry, part.log_prior, part.prepared)
+        candidates = replace(
+            memory, patterns=part.patterns, log_prior=part.log_prior, prepared=part.prepared
+        )
         return gibbs_average(candidates, query, beta)._replace(guess=None)
 
     dfound = jvp(average, primals, tangents)[1]
@@ -211,36 +220,50 @@ def _look_jvp(search: Certified, primals: tuple, tangents: tuple) -> Any:
 
 
 def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
-    """Bound more closely what may matter, and compare what still may, to the end."""
+    """Bound more closely what may matter, and compare what still may, to the end.
+
+    Each level waits for a turn with candidates of the level before: the better these, the fewer
+    patterns need it."""
     memory, _, beta = args
-    sharpenings = memory.geometry.sharpenings(memory.patterns)
-    _, turns = search.sizes(len(memory))
+    _, most = search.sizes(len(memory))
+    goal = _goal(search, memory.layout)
 
-    def compare_until(last: int, hunt: _Hunt) -> _Hunt:
-        def unproved(hunt: _Hunt) -> Array:
-            return (_left_out(hunt, beta) > search.tol) & (hunt.turns < last)
+    def turn(hunt: _Hunt) -> _Hunt:
+        for level in range(1, memory.geometry.sharpenings(memory.patterns) + 1):
 
-        return jax.lax.while_loop(unproved, lambda hunt: _compare(search, hunt, args), hunt)
+            def blunt(hunt: _Hunt, level: int = level) -> Array:
+                matters = _left_out(hunt, beta, where=hunt.level < level) > goal / 2
+                return matters & (hunt.turns >= level)
 
-    for level in range(1, sharpenings + 1):
+            def sharpen(hunt: _Hunt, level: int = level) -> _Hunt:
+                return _sharpen(search, level, hunt, args)
 
-        def blunt(hunt: _Hunt, level: int = level) -> Array:
-            return _left_out(hunt, beta, where=hunt.level < level) > search.tol / 2
+            hunt = jax.lax.while_loop(blunt, sharpen, hunt)
+        return _compare(search, hunt, args)
 
-        def sharpen(hunt: _Hunt, level: int = level) -> _Hunt:
-            return _sharpen(search, level, hunt, args)
+    def unproved(hunt: _Hunt) -> Array:
+        return (_left_out(hunt, beta) > goal) & (hunt.turns < most)
 
-        # With better candidates fewer patterns need the next level.
-        hunt = compare_until(min(turns, level + 1), jax.lax.while_loop(blunt, sharpen, hunt))
-    return compare_until(turns, hunt)
+    return jax.lax.while_loop(unproved, turn, hunt)
+
+
+def _goal(search: Certified, layout: Layout | None) -> float:
+    """What each device may leave out, so that together it is not more than `tol`."""
+    return search.tol / (1 if layout is None else layout.parts)
 
 
 def _left_out(hunt: _Hunt, beta: Array, where: Array | None = None) -> Float[Array, ""]:
-    """What the rest can weigh at most, relative to the candidates."""
-    heights = hunt.floor - hunt.running.lowest
-    if where is not None:
-        heights = jnp.where(where, heights, jnp.inf)
-    return mass(heights, beta).sum() / hunt.running.mass
+    """What the rest can weigh at most, relative to the candidates: on this device now, or on all
+    at first."""
+    floor = hunt.floor if where is None else jnp.where(where, hunt.floor, jnp.inf)
+    here = _relative_mass(floor, hunt.running, beta)
+    if hunt.others is None:
+        return here
+    return jnp.minimum(here, _relative_mass(floor, hunt.others, beta))
+
+
+def _relative_mass(floor: Array, running: Running, beta: Array) -> Float[Array, ""]:
+    return mass(floor - running.lowest, beta).sum() / running.mass
 
 
 def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
@@ -287,4 +310,5 @@ def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Blo
     patterns, prepared, prior = jax.tree.map(lambda leaf: leaf[index], rows)
     prior = jnp.zeros(index.shape, memory.dtype) if prior is None else prior
     guess = memory.geometry.first_guess(prepared)
-    return Block(index, patterns, jnp.where(on, prior, -jnp.inf), prepared, guess)
+    first = first_index(len(memory), memory.layout)
+    return Block(first + index, patterns, jnp.where(on, prior, -jnp.inf), prepared, guess)

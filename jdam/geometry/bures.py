@@ -11,12 +11,11 @@ from jdam.geometry.euclidean import (
     VECTOR_TILE,
     fast_squared_distances,
     products_err,
-    rounding,
     squared_distances,
     squared_distances_less_rounding,
 )
 from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
-from jdam.linalg import polar, rotation_part, singular_values, squared_norm
+from jdam.linalg import polar, rotation_part, rounding, singular_values, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
 

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from jdam import _checks
 from jdam.geometry.protocol import Comparison, Geometry
+from jdam.linalg import rounding
 from jdam.measures import Measure
 
 #: Queries and patterns to compare at once: large enough for matrix products to be efficient.
@@ -62,6 +63,12 @@ class DotProduct(Vectors):
         products = jnp.vecmat(view, patterns.mT)
         return Comparison(jnp.vdot(view, view) / 2 - products, patterns)
 
+    def bound(self, view, patterns, prepared):
+        """D less its rounding."""
+        square, squares = jnp.vdot(view, view), jnp.vecdot(patterns, patterns)
+        error = rounding(view.size, view.dtype) * (square + squares)
+        return square / 2 - jnp.vecmat(view, patterns.mT) - error
+
 
 def squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
     """|x − yᵢ|² from differences: relative accuracy even for near-coincident points."""
@@ -85,11 +92,6 @@ def squared_distances_less_rounding(
     """What |x − yᵢ|² surely is not less than, by one matrix product."""
     squares, crossed = _products(x, ys)
     return jnp.maximum(squares * (1 - rounding(ys.shape[-1], ys.dtype)) - 2 * crossed, 0)
-
-
-def rounding(terms: int, dtype: jnp.dtype) -> float:
-    """A bound on the relative error of a sum of so many rounded squares or products."""
-    return (terms + 8) * float(jnp.finfo(dtype).eps)
 
 
 def _products(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> tuple[Array, Array]:

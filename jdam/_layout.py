@@ -1,0 +1,94 @@
+"""Patterns in equal parts on the devices of a mesh, and what the parts tell each other.
+
+A function of a memory that is laid out on a mesh runs once on each device, on its part of the
+patterns (`jax.shard_map`), so that loops without communication end alone. What it learns there is
+put together by the functions below, which do nothing for a memory in one piece.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Patterns 0 … length−1, filled up to equal parts, along one axis of a mesh."""
+
+    mesh: Mesh
+    axis: str
+    length: int
+    inside: bool = False  # does one device see this, its part alone?
+
+    @property
+    def parts(self) -> int:
+        return self.mesh.shape[self.axis]
+
+
+def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
+    """`function(memory, *args)` on every device; its result must be the same on all."""
+    layout = memory.layout
+
+    def on_one(memory: Any, *args: Any) -> Any:
+        return function(_with_layout(memory, replace(layout, inside=True)), *args)
+
+    everywhere, parts = PartitionSpec(), PartitionSpec(layout.axis)
+    specs = jax.tree.map(lambda _: parts, memory)
+    specs = eqx.tree_at(
+        lambda held: held.geometry, specs, jax.tree.map(lambda _: everywhere, memory.geometry)
+    )
+    spread = jax.shard_map(
+        on_one,
+        mesh=layout.mesh,
+        in_specs=(specs, *(everywhere for _ in args)),
+        out_specs=everywhere,
+        check_vma=False,
+    )
+    return spread(memory, *args)
+
+
+def is_whole(memory: Any) -> bool:
+    """Whether a memory is laid out on a mesh, and seen as a whole."""
+    layout = getattr(memory, "layout", None)
+    return layout is not None and not layout.inside
+
+
+def _with_layout(memory: Any, layout: Layout | None) -> Any:
+    return type(memory)(memory.patterns, memory.geometry, memory.log_prior, memory.prepared, layout)
+
+
+def total(tree: Any, layout: Layout | None) -> Any:
+    """The sum over parts."""
+    return tree if layout is None else jax.lax.psum(tree, layout.axis)
+
+
+def lowest(x: Array, layout: Layout | None) -> Array:
+    """The least over parts, without derivative."""
+    x = jax.lax.stop_gradient(x)
+    return x if layout is None else jax.lax.pmin(x, layout.axis)
+
+
+def first_index(size: int, layout: Layout | None) -> Int[Array, ""] | int:
+    """The index in the memory of the first of a part's patterns."""
+    return 0 if layout is None else jax.lax.axis_index(layout.axis).astype(jnp.int32) * size
+
+
+def gathered(x: Array | None, layout: Layout | None) -> Any:
+    """The rows of all parts in order, (N,), without the filling."""
+    if layout is None or x is None:
+        return x
+    return jax.lax.all_gather(x, layout.axis, tiled=True)[: layout.length]
+
+
+def own(x: Array, size: int, layout: Layout | None) -> Array:
+    """Of rows (N,), those of this part; 0 for its filling."""
+    if layout is None:
+        return x
+    x = jnp.pad(x, (0, layout.parts * size - layout.length))
+    return jax.lax.dynamic_slice(x, (first_index(size, layout),), (size,))

@@ -1,0 +1,247 @@
+"""Certified recall: bounds never exceed what they bound, and what is certified is Exhaustive's."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdam
+from jdam import search as searching
+from tests.helpers import clouds, diagonals, gaussians, near, orthogonal, vectors
+
+NUM, DIM = 60, 3
+
+
+def low_rank(rng, num, d, dtype):
+    return gaussians(rng, num, d, rank=1, dtype=dtype)
+
+
+def alike(rng, num, d, dtype):
+    """One covariance in many orientations and no means: hard to tell apart."""
+    factor = np.stack([orthogonal(rng, d) * np.geomspace(1, 1e-3, d) for _ in range(num)])
+    return jdam.Gaussian(np.zeros((num, d), dtype), factor.astype(dtype))
+
+
+def far_off(rng, num, d, dtype):
+    """Around a point far from the origin, with Diracs and duplicates among them."""
+    found = gaussians(rng, num, d, dtype=np.float64)
+    factor = np.array(found.factor)
+    factor[::7] = 0
+    factor[1::7] = factor[2]
+    return jdam.Gaussian((np.asarray(found.mean) + 100).astype(dtype), factor.astype(dtype))
+
+
+KINDS = {
+    "Gaussians": (gaussians, jdam.Bures()),
+    "Gaussians of rank 1": (low_rank, jdam.Bures()),
+    "Gaussians alike": (alike, jdam.Bures()),
+    "Gaussians far off": (far_off, jdam.Bures()),
+    "diagonal": (diagonals, jdam.Bures()),
+    "vectors": (vectors, jdam.Euclidean()),
+    "inner products": (vectors, jdam.DotProduct()),
+    "clouds": (partial(clouds, n=5), jdam.Sinkhorn(0.1, hellinger_scale=0.5)),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def problem(kind, rng, dtype=np.float64, num=NUM):
+    """A memory, and queries near to some of its patterns, at one and between two."""
+    make, geometry = kind
+    patterns = make(rng, num, DIM, dtype=dtype)
+    memory = jdam.store(patterns, geometry)
+    head = jax.tree.map(lambda leaf: leaf[:6], memory.patterns)
+    return memory, near(rng, head, 0.1)
+
+
+def levels_of_bounds(memory, query):
+    """(levels, N): lower bounds of all levels."""
+    geometry, patterns = memory.geometry, memory.patterns
+    view = geometry.view(query)
+    bounds = [geometry.bound(view, patterns, memory.prepared)]
+    for level in range(1, geometry.sharpenings(patterns) + 1):
+        bounds.append(geometry.sharpen(view, patterns, memory.prepared, level))
+    return jnp.stack(bounds)
+
+
+@jax.jit
+def bounds_of_all(memory, queries):
+    return jax.vmap(levels_of_bounds, (None, 0))(memory, queries)
+
+
+divergences = jax.vmap(jdam.divergences, (None, 0))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_bounds_are_below(kind, rng, dtype):
+    memory, queries = problem(kind, rng, dtype)
+    bounds = np.asarray(bounds_of_all(memory, queries), np.float64)
+    exact = jax.tree.map(lambda leaf: leaf.astype(np.float64), (memory.patterns, queries))
+    truth = np.asarray(divergences(jdam.store(exact[0], kind[1]), exact[1]))[:, None]
+    excess = (bounds - truth) / (abs(truth) + 1e-2)
+    assert excess.max() < 1e-10, np.argwhere(excess > 1e-10)
+
+
+def test_bounds_at_coincidence_and_of_nothing(rng):
+    # The query is a pattern, so that the bound must not be above 0; Diracs have no covariance.
+    factor = np.concatenate([rng.normal(size=(3, DIM, DIM)), np.zeros((2, DIM, DIM))])
+    patterns = jdam.Gaussian(np.zeros((5, DIM)), factor)
+    bounds = np.asarray(bounds_of_all(jdam.store(patterns), patterns))
+    assert np.isfinite(bounds).all()
+    assert (bounds[np.arange(5), :, np.arange(5)] < 1e-12).all()
+    for i in range(3):
+        np.testing.assert_allclose(bounds[3, :, i], np.sum(factor[i] ** 2), rtol=1e-10)
+
+
+def test_closer_bounds_are_closer(rng):
+    memory, queries = problem(KINDS["Gaussians alike"], rng)
+    first, second, third = np.moveaxis(np.asarray(bounds_of_all(memory, queries)), 1, 0)
+    truth = np.asarray(divergences(memory, queries))
+    others = truth > 0.1
+    ratios = [np.median((bound / truth)[others]) for bound in (first, second, third)]
+    assert ratios[0] < ratios[1] < ratios[2]
+    assert ratios[2] > 0.9
+
+
+def test_commuting_covariances_are_bounded_exactly(rng):
+    scale = rng.uniform(0.3, 1.2, (NUM, DIM))
+    patterns = jdam.Gaussian(rng.normal(size=(NUM, DIM)), scale[..., None] * np.eye(DIM))
+    memory = jdam.store(patterns)
+    bounds = bounds_of_all(memory, patterns)
+    np.testing.assert_allclose(bounds[:, 1], divergences(memory, patterns), atol=1e-12)
+
+
+@partial(jax.jit, static_argnums=0)
+def look(search, memory, queries, beta):
+    return jax.vmap(partial(searching._look, search), (None, 0, None))(memory, queries, beta)
+
+
+@pytest.mark.parametrize("prior", [False, True])
+def test_neglected_is_above_what_is_left_out(kind, rng, prior):
+    memory, queries = problem(kind, rng)
+    if prior:
+        logits = rng.normal(size=NUM) * 3
+        logits[::5] = -np.inf
+        memory = jdam.store(memory.patterns, memory.geometry, log_prior=logits)
+    search = jdam.Certified(2, max_candidates=6)
+    for beta in np.geomspace(0.1, 1e4, 9):
+        _, neglected, picked = look(search, memory, queries, jnp.asarray(beta))
+        weights = jax.vmap(jdam.gibbs_weights, (None, 0, None))(memory, queries, beta)
+        for i, row in enumerate(np.asarray(picked)):
+            chosen = row[row >= 0]
+            assert len(set(chosen.tolist())) == len(chosen)
+            left = np.delete(np.asarray(weights[i]), chosen).sum()
+            assert neglected[i] >= left * (1 - 1e-9)
+            assert neglected[i] <= 1
+
+
+def test_certified_is_exhaustive(kind, rng):
+    memory, queries = problem(kind, rng)
+    certified = 0
+    for beta in (0.3, 3.0, 30.0, 300.0):
+        recall = jax.vmap(
+            lambda query, search, beta=beta: jdam.recall(
+                memory, query, beta, max_steps=3, search=search
+            ),
+            (0, None),
+        )
+        wanted = recall(queries, jdam.Exhaustive())
+        found = recall(queries, jdam.Certified(8))
+        sure = np.asarray(found.neglected) <= 1e-8
+        assert (np.asarray(found.status == jdam.Status.UNCERTIFIED) == ~sure).all()
+        certified += sure.sum()
+        assert (wanted.nearest == found.nearest)[sure].all()
+        for field in ("weight", "energy", "residual"):
+            one, other = getattr(wanted, field)[sure], getattr(found, field)[sure]
+            np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+        for one, other in zip(
+            jax.tree.leaves(wanted.measure), jax.tree.leaves(found.measure), strict=True
+        ):
+            np.testing.assert_allclose(one[sure], other[sure], atol=1e-6)
+    assert certified >= 12  # of 24
+
+
+@pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()])
+@pytest.mark.parametrize("name", ["Gaussians", "clouds"])
+def test_derivatives(name, adjoint, rng):
+    make, geometry = KINDS[name]
+    memory = jdam.store(make(rng, 12, DIM), geometry)
+    query = near(rng, memory[0], 0.1)
+
+    def height(query, beta, search):
+        found = jdam.recall(memory, query, beta, max_steps=4, search=search, adjoint=adjoint)
+        moved = jax.tree.map(lambda leaf: jnp.sum(leaf**2), found.measure)
+        return found.energy + sum(jax.tree.leaves(moved))
+
+    slope = jax.grad(height, (0, 1))
+    certified = jdam.Certified(6, max_candidates=12)
+    for one, other in zip(
+        jax.tree.leaves(slope(query, 2.0, certified)),
+        jax.tree.leaves(slope(query, 2.0, jdam.Exhaustive())),
+        strict=True,
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_diffuse_mass_is_not_certified(rng):
+    memory = jdam.store(gaussians(rng, NUM, DIM))
+    search = jdam.Certified(4, max_candidates=8)
+    found = jdam.recall(memory, memory[0], 1e-3, search=search)
+    assert found.status == jdam.Status.UNCERTIFIED
+    assert 0.5 < found.neglected < 1
+    assert jdam.recall(memory, memory[0], 1e3, search=search).status == jdam.Status.CONVERGED
+
+
+def test_few_patterns(rng):
+    memory = jdam.store(gaussians(rng, 3, DIM))
+    found = jdam.recall(memory, memory[1], 5.0, search=jdam.Certified(16))
+    assert found.neglected == 0
+    assert found.nearest == 1
+
+
+def test_one_bad_query_among_many(rng):
+    memory, queries = problem(KINDS["Gaussians"], rng)
+    spoiled = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), queries)
+    recall = jax.vmap(partial(jdam.recall, search=jdam.Certified(4)), (None, 0, None))
+    found, wanted = recall(memory, spoiled, 30.0), recall(memory, queries, 30.0)
+    assert found.status[2] == jdam.Status.NONFINITE
+    others = np.arange(6) != 2
+    np.testing.assert_array_equal(found.measure.factor[others], wanted.measure.factor[others])
+
+
+def test_beta_does_not_recompile(rng):
+    memory, queries = problem(KINDS["Gaussians"], rng)
+    query = jax.tree.map(lambda leaf: leaf[0], queries)
+
+    @jax.jit
+    def recall(memory, query, beta):
+        return jdam.recall(memory, query, beta, search=jdam.Certified(4)).measure
+
+    recall(memory, query, 1.0)
+    recall(memory, query, 50.0)
+    assert recall._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"num_candidates": 0}, "num_candidates must be ≥ 1; got 0"),
+        ({"num_candidates": 4, "max_candidates": 3}, "max_candidates must be ≥ num_candidates"),
+        ({"tol": 0.0}, r"tol must be in \(0, 1\); got 0.0"),
+        ({"tol": 2}, r"tol must be in \(0, 1\); got 2"),
+    ],
+)
+def test_wrong_arguments(arguments, error):
+    with pytest.raises(ValueError, match=error):
+        jdam.Certified(**arguments)
+
+
+def test_other_separations_are_refused(rng):
+    memory = jdam.store(vectors(rng, 4, 2))
+    with pytest.raises(ValueError, match="needs separation=LogSumExp"):
+        jdam.recall(memory, memory[0], 1.0, search=jdam.Certified(), separation=jdam.Entmax())

@@ -1,0 +1,55 @@
+"""A memory over several devices and processes is the same memory."""
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+import jdam
+from tests.helpers import gaussians
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(*arguments):
+    command = [sys.executable, "-W", "error", "-m", "tests.sharding_worker", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    printed, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, printed
+    assert printed.endswith("the same\n")
+
+
+def test_eight_devices():
+    finish(start())
+
+
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [start(f"localhost:{port}", "2", str(index)) for index in range(2)]
+    for process in processes:
+        finish(process)
+
+
+def test_one_device(rng):
+    memory = jdam.store(gaussians(rng, 5, 2))
+    mesh = jax.make_mesh((1,), ("patterns",))
+    sharded = jdam.shard(memory, mesh, "patterns")
+    assert jdam.energy(sharded, memory[1], 3.0) == jdam.energy(memory, memory[1], 3.0)
+    with pytest.raises(ValueError, match="axis must be one of the mesh's .*; got 'rows'"):
+        jdam.shard(memory, mesh, "rows")
+    with pytest.raises(ValueError, match="memory must not be sharded already"):
+        jdam.shard(sharded, mesh, "patterns")
+    with pytest.raises(TypeError, match="mesh must be a jax.sharding.Mesh; got list"):
+        jdam.shard(memory, [mesh], "patterns")
+    with pytest.raises(TypeError, match="memory must be a jdam.Memory; got Gaussian"):
+        jdam.shard(memory.patterns, mesh, "patterns")
