@@ -29,6 +29,7 @@ from jdam.recall import Recall as Recall
 from jdam.recall import Status as Status
 from jdam.recall import Trace as Trace
 from jdam.recall import recall as recall
+from jdam.recall import recall_batch as recall_batch
 from jdam.recall import step as step
 from jdam.search import Certified as Certified
 from jdam.search import Exhaustive as Exhaustive

@@ -260,6 +260,8 @@ def cut_into_blocks(memory: Memory, block_size: int | None = None, guess: Any = 
     """
     num = len(memory)
     size = memory.geometry.tile(memory.patterns)[1] if block_size is None else block_size
+    # Blocks that N is a multiple of need no filling, and so no copy of the memory.
+    size = next((s for s in range(min(size, num), size // 2, -1) if num % s == 0), size)
     count = math.ceil(num / size)
     size = math.ceil(num / count)
     missing = count * size - num

@@ -63,6 +63,8 @@ def couple(
 ) -> Coupling:
     """The optimal coupling, from a `guess` of g on. Pairs of a vmapped batch are solved a few
     at a time, each to its own convergence."""
+    # Sums of weights may differ by the rounding of another dtype, more than the tolerance.
+    b = b * (a.sum() / b.sum())
     problem = (x, a, y, b, epsilon, guess)
     pairs = _pairs_at_once(x.shape[0] * y.shape[0])
     if solver.method == "ott":

@@ -207,6 +207,51 @@ def recall(
     )
 
 
+def recall_batch(
+    memory: Memory,
+    queries: AnyMeasure,
+    beta: ArrayLike,
+    *,
+    batch_size: int = 256,
+    step_size: ArrayLike = 1.0,
+    tol: ArrayLike | None = None,
+    **options: Any,
+) -> Recall:
+    """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
+    `jax.vmap` could hold the state of, by `jax.lax.map`.
+
+    **Arguments:** as of `recall`, whose others are `options`; `queries` with one batch axis.
+
+    **Returns:** a `Recall` whose leaves lead with (Q,).
+
+    **Raises:** as `recall`.
+    """
+    queries = memory.geometry.check("queries", queries, 1)
+    fit_query(memory, jax.tree.map(lambda leaf: leaf[0], queries))
+    beta = inverse_temperature(memory, beta)
+    step_size = _positive(memory, "step_size", step_size)
+    tol = default_tolerance(memory) if tol is None else _positive(memory, "tol", tol)
+    batch_size = _checks.positive_int("batch_size", batch_size)
+    settings = tuple(sorted(options.items()))
+    return _recall_batch(memory, queries, beta, step_size, tol, batch_size, settings)
+
+
+@partial(jax.jit, static_argnames=("batch_size", "settings"))
+def _recall_batch(
+    memory: Memory,
+    queries: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    tol: Array,
+    batch_size: int,
+    settings: tuple[tuple[str, Any], ...],
+) -> Recall:
+    def one(query: AnyMeasure) -> Recall:
+        return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
+
+    return jax.lax.map(one, queries, batch_size=batch_size)
+
+
 def default_tolerance(memory: Memory) -> Float[Array, ""]:
     """eps^0.7 times the root mean square size of the patterns: a distance."""
     eps = float(jnp.finfo(working_dtype(memory.dtype)).eps)
@@ -215,12 +260,12 @@ def default_tolerance(memory: Memory) -> Float[Array, ""]:
 
 def _units(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """`Geometry.scale` and `Geometry.resolution`."""
-    return _units_of(memory.patterns, memory.geometry, len(memory))
+    return _units_of(memory.patterns, memory.geometry, num=len(memory))
 
 
 @compiled(static=("num",), rounded=False)
 def _units_of(
-    patterns: AnyMeasure, geometry: Geometry, num: int
+    patterns: AnyMeasure, geometry: Geometry, *, num: int
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     patterns = jax.tree.map(lambda leaf: leaf[:num], patterns)  # without filling
     return geometry.scale(patterns), geometry.resolution(patterns)

@@ -205,3 +205,14 @@ def test_derivatives_in_weights_of_zero(rng):
         (4 * cost(0.0, h) - cost(0.0, 2 * h) - 3 * cost(0.0, 0.0)) / (2 * h),
     )
     np.testing.assert_allclose(slopes, differences, rtol=1e-5)
+
+
+def test_weights_that_sum_to_one_in_single_precision_only(rng):
+    x, y = rng.normal(size=(2, 5, 3))
+    a, b = rng.dirichlet(np.full(5, 5.0), size=2).astype(np.float32).astype(np.float64)
+    assert abs(a.sum() - b.sum()) > 1e-10
+    solver = Solver(1e-11, 2000)
+    found = couple(solver, x, a, y, b, jnp.asarray(0.1), jnp.zeros(5))
+    assert found.error <= 1e-11
+    wanted = couple(solver, x, a / a.sum(), y, b / b.sum(), jnp.asarray(0.1), jnp.zeros(5))
+    np.testing.assert_allclose(found.barycentre, wanted.barycentre, atol=1e-10)

@@ -232,3 +232,16 @@ def test_full_and_diagonal_published_patterns_agree(rng):
     np.testing.assert_allclose(
         results[0].measure.covariance, results[1].measure.covariance, atol=1e-10
     )
+
+
+def test_batches_after_one_another(rng):
+    memory = jdam.store(gaussians(rng, 8, 2))
+    queries = near(rng, memory.patterns, 0.05)
+    found = jdam.recall_batch(memory, queries, 20.0, batch_size=3, max_steps=4)
+    wanted = jax.vmap(lambda query: jdam.recall(memory, query, 20.0, max_steps=4))(queries)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-12)
+    with pytest.raises(ValueError, match="queries must have batch shape"):
+        jdam.recall_batch(memory, memory[0], 20.0)
+    with pytest.raises(ValueError, match="batch_size must be ≥ 1; got 0"):
+        jdam.recall_batch(memory, queries, 20.0, batch_size=0)

@@ -1,0 +1,203 @@
+"""What recall costs as memories grow: time, memory, compilation, and what is certified.
+
+    python benchmarks/scale.py [--largest N] [--data DIR] [--out scale.svg]
+
+prints a Markdown table and draws cost against N. With `--data` it also recalls real data from
+`words_ctx_gauss.npz` (Gaussian words) and `modelnet_clouds.npz` (shapes) in that folder.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ot
+
+import jdam
+
+STEPS = 5
+HEAD = "| memory | N | Q | contender | ms a query | compile, s | temporary, MiB | certified |"
+
+
+@dataclass
+class Row:
+    kind: str
+    num: int
+    queries: int
+    contender: str
+    milliseconds: float  # a query
+    compile: float | None = None
+    temporary: float | None = None  # MiB
+    certified: float | None = None  # share of the queries
+
+    def __str__(self) -> str:
+        compiling = "" if self.compile is None else f"{self.compile:.1f}"
+        temporary = "" if self.temporary is None else f"{self.temporary:.0f}"
+        certified = "" if self.certified is None else f"{100 * self.certified:.0f} %"
+        return (
+            f"| {self.kind} | {self.num} | {self.queries} | {self.contender} "
+            f"| {self.milliseconds:.3g} | {compiling} | {temporary} | {certified} |"
+        )
+
+
+def measure(kind: str, num: int, contender: str, function: Any, *args: Any, rounds: int) -> Row:
+    """Median of warmed-up, blocked calls; `args[1]` are the queries."""
+    queries = jax.tree.leaves(args[1])[0].shape[0]
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*args).compile()
+    compiling = time.perf_counter() - start
+    result = jax.block_until_ready(compiled(*args))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(compiled(*args))
+        seconds.append(time.perf_counter() - start)
+    certified = None
+    if isinstance(result, jdam.Recall):
+        certified = float((np.asarray(result.status) != jdam.Status.UNCERTIFIED).mean())
+    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
+    milliseconds = 1e3 * float(np.median(seconds)) / queries
+    return Row(kind, num, queries, contender, milliseconds, compiling, temporary, certified)
+
+
+def recalls(search: Any) -> Any:
+    return jax.vmap(partial(jdam.recall, max_steps=STEPS, search=search), (None, 0, None))
+
+
+def compare(
+    kind: str, memory: jdam.Memory, queries: Any, beta: float, searches: dict[Any, int], rounds: int
+) -> Iterator[Row]:
+    """Recall by each search, of the first so many queries."""
+    for search, few in searches.items():
+        asked = jax.tree.map(lambda leaf, few=few: leaf[:few], queries)
+        name = f"`{type(search).__name__}`"
+        yield measure(kind, len(memory), name, recalls(search), memory, asked, beta, rounds=rounds)
+
+
+def two_products(stored: Any, queries: Any) -> Any:
+    return (queries @ stored.T) @ stored
+
+
+def diagonal(rng: np.random.Generator, num: int) -> Iterator[Row]:
+    """Beside it, the two matrix products of a look, for each of the looks of the recall."""
+    dim, kind = 64, "diagonal, d = 64"
+    mean = rng.normal(size=(num, dim)).astype("f4")
+    scale = rng.uniform(0.5, 1.5, (num, dim)).astype("f4")
+    memory = jdam.store(jdam.DiagonalGaussian(mean, scale))
+    queries = jax.tree.map(lambda leaf: leaf[:1024] + np.float32(0.1), memory.patterns)
+    stored = jnp.concatenate([memory.patterns.mean, memory.patterns.scale], -1)
+    asked = jnp.concatenate([queries.mean, queries.scale], -1)
+    row = measure(kind, num, "two matrix products, × 5", two_products, stored, asked, rounds=2)
+    row.milliseconds *= STEPS
+    yield row
+    yield from compare(kind, memory, queries, 1e-3, {jdam.Exhaustive(): 1024}, rounds=2)
+    yield from compare(kind, memory, queries, 1.0, {jdam.Certified(): 1024}, rounds=2)
+
+
+def full(rng: np.random.Generator, num: int) -> Iterator[Row]:
+    dim, kind = 32, "full, d = 32"
+    mean = rng.normal(size=(num, dim)).astype("f4")
+    factor = rng.normal(size=(num, dim, dim)).astype("f4") / np.float32(np.sqrt(dim))
+    memory = jdam.store(jdam.Gaussian(mean, factor))
+    noise = 0.1 * rng.normal(size=(1000, dim)).astype("f4")
+    queries = jdam.Gaussian(mean[:1000] + noise, factor[:1000])
+    searches: dict[Any, int] = {jdam.Certified(): 1000}
+    if num <= 10_000:
+        searches[jdam.Exhaustive()] = 4
+    yield from compare(kind, memory, queries, 1.0, searches, rounds=1)
+    covariance = np.asarray(memory.patterns[:20].covariance)
+    start = time.perf_counter()
+    for other in covariance:
+        ot.gaussian.bures_wasserstein_distance(mean[0], mean[0], covariance[0], other)
+    seconds = (time.perf_counter() - start) / len(covariance)
+    yield Row(kind, num, 1, "POT's distances alone, × 5", 1e3 * seconds * num * STEPS)
+
+
+def clouds(rng: np.random.Generator, num: int, beta: float) -> Iterator[Row]:
+    """β is in units of the inverse of a cloud's variance."""
+    atoms, dim, kind = 32, 8, f"clouds, n = 32, d = 8, β·trace = {beta:g}"
+    points = rng.normal(size=(num, 1, dim)) + 0.5 * rng.normal(size=(num, atoms, dim))
+    trace = dim / 4
+    geometry = jdam.Sinkhorn(0.1 * trace, tol=1e-3)
+    memory = jdam.store(jdam.PointCloud(points.astype("f4")), geometry)
+    noise = 0.1 * rng.normal(size=(64, atoms, dim))
+    queries = jdam.PointCloud((points[:64] + noise).astype("f4"))
+    searches = {jdam.Certified(): 64, jdam.Exhaustive(): 4}
+    yield from compare(kind, memory, queries, beta / trace, searches, rounds=1)
+
+
+def real(rng: np.random.Generator, folder: Path) -> Iterator[Row]:
+    words = np.load(folder / "words_ctx_gauss.npz")
+    patterns = jdam.Gaussian.from_covariance(words["mean"].astype("f4"), words["cov"].astype("f4"))
+    chosen = rng.choice(len(words["mean"]), 100, replace=False)
+    noise = 0.05 * rng.normal(size=(100, patterns.dim)).astype("f4")
+    queries = jdam.Gaussian(patterns.mean[chosen] + noise, patterns.factor[chosen])
+    for beta in (50.0, 100.0, 200.0):
+        searches = {jdam.Certified(): 100, jdam.Exhaustive(): 10}
+        memory = jdam.store(patterns)
+        yield from compare(f"words, d = 16, β = {beta:g}", memory, queries, beta, searches, 1)
+    shapes = np.load(folder / "modelnet_clouds.npz")["points"][:, ::16].astype("f4")
+    memory = jdam.store(jdam.PointCloud(shapes), jdam.Sinkhorn(0.01, tol=1e-3))
+    noise = 0.02 * rng.normal(size=(64, *shapes.shape[1:])).astype("f4")
+    queries = jdam.PointCloud(shapes[:64] + noise)
+    for beta in (100.0, 1000.0):
+        searches = {jdam.Certified(): 64, jdam.Exhaustive(): 8}
+        yield from compare(
+            f"shapes, n = 64, d = 3, β = {beta:g}", memory, queries, beta, searches, 1
+        )
+
+
+def draw(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = [
+        k for k in dict.fromkeys(row.kind for row in rows) if not k.startswith(("words", "sh"))
+    ]
+    colours = {"`Certified`": "#0072b2", "`Exhaustive`": "#d55e00"}
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), layout="constrained")
+    for axis, kind in zip(axes, kinds, strict=True):
+        own = [row for row in rows if row.kind == kind]
+        for name in dict.fromkeys(row.contender for row in own):
+            line = [(row.num, row.milliseconds) for row in own if row.contender == name]
+            axis.loglog(*zip(*line, strict=True), "o-", label=name.strip("`"),
+                        color=colours.get(name, "#888888"))  # fmt: skip
+        axis.set(title=kind, xlabel="N", ylabel="ms a query")
+        axis.legend(fontsize=8)
+        axis.grid(alpha=0.3)
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--largest", type=int, default=1_000_000, help="the largest N")
+    parser.add_argument("--data", type=Path, help="a folder of real data")
+    parser.add_argument("--out", type=Path, default=Path("scale.svg"), help="where to draw")
+    arguments = parser.parse_args()
+    plans = [(diagonal, 10**k) for k in range(3, 7)]
+    plans += [(full, 10**k) for k in range(3, 6)]
+    plans += [(partial(clouds, beta=b), num) for b in (20, 100) for num in (1024, 10_000)]
+    print(HEAD + "\n" + "|---" * 8 + "|", flush=True)
+    rows = []
+    for plan, num in plans:
+        if num <= arguments.largest:
+            for row in plan(np.random.default_rng(0), num):
+                print(row, flush=True)
+                rows.append(row)
+    if arguments.data:
+        for row in real(np.random.default_rng(0), arguments.data):
+            print(row, flush=True)
+    draw(rows, arguments.out)
+
+
+if __name__ == "__main__":
+    main()
