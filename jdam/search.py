@@ -28,8 +28,8 @@ from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory
 from jdam.separation import LogSumExp, Separation, levels, mass
 
-#: How many patterns to bound more closely at a time, by level, for each of those compared at once.
-SHARPENED = 16, 8
+#: How many patterns to bound more closely at a time, by level.
+SHARPENED = 256, 64
 
 
 class Search(ABC):
@@ -107,7 +107,7 @@ class Certified(Search):
 
     While that is more than `tol`, patterns that might still matter are bounded more closely
     (`Geometry.sharpen`) and then compared, `num_candidates` at a time in order of their bounds,
-    at most `max_candidates` in all: 16 times `num_candidates` unless given. Easy queries are
+    at most `max_candidates` in all: 32 times `num_candidates` unless given. Easy queries are
     cheap, hard ones take as long as they need. `Recall.neglected` is the largest bound of all
     steps; where it is more than `tol`, the status is `UNCERTIFIED`: β is too small for few
     patterns to hold the Gibbs mass, or bounds are too loose. Otherwise a recall is that of
@@ -158,7 +158,7 @@ class Certified(Search):
     def sizes(self, num: int) -> tuple[int, int]:
         """How many of N patterns to compare at a time, and in how many turns at most."""
         size = min(num, self.num_candidates)
-        most = 16 * size if self.max_candidates is None else self.max_candidates
+        most = 32 * size if self.max_candidates is None else self.max_candidates
         return size, -(-min(num, most) // size)
 
 
@@ -286,7 +286,7 @@ def _sharpen(
 ) -> _Hunt:
     """The patterns of least bound below a level are bounded at that level."""
     memory, view, beta = args
-    size = min(len(memory), SHARPENED[level - 1] * search.sizes(len(memory))[0])
+    size = min(len(memory), SHARPENED[level - 1])
     index, _ = _least(jnp.where(hunt.level < level, hunt.floor, jnp.inf), size)
     block = _take(memory, index, jnp.ones_like(index, bool))
     bounds = memory.geometry.sharpen(view, block.patterns, block.prepared, level)
