@@ -169,7 +169,8 @@ def recall(
     **Arguments:** `memory`, `query`, `beta`, `step_size` as in `step`. `max_steps` ≥ 1.
     `tol`: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; if None,
     eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square size of the
-    patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step looks at. `adjoint`: how to
+    patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step looks at, all of them or
+    `Certified()`, for large memories. `adjoint`: how to
     differentiate: `Unrolled()`, `Implicit()` or `OneStep()`. `separation`: the shape of the
     energy. `save_trace`: keep energy, residual and measure after each step.
     Changing β, step size, tol or values of the same shape does not recompile.

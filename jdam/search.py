@@ -111,7 +111,8 @@ class Certified(Search):
     cheap, hard ones take as long as they need. `Recall.neglected` is the largest bound of all
     steps; where it is more than `tol`, the status is `UNCERTIFIED`: β is too small for few
     patterns to hold the Gibbs mass, or bounds are too loose. Otherwise a recall is that of
-    `Exhaustive` up to `tol` in every weight.
+    `Exhaustive` up to `tol` in every weight. Bounds include their rounding; that of the D of the
+    candidates is as in `Exhaustive`.
 
     **Choosing.** `num_candidates` about the number of patterns that matter to an ordinary query;
     16 is good for most. Time grows with it, and derivatives compare `max_candidates` patterns in
@@ -159,7 +160,7 @@ class Certified(Search):
         """How many of N patterns to compare at a time, and in how many turns at most."""
         size = min(num, self.num_candidates)
         most = 32 * size if self.max_candidates is None else self.max_candidates
-        return size, -(-min(num, most) // size)
+        return size, most // size if most < num else -(-num // size)
 
 
 class _Hunt(NamedTuple):
