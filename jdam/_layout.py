@@ -36,12 +36,13 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
     layout = memory.layout
 
     def on_one(memory: Any, *args: Any) -> Any:
-        return function(_with_layout(memory, replace(layout, inside=True)), *args)
+        return function(replace(memory, layout=replace(layout, inside=True)), *args)
 
     everywhere, parts = PartitionSpec(), PartitionSpec(layout.axis)
-    specs = jax.tree.map(lambda _: parts, memory)
     specs = eqx.tree_at(
-        lambda held: held.geometry, specs, jax.tree.map(lambda _: everywhere, memory.geometry)
+        lambda held: (held.geometry, held.units),
+        jax.tree.map(lambda _: parts, memory),
+        jax.tree.map(lambda _: everywhere, (memory.geometry, memory.units)),
     )
     spread = jax.shard_map(
         on_one,
@@ -57,10 +58,6 @@ def is_whole(memory: Any) -> bool:
     """Whether a memory is laid out on a mesh, and seen as a whole."""
     layout = getattr(memory, "layout", None)
     return layout is not None and not layout.inside
-
-
-def _with_layout(memory: Any, layout: Layout | None) -> Any:
-    return type(memory)(memory.patterns, memory.geometry, memory.log_prior, memory.prepared, layout)
 
 
 def total(tree: Any, layout: Layout | None) -> Any:

@@ -32,6 +32,8 @@ class Memory(eqx.Module):
     prepared: Any = None
     #: On which devices the patterns are, if `jdam.shard` put them there.
     layout: Layout | None = eqx.field(static=True, default=None)
+    #: Then also the `Geometry.scale` and `resolution` of all patterns, of which a device has some.
+    units: tuple[Array, Array] | None = None
 
     def __len__(self) -> int:
         if self.layout is not None and not self.layout.inside:

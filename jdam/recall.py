@@ -256,25 +256,26 @@ def _recall_batch(
 def default_tolerance(memory: Memory) -> Float[Array, ""]:
     """eps^0.7 times the root mean square size of the patterns: a distance."""
     eps = float(jnp.finfo(working_dtype(memory.dtype)).eps)
-    return eps**0.7 * jax.lax.stop_gradient(_units(memory)[0])
+    return eps**0.7 * jax.lax.stop_gradient(units(memory)[0])
 
 
-def _units(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`Geometry.scale` and `Geometry.resolution`."""
-    return _units_of(memory.patterns, memory.geometry, num=len(memory))
+def units(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`Geometry.scale` and `Geometry.resolution` of its patterns."""
+    if memory.units is not None:
+        return memory.units
+    return _units_of(memory.patterns, memory.geometry)
 
 
-@compiled(static=("num",), rounded=False)
+@compiled(rounded=False)
 def _units_of(
-    patterns: AnyMeasure, geometry: Geometry, *, num: int
+    patterns: AnyMeasure, geometry: Geometry
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    patterns = jax.tree.map(lambda leaf: leaf[:num], patterns)  # without filling
     return geometry.scale(patterns), geometry.resolution(patterns)
 
 
 def _resolution(memory: Memory, beta: Array, search: Search) -> Float[Array, ""]:
     """The smallest change of energy that says anything: by rounding, or by mass left out."""
-    return jax.lax.stop_gradient(jnp.maximum(_units(memory)[1], search.tolerance / beta))
+    return jax.lax.stop_gradient(jnp.maximum(units(memory)[1], search.tolerance / beta))
 
 
 class _State(NamedTuple):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdam._layout import Layout
 from jdam.memory import Memory
+from jdam.recall import units
 
 
 def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
@@ -77,4 +78,5 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
         place(prior, rows),
         place(prepared, rows),
         Layout(mesh, axis, length),
+        place(units(memory), everywhere),
     )

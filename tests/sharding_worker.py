@@ -70,7 +70,12 @@ def check(kind, mesh, searches):
 
 
 def check_more(memory, sharded, query):
-    """Derivatives, other separations, and that what is fixed stays so."""
+    """Derivatives, other separations, communication, and that what is fixed stays so."""
+    for search in SEARCHES:
+        recall = jax.jit(lambda m, q, s=search: jdam.recall(m, q, BETA, max_steps=1, search=s))
+        program = recall.lower(sharded, query).compile().as_text()
+        assert "all-reduce" in program
+        assert "all-gather" not in program  # of N numbers
     slopes = [jax.grad(lambda q, m=m: jdam.recall(m, q, BETA, max_steps=3).energy)(query)
               for m in (memory, sharded)]  # fmt: skip
     same(*slopes)
