@@ -140,18 +140,18 @@ def test_neglected_is_above_what_is_left_out(kind, rng, prior):
             assert neglected[i] <= 1
 
 
+@partial(jax.jit, static_argnums=0)
+def recall(search, memory, queries, beta):
+    one = partial(jdam.recall, max_steps=3, search=search)
+    return jax.vmap(one, (None, 0, None))(memory, queries, beta)
+
+
 def test_certified_is_exhaustive(kind, rng):
     memory, queries = problem(kind, rng)
     certified = 0
     for beta in (0.3, 3.0, 30.0, 300.0):
-        recall = jax.vmap(
-            lambda query, search, beta=beta: jdam.recall(
-                memory, query, beta, max_steps=3, search=search
-            ),
-            (0, None),
-        )
-        wanted = recall(queries, jdam.Exhaustive())
-        found = recall(queries, jdam.Certified(8))
+        wanted = recall(jdam.Exhaustive(), memory, queries, beta)
+        found = recall(jdam.Certified(8), memory, queries, beta)
         sure = np.asarray(found.neglected) <= 1e-8
         assert (np.asarray(found.status == jdam.Status.UNCERTIFIED) == ~sure).all()
         certified += sure.sum()
@@ -166,8 +166,15 @@ def test_certified_is_exhaustive(kind, rng):
     assert certified >= 12  # of 24
 
 
-@pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()])
-@pytest.mark.parametrize("name", ["Gaussians", "clouds"])
+@pytest.mark.parametrize(
+    ("name", "adjoint"),
+    [
+        ("Gaussians", jdam.Unrolled()),
+        ("Gaussians", jdam.Implicit()),
+        ("Gaussians", jdam.OneStep()),
+        ("clouds", jdam.Unrolled()),
+    ],
+)
 def test_derivatives(name, adjoint, rng):
     make, geometry = KINDS[name]
     memory = jdam.store(make(rng, 12, DIM), geometry)
@@ -207,8 +214,8 @@ def test_few_patterns(rng):
 def test_one_bad_query_among_many(rng):
     memory, queries = problem(KINDS["Gaussians"], rng)
     spoiled = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), queries)
-    recall = jax.vmap(partial(jdam.recall, search=jdam.Certified(4)), (None, 0, None))
-    found, wanted = recall(memory, spoiled, 30.0), recall(memory, queries, 30.0)
+    search = jdam.Certified(8)
+    found, wanted = (recall(search, memory, q, 30.0) for q in (spoiled, queries))
     assert found.status[2] == jdam.Status.NONFINITE
     others = np.arange(6) != 2
     np.testing.assert_array_equal(found.measure.factor[others], wanted.measure.factor[others])
@@ -219,12 +226,12 @@ def test_beta_does_not_recompile(rng):
     query = jax.tree.map(lambda leaf: leaf[0], queries)
 
     @jax.jit
-    def recall(memory, query, beta):
+    def recalled(memory, query, beta):
         return jdam.recall(memory, query, beta, search=jdam.Certified(4)).measure
 
-    recall(memory, query, 1.0)
-    recall(memory, query, 50.0)
-    assert recall._cache_size() == 1
+    recalled(memory, query, 1.0)
+    recalled(memory, query, 50.0)
+    assert recalled._cache_size() == 1
 
 
 @pytest.mark.parametrize(
