@@ -102,6 +102,7 @@ def _average(
 
 
 def nothing_yet(memory: Memory, view: AnyView, with_pull: bool = True) -> Running:
+    """The average before its first pattern."""
     nothing = jnp.array(0, memory.dtype)
     return Running(
         lowest=jnp.array(jnp.inf, memory.dtype),
@@ -153,6 +154,7 @@ def merge(part: Running, beta: Array, layout: Layout | None) -> Running:
 
 
 def conclude(view: AnyView, end: Running, beta: Array, guess: Any) -> GibbsAverage:
+    """What an average that is over tells."""
     return GibbsAverage(
         view=view,
         energy=end.lowest - jnp.log(end.mass) / beta,

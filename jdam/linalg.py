@@ -54,11 +54,6 @@ def _psd_root_jvp(primals, tangents):
     return root, _solve_lyapunov(root, values, basis, _symmetric(dmatrix))
 
 
-def singular_values(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch k"]:
-    """σ₁ ≥ σ₂ ≥ … ≥ 0, k = min(m, n) of them."""
-    return jnp.linalg.svd(matrix, compute_uv=False)
-
-
 def rotation_part(factor: Float[Array, "d r"], tangent: Float[Array, "d r"]) -> Array:
     """The L Ω, Ω skew, that is nearest to a tangent dL: with G = LᵀL, G Ω + Ω G = LᵀdL − dLᵀL."""
     gram = factor.mT @ factor

@@ -99,22 +99,16 @@ def step(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     check_separation(separation)
-    resolution = _resolution(memory, beta, Exhaustive())
-    return _step(memory, query, beta, step_size, resolution, separation=separation)
+    return _step(memory, query, beta, step_size, separation=separation)
 
 
 @compiled(static=("separation",))
 def _step(
-    memory: Memory,
-    query: AnyMeasure,
-    beta: Array,
-    step_size: Array,
-    resolution: Array,
-    *,
-    separation: Separation,
+    memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, separation: Separation
 ) -> AnyMeasure:
-    look = partial(Exhaustive().look, separation=separation)
-    move = partial(_move, look)
+    search = Exhaustive()
+    move = partial(_move, partial(search.look, separation=separation))
+    resolution = _resolution(memory, beta, search)
     return in_tiles(move, queries_at_once(memory), memory, query, beta, step_size, resolution)
 
 
@@ -184,7 +178,7 @@ def recall(
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = default_tolerance(memory) if tol is None else _positive(memory, "tol", tol)
+    tol = None if tol is None else _positive(memory, "tol", tol)
     max_steps = _checks.positive_int("max_steps", max_steps)
     for name, value, kind in (("search", search, Search), ("adjoint", adjoint, Adjoint)):
         if not isinstance(value, kind):
@@ -199,7 +193,6 @@ def recall(
         beta,
         step_size,
         tol,
-        _resolution(memory, beta, search),
         max_steps=max_steps,
         search=search,
         adjoint=adjoint,
@@ -293,8 +286,7 @@ def _recall(
     query: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array,
-    resolution: Array,
+    tol: Array | None,
     *,
     max_steps: int,
     search: Search,
@@ -303,6 +295,8 @@ def _recall(
     save_trace: bool,
 ) -> Recall:
     look = partial(search.look, separation=separation)
+    tol = default_tolerance(memory) if tol is None else tol
+    resolution = _resolution(memory, beta, search)
 
     def advance(state: _State, args: tuple) -> _State:
         memory, beta, step_size, _, resolution = args

@@ -15,7 +15,7 @@ from jdam.geometry.euclidean import (
     squared_distances_less_rounding,
 )
 from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
-from jdam.linalg import polar, rotation_part, rounding, singular_values, squared_norm
+from jdam.linalg import polar, rotation_part, rounding, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
 
@@ -77,7 +77,7 @@ class Bures(Geometry):
         # In batches: decompositions copy what they are given.
         return Prepared(
             spread=jnp.linalg.norm(factor, axis=-1),
-            spectrum=jax.lax.map(singular_values, factor, batch_size=1024),
+            spectrum=jax.lax.map(jnp.linalg.svdvals, factor, batch_size=1024),
         )
 
     def bound(self, view, patterns, prepared):
