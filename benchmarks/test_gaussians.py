@@ -153,7 +153,7 @@ def test_diagonal(measure, rng, contender):
             def function(memory, query, beta):
                 return jdam.recall(memory, query, beta, max_steps=5)
 
-        arguments = memory, query, 0.01
+        arguments = memory, query, 0.05  # at which all five steps are taken
         function, seconds = compiled(jax.vmap(function, (None, 0, None)), *arguments)
     measure(row, name, function, *arguments, pairs=pairs, compile=seconds)
 
