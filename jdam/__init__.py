@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from jdam import random as random
 from jdam.adjoint import Implicit as Implicit
 from jdam.adjoint import OneStep as OneStep
 from jdam.adjoint import Unrolled as Unrolled
