@@ -1,6 +1,8 @@
 """Polar factors and positive semidefinite roots, with derivatives that survive repeated
 and vanishing singular values, where those of `jnp.linalg.svd` and `eigh` are NaN."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -32,6 +34,59 @@ def _polar_jvp(primals, tangents):
         outside = dmatrix - inner @ factor
         derivative = derivative + _solve(root, values, basis, outside)
     return factor, derivative
+
+
+class ShrunkPolar(NamedTuple):
+    """The shrunk polar factor of a matrix, and its singular value decomposition K = U diag(s) Vᵀ,
+    which counts as constant."""
+
+    factor: Float[Array, "*batch m n"]
+    left: Float[Array, "*batch m m"]  # U
+    values: Float[Array, "*batch m"]  # s
+    right: Float[Array, "*batch n n"]  # Vᵀ, all of it
+
+
+@jax.custom_jvp
+def shrunk_polar(matrix: Float[Array, "*batch m n"]) -> ShrunkPolar:
+    """R = U diag(`shrink`(s)) Vᵀ of K = U diag(s) Vᵀ, for m ≤ n: the polar factor, but smooth.
+
+    With H = (4KKᵀ + I)^½, (H + I) R = 2K and H = 2KRᵀ + I. R maximises 2⟨R, K⟩ +
+    log det(I − RRᵀ). Near K = 0 it is K, and it tends to the polar factor as K grows.
+    """
+    rows, columns = matrix.shape[-2:]
+    left, values, right = jnp.linalg.svd(matrix, full_matrices=rows < columns)
+    factor = (left * shrink(values)[..., None, :]) @ right[..., :rows, :]
+    return ShrunkPolar(factor, left, values, right)
+
+
+@shrunk_polar.defjvp
+def _shrunk_polar_jvp(primals, tangents):
+    # H H = 4KKᵀ + I, so H dH + dH H = 4(dK Kᵀ + K dKᵀ); and (H + I) dR = 2dK − dH R.
+    (matrix,), (dmatrix,) = primals, tangents
+    found = shrunk_polar(matrix)
+    root = 2 * _symmetric(matrix @ found.factor.mT)
+    unit = jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
+    left, values, right = jax.lax.stop_gradient(found[1:])
+    sizes = jnp.hypot(2 * values, 1)
+    inner = 8 * _symmetric(dmatrix @ matrix.mT)
+    droot = _solve_lyapunov(root + unit, sizes, left, inner)
+    rest = 2 * dmatrix - droot @ found.factor
+    dfactor = _solve(root + 2 * unit, sizes + 1, left, rest)
+    still = jax.tree.map(jnp.zeros_like, (left, values, right))
+    return found, ShrunkPolar(dfactor, *still)
+
+
+@jax.custom_jvp
+def shrink(values: Array) -> Array:
+    """r = 2s/(√(4s² + 1) + 1), whose inverse is s = r/(1 − r²)."""
+    return 2 * values / (jnp.hypot(2 * values, 1) + 1)
+
+
+@shrink.defjvp
+def _shrink_jvp(primals, tangents):
+    shrunk = shrink(*primals)
+    square = shrunk * shrunk
+    return shrunk, (1 - square) ** 2 / (1 + square) * tangents[0]
 
 
 @jax.custom_jvp

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 from jax.test_util import check_grads
 
-from jdam.linalg import polar, psd_root, safe_sqrt
+from jdam.linalg import polar, psd_root, safe_sqrt, shrink, shrunk_polar
 from tests.helpers import orthogonal
 
 
@@ -33,6 +33,41 @@ def test_derivatives_at_repeated_and_vanishing_singular_values(rng, values):
         second = jax.jacfwd(jax.jacrev(function))(at)
         assert np.isfinite(first).all()
         assert np.isfinite(second).all()
+
+
+def shrunk_factor(matrix):
+    return shrunk_polar(matrix).factor
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 4)])
+def test_shrunk_polar(rng, shape):
+    """(H + I) R = 2K with H = (4KKᵀ + I)^½; it tends to the polar factor, and near 0 to K."""
+    matrix = jnp.asarray(rng.normal(size=shape))
+    root = scipy.linalg.sqrtm(4 * matrix @ matrix.T + np.eye(shape[0]))
+    expected = np.linalg.solve(root + np.eye(shape[0]), 2 * matrix)
+    np.testing.assert_allclose(shrunk_factor(matrix), expected, atol=1e-12)
+    np.testing.assert_allclose(shrunk_factor(1e8 * matrix), polar(matrix), atol=1e-6)
+    np.testing.assert_allclose(shrunk_factor(1e-5 * matrix), 1e-5 * matrix, rtol=1e-8)
+    for scale in (0.1, 1.0, 30.0):
+        at = (scale * matrix,)
+        check_grads(shrunk_factor, at, order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
+@pytest.mark.parametrize("columns", [3, 5])
+def test_derivatives_of_shrunk_polar_at_repeated_singular_values(rng, values, columns):
+    right = orthogonal(rng, columns)[:3]
+    matrix = jnp.asarray(orthogonal(rng, 3) * np.array(values, float) @ right)
+    check_grads(shrunk_factor, (matrix,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+
+
+def test_shrink():
+    values = jnp.array([0.0, 1e-300, 0.3, 7.0, 1e200])
+    shrunk = shrink(values)
+    np.testing.assert_allclose(shrunk[:4], values[:4] * (1 - shrunk[:4] ** 2), rtol=1e-12)
+    assert shrunk[4] == 1
+    check_grads(shrink, (values[2:4],), order=3, modes=("fwd", "rev"))
+    assert float(jax.grad(shrink)(0.0)) == 1.0
 
 
 def test_root(rng):

@@ -1,6 +1,7 @@
 """Geometries: one protocol, one file each."""
 
 from jdam.geometry.bures import Bures as Bures
+from jdam.geometry.entropic_bures import EntropicBures as EntropicBures
 from jdam.geometry.euclidean import DotProduct as DotProduct
 from jdam.geometry.euclidean import Euclidean as Euclidean
 from jdam.geometry.protocol import Geometry as Geometry

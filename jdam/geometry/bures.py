@@ -1,6 +1,6 @@
 """Gaussians under the 2-Wasserstein distance: the Bures–Wasserstein space."""
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,35 @@ from jdam.linalg import polar, rotation_part, rounding, squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian
 
 
-class Bures(Geometry):
+class Gaussians(Geometry):
+    """What geometries of Gaussians share: patterns are all `Gaussian` or all `DiagonalGaussian`,
+    queries of the same type."""
+
+    def check(self, name, measure, batch_ndim):
+        if not isinstance(measure, Gaussian | DiagonalGaussian):
+            raise TypeError(
+                f"{name} must be a jdam.Gaussian or jdam.DiagonalGaussian for {self}; "
+                f"got {type(measure).__name__}"
+            )
+        check_batch_ndim(name, measure, batch_ndim)
+        return measure
+
+    def match(self, query, patterns):
+        if isinstance(query, Gaussian):
+            # Polar factors R of MᵀL are of matrices with no more rows than columns: with fewer
+            # columns of L than of M, R Rᵀ would be a projection, not I.
+            query = query.pad(patterns.rank)
+        return query
+
+    def conserved(self, measure, tangent):
+        """Rotations L Ω of the factor, Ω skew, which leave the measure as it is."""
+        still = super().conserved(measure, tangent)
+        if isinstance(measure, DiagonalGaussian):
+            return still
+        return with_leaves(still, still.mean, rotation_part(measure.factor, tangent.factor))
+
+
+class Bures(Gaussians):
     """D = W₂², the squared 2-Wasserstein distance with cost |x−y|², on Gaussians.
 
     W₂²(N(m,LLᵀ), N(μ,MMᵀ)) = |m − μ|² + min over R with RRᵀ = I of |L − MR|_F², attained by
@@ -36,25 +64,13 @@ class Bures(Geometry):
     the plans, which depends on the patterns' factors, and ends at a pattern where β is large.
     """
 
-    def check(self, name, measure, batch_ndim):
-        if not isinstance(measure, Gaussian | DiagonalGaussian):
-            raise TypeError(
-                f"{name} must be a jdam.Gaussian or jdam.DiagonalGaussian for {self}; "
-                f"got {type(measure).__name__}"
-            )
-        check_batch_ndim(name, measure, batch_ndim)
-        return measure
-
-    def match(self, query, patterns):
-        if isinstance(query, Gaussian):
-            # With fewer columns than the patterns, R Rᵀ would be a projection, not I.
-            query = query.pad(patterns.rank)
-        return query
+    cost_scale: ClassVar[float | None] = 1.0
+    is_squared_metric: ClassVar[bool] = True
 
     def view(self, query):
         if isinstance(query, DiagonalGaussian):
             return _stacked(query)
-        factor, axes = _principal(query.factor)
+        factor, axes = principal(query.factor)
         return View(with_leaves(query, query.mean, factor), axes)
 
     def compare(self, view, patterns, prepared, guess, exact):
@@ -137,13 +153,6 @@ class Bures(Geometry):
         # A map that overshoots (τ > 1) may turn an axis round.
         return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
 
-    def conserved(self, measure, tangent):
-        """Rotations L Ω of the factor, Ω skew, which leave the measure as it is."""
-        still = super().conserved(measure, tangent)
-        if isinstance(measure, DiagonalGaussian):
-            return still
-        return with_leaves(still, still.mean, rotation_part(measure.factor, tangent.factor))
-
     def residual(self, view, pull):
         return super().residual(view.query if isinstance(view, View) else view, pull)
 
@@ -165,7 +174,7 @@ class View(NamedTuple):
     axes: Float[Array, "r r"]
 
 
-def _principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[Array, "r r"]]:
+def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[Array, "r r"]]:
     """L V = U S, of the singular value decomposition L = U S Vᵀ, and Vᵀ.
 
     The columns of U S, and so those of MᵀU S, are each rounded relative to their own size,

@@ -1,6 +1,6 @@
 """Vectors: classical modern Hopfield memories, by distance and by inner product."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,9 @@ class Euclidean(Vectors):
     Its step is x⁺ = x + τ(Σ wᵢyᵢ − x) with wᵢ ∝ exp(−β|x − yᵢ|²). On patterns of equal norm
     it is `DotProduct` with 2β.
     """
+
+    cost_scale: ClassVar[float | None] = 1.0
+    is_squared_metric: ClassVar[bool] = True
 
     def compare(self, view, patterns, prepared, guess, exact):
         distances = squared_distances if exact else fast_squared_distances

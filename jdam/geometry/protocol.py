@@ -38,6 +38,10 @@ class Geometry(eqx.Module):
     #: How many ever more cautious steps to try until one does not raise the energy: 1 where the
     #: full step never raises it.
     attempts: ClassVar[int] = 1
+    #: For `jdam.theory`, the c for which D ≥ c·|difference of means|²; None if nothing is known.
+    cost_scale: ClassVar[float | None] = None
+    #: Whether D is c times the square of a metric.
+    is_squared_metric: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:

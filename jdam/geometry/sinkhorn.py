@@ -69,6 +69,7 @@ class Sinkhorn(Geometry):
     solver: str = eqx.field(static=True)
 
     attempts: ClassVar[int] = 16
+    cost_scale: ClassVar[float | None] = 0.5
 
     def __init__(
         self,

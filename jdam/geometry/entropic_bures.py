@@ -1,0 +1,293 @@
+"""Gaussians under the debiased Sinkhorn divergence, in closed form."""
+
+from functools import partial
+from typing import Any, ClassVar, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from jdam import _checks
+from jdam._derivatives import moves
+from jdam.geometry.bures import Gaussians, principal
+from jdam.geometry.euclidean import squared_distances
+from jdam.geometry.protocol import Comparison, norm, with_leaves
+from jdam.linalg import ShrunkPolar, rounding, shrink, shrunk_polar
+from jdam.measures import DiagonalGaussian, Gaussian
+
+AnyGaussian: TypeAlias = Gaussian | DiagonalGaussian
+
+
+class EntropicBures(Gaussians):
+    """D = S_ε, the debiased Sinkhorn divergence with cost ½|x−y|², on Gaussians, without
+    iterations (closed form: arXiv:2006.02572; the memory: arXiv:2603.20656).
+
+    With φ(s) = t − ε − ε log((t+ε)/2ε), t = √(4s²+ε²), and singular values σ of factors,
+
+        S_ε(N(m,LLᵀ), N(μ,MMᵀ)) = ½|m − μ|² + ½Σ(½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL))),
+
+    and a step follows barycentric maps, less that of the query to itself:
+
+        m⁺ = m + τ(Σ wᵢμᵢ − m),    L⁺ = L + τ(Σ wᵢMᵢRᵢ − LR₀),
+
+    R the shrunk polar factor of MᵀL, U diag(2s/(t+ε)) Vᵀ of MᵀL = U diag(s) Vᵀ, and R₀ that of
+    LᵀL. There is no inverse and no root; everything is smooth, at singular covariances too. As
+    ε → 0, D is ½W₂², and this is `Bures` with half its β; as ε → ∞, D is ½|m − μ|² and
+    covariances stay. A full step never raises the energy: E(ξ) − E(ξ⁺) ≥ τ(1 − 0.6τ)|v|², v
+    being the velocity, for the gradient LR₀ of ½Σ½φ(σ(LᵀL)) has Lipschitz constant
+    max (1 + 2/t)√((t−1)/(t+1)) < 1.2, what remains of D is concave in L, and E concave in D.
+
+    Variances λ far below ε are recalled slowly: their error falls by 1 − 2λ/ε in a step, and where
+    a pattern has none they are ε/2k after k steps. Maps are linear, so that covariances keep
+    their null space: a Dirac recalls means alone.
+
+    D is computed as a sum of squares and convexity gaps, none negative, and does not cancel: at
+    1 % from a pattern its relative error is some 5e-5 in float32 and 1e-13 in float64, for all ε
+    and conditions. For that, `store` keeps r×r numbers beside each pattern of rank r.
+
+    Patterns are all `Gaussian` or all `DiagonalGaussian`, queries of the same type; on the latter
+    everything is elementwise.
+
+    **Arguments:** `epsilon` > 0, the regularisation, in squared units of distance; it scales with
+    the data, S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). It is traced: changing it does not recompile, and it
+    can be differentiated.
+
+    **Raises:** `TypeError` or `ValueError` unless `epsilon` is a number > 0.
+    """
+
+    epsilon: Float[Array, ""]
+
+    cost_scale: ClassVar[float | None] = 0.5
+
+    def __init__(self, epsilon: ArrayLike):
+        self.epsilon = _checks.positive("epsilon", epsilon, _checks.scalar_dtype(epsilon))
+
+    def prepare(self, patterns):
+        if isinstance(patterns, DiagonalGaussian):
+            return None
+        factor = jax.lax.stop_gradient(patterns.factor)
+        # In batches: decompositions copy what they are given.
+        return Prepared(*jax.lax.map(_axes, factor, batch_size=1024))
+
+    def view(self, query):
+        if isinstance(query, DiagonalGaussian):
+            own = query.scale * shrink(self._scaled(query.scale) ** 2)
+            return View(query, with_leaves(query, query.mean, own))
+        factor, axes = principal(query.factor)
+        turned = with_leaves(query, query.mean, factor)
+        scaled = self._scaled(factor)
+        shrunk = shrunk_polar(scaled.mT @ scaled).factor
+        return View(turned, with_leaves(query, query.mean, factor @ shrunk), shrunk, axes)
+
+    def compare(self, view, patterns, prepared, guess, exact):
+        query, shift = view.query, squared_distances(view.query.mean, patterns.mean)
+        if isinstance(patterns, DiagonalGaussian):
+            first, second = self._scaled(query.scale)[None], self._scaled(patterns.scale)
+            gaps = _scalar_gap(first, second).sum(-1)
+            aligned = patterns.scale * shrink(first * second)
+        else:
+            factor, factors = self._scaled(query.factor), self._scaled(patterns.factor)
+            found = shrunk_polar(factors.mT @ factor[None])
+            spectra = Prepared(prepared.axes, self._scaled(prepared.sizes))
+            gaps = _gap(factor, factors, view.shrunk, found, spectra)
+            aligned = patterns.factor @ found.factor
+        divergences = (shift + self.epsilon * gaps) / 2
+        return Comparison(divergences, with_leaves(patterns, patterns.mean, aligned))
+
+    def bound(self, view, patterns, prepared):
+        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)), α and β the falling standard deviations
+        along principal axes: φ(eˣ) is convex and increasing, and the singular values of MᵀL are
+        weakly log-majorised by the products of those of M and L (Horn)."""
+        if isinstance(patterns, DiagonalGaussian):
+            first, second = self._scaled(view.query.scale)[None], self._scaled(patterns.scale)
+            error = rounding(1, first.dtype) * (first + second)
+        else:
+            first, second = self._sizes(view.query)[None], self._scaled(prepared.sizes)
+            second = jnp.pad(second, [(0, 0), (0, first.size - second.shape[-1])])
+            error = _size_error(first, second, patterns)
+        gaps = _gap_less_rounding(first, second, error).sum(-1)
+        return self._with_shift(view.query, patterns, gaps)
+
+    def sharpenings(self, patterns):
+        return 0 if isinstance(patterns, DiagonalGaussian) else 1
+
+    def sharpen(self, view, patterns, prepared, level):
+        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)), nₖ = |Mᵀuₖ| the standard deviations along
+        the principal axes uₖ of the query, L = U diag(α) Vᵀ: φ(√x) is concave, so that
+        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). It is exact where the covariances commute."""
+        query = view.query
+        sizes = jnp.linalg.norm(query.factor, axis=-2)
+        axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
+        first = self._sizes(query)[None]
+        along = self._scaled(jnp.linalg.norm(patterns.factor.mT @ axes[None], axis=-2))
+        second = self._scaled(prepared.sizes)
+        error = _size_error(first, second, patterns)
+        gaps = _gap_less_rounding(first, along, error).sum(-1)
+        # Σφ(βₖ²) ≥ Σφ(nₖ²), for φ is convex.
+        whole, part = _phi(second**2).sum(-1), _phi(along**2).sum(-1)
+        error = 2 * rounding(patterns.factor[0].size, whole.dtype) * (whole + part)
+        rest = jnp.maximum(whole - part - error, 0)
+        return self._with_shift(query, patterns, gaps + rest / 2)
+
+    def move(self, view, pull, step_size, attempt=0):
+        moved = jax.tree.map(lambda x, y, z: x + step_size * (y - z), view.query, pull, view.own)
+        if isinstance(moved, DiagonalGaussian):
+            # A map that overshoots (τ > 1) may turn an axis round.
+            return DiagonalGaussian(
+                moved.mean, jnp.where(moved.scale < 0, -moved.scale, moved.scale)
+            )
+        return with_leaves(moved, moved.mean, moved.factor @ view.axes)
+
+    def residual(self, view, pull):
+        """|v| = √(|Σ wᵢμᵢ − m|² + |Σ wᵢMᵢRᵢ − LR₀|²)."""
+        return norm(jax.tree.map(jnp.subtract, pull, view.own))
+
+    def __repr__(self):
+        shown = _checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
+        return f"EntropicBures(epsilon={f'{float(self.epsilon):.4g}' if shown else '…'})"
+
+    def _scaled(self, lengths):
+        """In units of √ε, in which ε = 1."""
+        return lengths / jnp.sqrt(self.epsilon)
+
+    def _sizes(self, query):
+        return self._scaled(jnp.linalg.norm(query.factor, axis=-2))
+
+    def _with_shift(self, query, patterns, gaps):
+        shift = squared_distances(query.mean, patterns.mean)
+        error = rounding(query.dim, shift.dtype)
+        return (shift + self.epsilon * gaps) * ((1 - error) / 2)
+
+
+class Prepared(NamedTuple):
+    """The right singular vectors of the patterns' factors, M = U diag(s) Vᵀ, and s with zeros."""
+
+    axes: Float[Array, "N r r"]  # Vᵀ
+    sizes: Float[Array, "N r"]
+
+
+class View(NamedTuple):
+    """A query and what it asks of itself, (m, LR₀); a Gaussian with its factor turned to its
+    principal axes, L V, and Vᵀ."""
+
+    query: AnyGaussian
+    own: AnyGaussian
+    shrunk: Float[Array, "r r"] | None = None  # R₀
+    axes: Float[Array, "r r"] | None = None
+
+
+def _axes(factor: Float[Array, "d r"]) -> tuple[Float[Array, "r r"], Float[Array, " r"]]:
+    dim, rank = factor.shape
+    _, sizes, axes = jnp.linalg.svd(factor, full_matrices=rank > dim)
+    return axes, jnp.pad(sizes, (0, rank - sizes.size))
+
+
+@jax.custom_jvp
+def _gap(
+    factor: Float[Array, "d r"],
+    factors: Float[Array, "B d s"],
+    shrunk: Float[Array, "r r"],
+    found: ShrunkPolar,
+    spectra: Prepared,
+) -> Float[Array, " B"]:
+    """Σ½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)) for ε = 1, L in its principal axes, R₀ = `shrunk`.
+
+    With MᵀL = U diag(σ) Vᵀ and the convexity gaps δ(x, y) of φ it is
+
+        Σₖ rₖ|(LV − MU)ₖ|² + ½Σᵢₖ Vᵢₖ² δ(αᵢ², σₖ) + ½Σᵢₖ Wᵢₖ² δ(βᵢ², σₖ),
+
+    W the overlaps of the principal axes of MᵀM and those of U: tr φ(X) about the point
+    H = V diag(σ) Vᵀ for X = LᵀL and X = QᵀMᵀMQ, Q = UVᵀ, where LᵀL + QᵀMᵀMQ − 2H =
+    (L − MQ)ᵀ(L − MQ).
+    """
+    rank = factors.shape[-1]
+    values = jnp.pad(found.values, [(0, 0), (0, factor.shape[-1] - rank)])
+    turned = factor[None] @ found.right.mT
+    off = turned.at[..., :rank].add(-factors @ found.left)
+    squares = jnp.vecdot(shrink(values), jnp.vecdot(off, off, axis=-2))
+    query = jnp.vecdot(factor, factor, axis=-2)[None, None]
+    first = found.right**2 * _convexity_gap(query, values[..., None])
+    overlaps = spectra.axes @ found.left
+    patterns = (spectra.sizes**2)[..., None]
+    second = overlaps**2 * _convexity_gap(patterns, found.values[..., None, :])
+    return squares + (first.sum((-1, -2)) + second.sum((-1, -2))) / 2
+
+
+@partial(_gap.defjvp, symbolic_zeros=True)
+def _gap_jvp(primals: tuple, tangents: tuple) -> Any:
+    """By the envelope theorem dΣφ(σ(K)) = 2⟨R, dK⟩."""
+    factor, factors, shrunk, found, _ = primals
+    dfactor, dfactors, *_ = tangents
+    aligned = factors @ found.factor
+    change = jnp.zeros(len(factors), factor.dtype)
+    if moves(dfactor):
+        change += 2 * jnp.sum(((factor @ shrunk)[None] - aligned) * dfactor[None], axis=(-1, -2))
+    if moves(dfactors):
+        own = factors @ shrunk_polar(factors.mT @ factors).factor
+        back = factor[None] @ found.factor.mT
+        change += 2 * jnp.sum((own - back) * dfactors, axis=(-1, -2))
+    return _gap(*primals), change
+
+
+@jax.custom_jvp
+def _scalar_gap(first: Array, second: Array) -> Array:
+    """½φ(a²) + ½φ(b²) − φ(ab) for ε = 1, in the same way."""
+    product = first * second
+    gaps = _convexity_gap(first**2, product) + _convexity_gap(second**2, product)
+    return shrink(product) * (first - second) ** 2 + gaps / 2
+
+
+@_scalar_gap.defjvp
+def _scalar_gap_jvp(primals, tangents):
+    (first, second), (dfirst, dsecond) = primals, tangents
+    shrunk = shrink(first * second)
+    slope = first * shrink(first**2) - second * shrunk
+    other = second * shrink(second**2) - first * shrunk
+    return _scalar_gap(*primals), 2 * (slope * dfirst + other * dsecond)
+
+
+def _convexity_gap(x: Array, y: Array) -> Array:
+    """δ(x, y) = φ(x) − φ(y) − φ'(y)(x − y) ≥ 0 for ε = 1, x, y ≥ 0.
+
+    With t(x) = √(4x²+1) and u = (t(x) − t(y))/(t(y) + 1) it is
+
+        4(x−y)²/((t(x)t(y) + 4xy + 1)(t(y) + 1)) + u − log(1 + u).
+    """
+    tx, ty, off = jnp.hypot(2 * x, 1), jnp.hypot(2 * y, 1), x - y
+    flatness = 1 / tx / ty
+    curved = flatness / (1 + (2 * x / tx) * (2 * y / ty) + flatness)
+    rise = 4 * ((x + y) / (tx + ty)) * off
+    up, down = rise / (ty + 1), -rise / (tx + 1)
+    return 4 * curved * off * (off / (ty + 1)) + _less_log(up, down)
+
+
+def _less_log(up: Array, down: Array) -> Array:
+    """u − log(1 + u), given v too, (1 + u)(1 + v) = 1, which matters as u → −1."""
+    # 2 artanh w = log(1 + u); what is cut off is below the rounding of float64.
+    w = up / (2 + up)
+    square = w * w
+    series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square / 9))
+    near = up * w - 2 * w * square * series
+    far = up - jnp.log1p(jnp.maximum(up, 0)) + jnp.log1p(jnp.maximum(down, 0))
+    return jnp.where(jnp.abs(up) < 0.03, near, far)
+
+
+def _phi(x: Array) -> Array:
+    """φ for ε = 1."""
+    half = x * shrink(x)
+    return 2 * half - jnp.log1p(half)
+
+
+def _size_error(first: Array, second: Array, patterns: Gaussian) -> Array:
+    """A bound on the error of singular values: relative to the largest."""
+    error = rounding(sum(patterns.factor.shape[1:]), first.dtype)
+    return error * (first.max(-1) + second.max(-1))[..., None]
+
+
+def _gap_less_rounding(first: Array, second: Array, error: Array) -> Array:
+    """What `_scalar_gap` surely is not less than where its arguments err by this much: it is
+    3|a − b|-Lipschitz in each."""
+    off = jnp.abs(first - second)
+    return jnp.maximum(_scalar_gap(first, second) - 6 * error * (off + 2 * error), 0)
