@@ -261,14 +261,13 @@ def perturb(
     radii that cannot be had: `"atoms"` beyond half the separation, `"covariance"` of a cloud that
     is one point. Under a trace, those give NaN.
     """
-    kinds = {
-        Gaussian: ("both", "mean", "covariance"),
-        DiagonalGaussian: ("both", "mean", "covariance"),
-        PointCloud: ("both", "mean", "covariance", "atoms"),
-    }
-    if not isinstance(measure, Measure):
+    allowed = ["both", "mean"]
+    if isinstance(measure, Measure):
+        allowed += ["covariance"]
+    else:
         measure = _checks.float_array("measure", measure)
-    allowed = kinds.get(type(measure), ("both", "mean"))
+    if isinstance(measure, PointCloud):
+        allowed += ["atoms"]
     if where not in allowed:
         raise ValueError(f"where must be one of {allowed} for this measure; got {where!r}")
     batch = measure.batch_shape if isinstance(measure, Measure) else measure.shape[:-1]
@@ -280,14 +279,12 @@ def perturb(
     _checks.nonnegative("radius", radius)
     found = _perturb(key, measure, jnp.broadcast_to(radius, batch), where)
     first = jax.tree.leaves(found)[0]
-    if where in ("atoms", "covariance") and _checks.is_concrete(first):
-        if bool(jnp.isnan(first).any()):
-            wanted = (
-                "at most half the distance between two atoms"
-                if where == "atoms"
-                else "0 for a cloud that is one point"
-            )
-            raise ValueError(f"radius must be {wanted} with where={where!r}; got {radius}")
+    wanted = {
+        "atoms": "at most half the distance between two atoms",
+        "covariance": "0 for a cloud that is one point",
+    }.get(where)
+    if wanted and _checks.is_concrete(first) and bool(jnp.isnan(first).any()):
+        raise ValueError(f"radius must be {wanted} with where={where!r}; got {radius}")
     return found
 
 

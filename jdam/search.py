@@ -30,6 +30,8 @@ from jdam.separation import LogSumExp, Separation, levels, mass
 
 #: How many patterns to bound more closely at a time, by level.
 SHARPENED = 256, 64
+#: A level above all.
+COMPARED = 127
 
 
 class Search(ABC):
@@ -166,8 +168,8 @@ class Certified(Search):
 class _Hunt(NamedTuple):
     """How far a search has come."""
 
-    floor: Float[Array, " N"]  # lower bounds on levels D − log π/β; ∞ where no longer needed
-    level: Int[Array, " N"]  # of the bounds
+    floor: Float[Array, " N"]  # lower bounds on levels D − log π/β
+    level: Int[Array, " N"]  # of the bounds; `COMPARED` where they are the levels themselves
     running: Running  # over the candidates
     others: Running | None  # over the first ones on all devices, of a memory on several
     picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
@@ -179,6 +181,17 @@ def _look(
     search: Certified, memory: Memory, query: AnyMeasure, beta: Array
 ) -> tuple[GibbsAverage, Float[Array, ""], Int[Array, " C"]]:
     """The average over the candidates, what the others can weigh, and the candidates."""
+    view, hunt = _hunt(search, memory, query, beta)
+    whole = merge(hunt.running, beta, memory.layout)
+    out = total(_relative_mass(_open(hunt), whole, beta), memory.layout)
+    neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
+    return conclude(view, whole, beta, None), neglected, hunt.picked.reshape(-1)
+
+
+def _hunt(
+    search: Certified, memory: Memory, query: AnyMeasure, beta: Array
+) -> tuple[AnyView, _Hunt]:
+    """Candidates compared until the rest is proved not to matter, or there are enough."""
     geometry, num = memory.geometry, len(memory)
     size, turns = search.sizes(num)
     view = geometry.view(query)
@@ -197,11 +210,7 @@ def _look(
         first = first._replace(others=merge(first.running._replace(pull=None), beta, layout))
     at_once = 1 if jax.default_backend() == "cpu" else 64
     again = _left_out(first, beta) > _goal(search, layout)
-    hunt = advance_where(partial(_go_on, search), at_once, again, first, args)
-    whole = merge(hunt.running, beta, layout)
-    out = total(_relative_mass(hunt.floor, whole, beta), layout)
-    neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
-    return conclude(view, whole, beta, None), neglected, hunt.picked.reshape(-1)
+    return view, advance_where(partial(_go_on, search), at_once, again, first, args)
 
 
 @partial(_look.defjvp, symbolic_zeros=True)
@@ -256,11 +265,16 @@ def _goal(search: Certified, layout: Layout | None) -> float:
 def _left_out(hunt: _Hunt, beta: Array, where: Array | None = None) -> Float[Array, ""]:
     """What the rest can weigh at most, relative to the candidates: on this device now, or on all
     at first."""
-    floor = hunt.floor if where is None else jnp.where(where, hunt.floor, jnp.inf)
+    floor = _open(hunt) if where is None else jnp.where(where, hunt.floor, jnp.inf)
     here = _relative_mass(floor, hunt.running, beta)
     if hunt.others is None:
         return here
     return jnp.minimum(here, _relative_mass(floor, hunt.others, beta))
+
+
+def _open(hunt: _Hunt) -> Float[Array, " N"]:
+    """The bounds, ∞ for patterns that were compared."""
+    return jnp.where(hunt.level < COMPARED, hunt.floor, jnp.inf)
 
 
 def _relative_mass(floor: Array, running: Running, beta: Array) -> Float[Array, ""]:
@@ -271,11 +285,13 @@ def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
     """One turn: the patterns of least bound are compared."""
     memory, view, beta = args
     size, _ = search.sizes(len(memory))
-    index, on = _least(hunt.floor, size)
+    index, on = _least(_open(hunt), size)
     block = _take(memory, index, on)
     found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
+    exact = levels(found.divergence, block.log_prior, beta)
     return hunt._replace(
-        floor=hunt.floor.at[index].set(jnp.inf),
+        floor=hunt.floor.at[index].set(jnp.where(on, exact, hunt.floor[index])),
+        level=hunt.level.at[index].set(jnp.int8(COMPARED)),
         running=absorb(hunt.running, found, block, beta),
         picked=hunt.picked.at[hunt.turns].set(jnp.where(on, index, -1)),
         turns=hunt.turns + 1,
@@ -313,3 +329,20 @@ def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Blo
     guess = memory.geometry.first_guess(prepared)
     first = first_index(len(memory), memory.layout)
     return Block(first + index, patterns, jnp.where(on, prior, -jnp.inf), prepared, guess)
+
+
+class Explored(NamedTuple):
+    """What a search learns of all patterns, beside their average."""
+
+    nearest: Int[Array, ""]  # the pattern of lowest level
+    level: Float[Array, ""]  # its level, D − log π/β
+    energy: Float[Array, ""]  # of the candidates: not below that of all patterns
+    floor: Float[Array, " N"]  # lower bounds on the levels, exact where patterns were compared
+
+
+def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
+    """Lower bounds on all levels, exact where they matter to exp(−β·level)."""
+    _, hunt = _hunt(search, memory, query, beta)
+    running = hunt.running
+    energy = running.lowest - jnp.log(running.mass) / beta
+    return Explored(running.nearest, running.lowest, energy, hunt.floor)

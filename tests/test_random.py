@@ -40,7 +40,9 @@ def test_spectra_are_uniform_on_their_slice(rng, dim):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("dim", [1, 2, 9])
-@pytest.mark.parametrize(("bounds", "commuting"), [((1, 1.1), True), ((0, 3), False), (None, False)])
+@pytest.mark.parametrize(
+    ("bounds", "commuting"), [((1, 1.1), True), ((0, 3), False), (None, False)]
+)
 def test_sphere(dtype, dim, bounds, commuting):
     found = jdam.random.wasserstein_sphere(
         KEY, 50, dim, bounds=bounds, commuting=commuting, dtype=dtype

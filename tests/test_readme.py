@@ -9,7 +9,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def test_example(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(code, scope := {})
     printed = capsys.readouterr().out
@@ -17,6 +17,8 @@ def test_example(capsys):
     assert "nearest=3" in printed
     losses = scope["learned"].losses
     assert losses[-1] < 0.2 * losses[0]
+    assert int(scope["proof"].index) == 3
+    assert scope["theory"].basin_radius(scope["memory"], scope["beta"]).min() > 0
     assert scope["batch"].nearest.tolist() == list(range(100))
 
 
