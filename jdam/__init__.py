@@ -2,7 +2,9 @@
 
 from importlib.metadata import version as _version
 
+from jdam import plot as plot
 from jdam import random as random
+from jdam import theory as theory
 from jdam.adjoint import Implicit as Implicit
 from jdam.adjoint import OneStep as OneStep
 from jdam.adjoint import Unrolled as Unrolled
@@ -18,6 +20,7 @@ from jdam.fit import fit as fit
 from jdam.fit import recall_error as recall_error
 from jdam.geometry import Bures as Bures
 from jdam.geometry import DotProduct as DotProduct
+from jdam.geometry import EntropicBures as EntropicBures
 from jdam.geometry import Euclidean as Euclidean
 from jdam.geometry import Geometry as Geometry
 from jdam.geometry import Sinkhorn as Sinkhorn

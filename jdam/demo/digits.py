@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 import jdam
 from jdam.demo import spacing
@@ -194,6 +193,7 @@ def draw(
     names = list(dict.fromkeys(name for name, _ in outcomes))
     picked = (4, 15)  # a two and a seven
     titles = ["shown", f"recalled: {names[0]}", names[1], "stored"]
+    low, high = -MARGIN - 0.5, 8 + MARGIN - 0.5
     figure, axes = plt.subplots(
         len(DAMAGES), len(picked) * len(titles), figsize=(16, 8.6), layout="constrained"
     )
@@ -208,7 +208,10 @@ def draw(
                 shown.append((recalled[digit], colour))
             shown.append((stored[digit], "#222222"))
             for (cloud, colour), axis in zip(shown, line[block * len(titles) :], strict=False):
-                draw_cloud(axis, cloud.points, cloud.weights, colour)
+                # Points are (row, column), and rows count downwards.
+                jdam.plot.cloud(cloud, axes=(1, 0), size=2200, color=colour, ax=axis)
+                axis.set(xlim=(low, high), ylim=(high, low), xticks=[], yticks=[], aspect="equal")
+                axis.spines[:].set_color("#cccccc")
         line[0].set_ylabel(damage, fontsize=13)
     for axis, title in zip(axes[0], titles * len(picked), strict=True):
         axis.set_title(title, fontsize=11)
@@ -219,15 +222,6 @@ def draw(
     )
     figure.savefig(path, dpi=90)
     plt.close(figure)
-
-
-def draw_cloud(axis, points: ArrayLike, weights: ArrayLike, colour: str) -> None:
-    """A cloud in image coordinates, its atoms' areas their weights."""
-    points, weights = np.asarray(points), np.asarray(weights)
-    axis.scatter(points[:, 1], points[:, 0], s=2200 * weights, color=colour, alpha=0.7, lw=0)
-    low, high = -MARGIN - 0.5, 8 + MARGIN - 0.5
-    axis.set(xlim=(low, high), ylim=(high, low), xticks=[], yticks=[], aspect="equal")
-    axis.spines[:].set_color("#cccccc")
 
 
 def run(rng: np.random.Generator, beta: float, out: Path, tick: Callable[[str], None]) -> str:

@@ -1,0 +1,346 @@
+"""Pictures of measures, recalls and energies by matplotlib, which `jdam[plot]` installs.
+
+Every function draws on the axes `ax`, the current ones if None, and returns them; other keyword
+arguments style what is drawn.
+"""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jdam import _pictures as pictures
+from jdam.energy import energy, inverse_temperature
+from jdam.geometry.protocol import AnyMeasure
+from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
+from jdam.memory import Memory, check_against
+from jdam.recall import Recall, Trace, step
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def ellipses(
+    gaussian: Gaussian | DiagonalGaussian,
+    *,
+    axes: tuple[int, int] = (0, 1),
+    num_std: float = 2.0,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """The contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians, of their marginals on two
+    coordinates `axes`; those of singular ones are segments and points.
+
+    **Arguments:** `gaussian`, a single one or a batch, d ≥ 2; `style` of a
+    `matplotlib.collections.PolyCollection`.
+
+    **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
+    two of the coordinates and for `num_std` ≤ 0.
+    """
+    _check_type("gaussian", gaussian, Gaussian, DiagonalGaussian)
+    pair = pictures.coordinates("gaussian", gaussian.dim, axes)
+    if not 0 < num_std < math.inf:
+        raise ValueError(f"num_std must be finite and > 0; got {num_std:g}")
+    ax = _axes(ax)
+    from matplotlib.collections import PolyCollection
+
+    style = _styled(style, PolyCollection, facecolor="none", linewidth=1.5, joinstyle="round")
+    # A colour is that of the line; whoever wants a filled ellipse says so by facecolor.
+    colour = style.pop("color", None)
+    if "edgecolor" not in style:
+        style["edgecolor"] = _next_colour(ax) if colour is None else colour
+    outlines = pictures.outlines(gaussian, pair, num_std)
+    ax.add_collection(PolyCollection(list(outlines), **style))
+    ax.autoscale_view()
+    return ax
+
+
+def cloud(
+    cloud: PointCloud,
+    *,
+    axes: tuple[int, int] = (0, 1),
+    size: float = 900.0,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """The atoms of point clouds, their areas proportional to their weights; atoms of weight 0 are
+    not seen.
+
+    **Arguments:** `cloud`, a single one or a batch, d ≥ 2; `size`, the area in points² that the
+    atoms of a cloud share; `style` of `Axes.scatter`.
+
+    **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
+    two of the coordinates and for `size` ≤ 0.
+    """
+    _check_type("cloud", cloud, PointCloud)
+    pair = pictures.coordinates("cloud", cloud.dim, axes)
+    if not 0 < size < math.inf:
+        raise ValueError(f"size must be finite and > 0; got {size:g}")
+    ax = _axes(ax)
+    weights = pictures.numpy(cloud.weights).ravel()
+    points = pictures.numpy(cloud.points)[..., pair].reshape(-1, 2)
+    # Of a marker of no size the edge would still be drawn.
+    points = np.where(weights[:, None] > 0, points, np.nan)
+    from matplotlib.collections import PathCollection
+
+    style = _styled(style, PathCollection, linewidth=0, alpha=0.75)
+    ax.scatter(*points.T, s=size * weights, **style)  # type: ignore[misc]
+    return ax
+
+
+def trajectory(
+    trace: Recall | Trace,
+    *,
+    start: AnyMeasure | None = None,
+    axes: tuple[int, int] = (0, 1),
+    num_std: float = 2.0,
+    size: float = 300.0,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """The way of one recall, up to where it stood still.
+
+    Of Gaussians, the path of the means, and ellipses of its stages 0, 1, 2, 4, 8, … and the last,
+    the later the darker; in one dimension the path of (mean, standard deviation), as on a
+    `landscape`.
+    Of point clouds, the paths of the atoms, as dark as their weight was, and the cloud at the end.
+    Of vectors, the path.
+
+    **Arguments:** `trace`, of one recall with `save_trace=True`, or that `Recall`; `start`, its
+    query, if the way is to begin there; `axes`, two coordinates to project on; `num_std` as in
+    `ellipses` and `size` as in `cloud`; `style` of the path, a `matplotlib.lines.Line2D`, or of
+    the paths of atoms, a `matplotlib.collections.LineCollection`.
+
+    **Raises:** `TypeError` for anything else; `ValueError` for a recall without a trace, for a
+    batch of recalls, for d < 2 where there is nothing to draw, and for `axes` that are not two
+    of the coordinates.
+    """
+    stages = pictures.stages(trace, start)
+    plane = isinstance(stages, Gaussian | DiagonalGaussian) and stages.dim == 1
+    dim = jax.tree.leaves(stages)[0].shape[-1]
+    pair = [0, 1] if plane else pictures.coordinates("trace.measure", dim, axes)
+    ax = _axes(ax)
+    if isinstance(stages, PointCloud):
+        return _atom_paths(stages, pair, size, ax, style)
+    from matplotlib.colors import to_rgba
+    from matplotlib.lines import Line2D
+
+    points = stages.mean if isinstance(stages, Measure) and not plane else stages
+    path = pictures.places(points)[:, pair]
+    (line,) = ax.plot(*path.T, **_styled(style, Line2D, marker=".", linewidth=1.2))
+    if isinstance(stages, Gaussian | DiagonalGaussian) and not plane:
+        last = len(stages) - 1
+        shown = sorted({0, last} | {2**k for k in range(last.bit_length()) if 2**k < last})
+        fading = [to_rgba(line.get_color(), a) for a in np.linspace(0.25, 1, len(shown))]
+        chosen = stages[np.array(shown)]
+        look = {"edgecolor": fading, "zorder": line.get_zorder()}
+        ellipses(chosen, axes=axes, num_std=num_std, ax=ax, **look)
+    return ax
+
+
+def landscape(
+    memory: Memory,
+    beta: ArrayLike,
+    *,
+    xs: ArrayLike | None = None,
+    ys: ArrayLike | None = None,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """The energy E: of Gaussians in one dimension over (mean, standard deviation), of vectors in
+    the plane over them, as filled contours; of vectors in one dimension a curve.
+
+    Levels lie closer near the minimum: E grows like a squared distance, so that they come out
+    evenly spaced.
+
+    **Arguments:** `memory` and `beta` as in `jdam.energy`; `xs` and `ys`, the grid, which
+    encloses the patterns if None; `style` of `Axes.contourf`, or of `Axes.plot` for a curve.
+
+    **Raises:** as `jdam.energy`; `ValueError` for a memory of other measures and for `xs` or `ys`
+    that do not rise.
+    """
+    kind = pictures.kind(memory, ("1-D Gaussians", "1-D vectors", "2-D vectors"))
+    beta = inverse_temperature(memory, beta)
+    xs, ys = pictures.grid(memory, kind, xs, ys, (101, 81))
+    queries = pictures.queries(memory, kind, xs, ys)
+    found = pictures.numpy(jax.vmap(energy, (None, 0, None))(memory, queries, beta))
+    ax = _axes(ax)
+    if kind == "1-D vectors":
+        ax.plot(xs, found, **style)
+        return ax
+    from matplotlib.colors import PowerNorm
+
+    low, high = found.min(), found.max()
+    levels = low + (high - low) * np.linspace(0, 1, 25) ** 2
+    style = {"norm": PowerNorm(0.5, low, high), "levels": levels} | style
+    ax.contourf(xs, ys, found.reshape(len(ys), len(xs)), **style)
+    return ax
+
+
+def field(
+    memory: Memory,
+    beta: ArrayLike,
+    *,
+    query: Gaussian | None = None,
+    xs: ArrayLike | None = None,
+    ys: ArrayLike | None = None,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """Arrows of one step of recall, from where it starts to where it ends.
+
+    Of Gaussians in the plane, how the step from `query` moves points, by its map
+    x ↦ m⁺ + L⁺L⁻¹(x − m); of Gaussians in one dimension, how it moves (mean, standard deviation),
+    on their `landscape`; of vectors in the plane, how it moves them.
+
+    **Arguments:** `memory` and `beta` as in `jdam.step`; `query`, of Gaussians in the plane only,
+    its covariance not singular; `xs` and `ys`, the grid, which encloses the patterns if None;
+    `style` of `Axes.quiver`.
+
+    **Raises:** as `jdam.step`; `ValueError` for a memory of other measures, for a `query` that is
+    missing or has no place, and for `xs` or `ys` that do not rise.
+    """
+    kind = pictures.kind(memory, ("2-D Gaussians", "1-D Gaussians", "2-D vectors"))
+    beta = inverse_temperature(memory, beta)
+    if (query is None) == (kind == "2-D Gaussians"):
+        wanted = "given for 2-D Gaussians and for nothing else"
+        raise ValueError(f"query must be {wanted}; got {query!r} for {kind}")
+    xs, ys = pictures.grid(memory, kind, xs, ys, (17, 15))
+    if query is None:
+        starts = pictures.queries(memory, kind, xs, ys)
+        ends = jax.vmap(step, (None, 0, None))(memory, starts, beta)
+        before, after = pictures.places(starts), pictures.places(ends)
+    else:
+        check_against(memory, "query", query)
+        before = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
+        after = pictures.transported(query, step(memory, query, beta), before)
+    ax = _axes(ax)
+    from matplotlib.quiver import Quiver
+
+    style = _styled(style, Quiver, angles="xy", scale_units="xy", scale=1, width=0.003)
+    ax.quiver(*before.T, *(after - before).T, **style)
+    return ax
+
+
+def capacity(
+    dims: ArrayLike,
+    counts: ArrayLike,
+    *,
+    errors: ArrayLike | None = None,
+    fit: bool = True,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """The largest numbers N of patterns recalled, `counts`, against dimension, on a logarithmic
+    axis, with the line log N = a + b·d of `fit_exponent`.
+
+    **Arguments:** `dims`, `counts` and `errors` as in `fit_exponent`; `fit`, whether to draw the
+    line; `style` of `Axes.errorbar`.
+
+    **Raises:** as `fit_exponent`.
+    """
+    d, log_counts, log_errors = _measured(dims, counts, errors)
+    ax = _axes(ax)
+    counts = np.exp(log_counts)
+    spread = None if log_errors is None else counts * log_errors
+    from matplotlib.lines import Line2D
+
+    drawn = ax.errorbar(d, counts, spread, **_styled(style, Line2D, fmt="o", capsize=3))
+    ax.set_yscale("log")
+    if fit:
+        slope, error, intercept = fit_exponent(dims, counts, spread)
+        digits = 1 - math.floor(math.log10(error)) if 1e-9 < error < math.inf else 3
+        label = f"slope {slope:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
+        ends = np.array([d.min(), d.max()])
+        colour = drawn.lines[0].get_color()
+        ax.plot(ends, np.exp(intercept + slope * ends), color=colour, lw=1.2, label=label)
+    return ax
+
+
+def fit_exponent(
+    dims: ArrayLike, counts: ArrayLike, errors: ArrayLike | None = None
+) -> tuple[float, float, float]:
+    """The line log N = a + b·d through numbers of patterns, by least squares.
+
+    **Arguments:** `dims` d and `counts` N > 0, of one length; `errors`, the standard errors of
+    the counts, > 0, by which points are weighted; if None all logarithms are equally uncertain, and
+    as much as they scatter around the line.
+
+    **Returns:** the slope b, its standard error, and the intercept a.
+
+    **Raises:** `ValueError` for lengths that differ, values that are not finite or not > 0, or
+    too few dimensions: two different ones, and without errors three points.
+    """
+    d, log_counts, log_errors = _measured(dims, counts, errors)
+    weights = np.ones_like(d) if log_errors is None else log_errors**-2
+    centre = np.average(d, weights=weights)
+    inertia = np.sum(weights * (d - centre) ** 2)
+    slope = np.sum(weights * (d - centre) * log_counts) / inertia
+    intercept = np.average(log_counts, weights=weights) - slope * centre
+    residuals = log_counts - intercept - slope * d
+    scatter = np.sum(residuals**2) / (len(d) - 2) if log_errors is None else 1.0
+    return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)
+
+
+def _measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Dimensions, logarithms of counts and their standard errors, all checked."""
+    d, n = pictures.numpy(dims), pictures.numpy(counts)
+    given = {"dims": d, "counts": n} | (
+        {} if errors is None else {"errors": pictures.numpy(errors)}
+    )
+    for name, array in given.items():
+        if array.ndim != 1 or array.shape != d.shape:
+            raise ValueError(f"{name} must have shape (n,), as dims; got {array.shape}")
+        if not (np.isfinite(array).all() and (array > 0).all()):
+            raise ValueError(f"{name} must be finite and > 0; got {array.tolist()}")
+    least = 3 if errors is None else 2
+    if len(np.unique(d)) < 2 or len(d) < least:
+        wanted = f"at least {least} points, two of them different"
+        raise ValueError(f"dims must hold {wanted}; got {d.tolist()}")
+    return d, np.log(n), None if errors is None else given["errors"] / n
+
+
+def _check_type(name: str, measure: Any, *wanted: type) -> None:
+    if not isinstance(measure, wanted):
+        names = " or ".join(f"jdam.{kind.__name__}" for kind in wanted)
+        raise TypeError(f"{name} must be a {names}; got {type(measure).__name__}")
+
+
+def _axes(ax: "Axes | None") -> "Axes":
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("jdam.plot needs matplotlib: pip install 'jdam[plot]'") from error
+    return plt.gca() if ax is None else ax
+
+
+def _next_colour(ax: "Axes") -> Any:
+    (line,) = ax.plot([], [])
+    line.remove()
+    return line.get_color()
+
+
+def _styled(style: dict[str, Any], artist: type, **default: Any) -> dict[str, Any]:
+    """`style` over `default`, with lw, ec, … spelled out, so that they replace it."""
+    from matplotlib.cbook import normalize_kwargs
+
+    return default | normalize_kwargs(style, artist)
+
+
+def _atom_paths(
+    stages: PointCloud, pair: list[int], size: float, ax: "Axes", style: dict[str, Any]
+) -> "Axes":
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgba
+
+    points, weights = pictures.numpy(stages.points)[..., pair], pictures.numpy(stages.weights)
+    style = _styled(style, LineCollection, linewidth=0.8)
+    colour = style.pop("color", None)
+    colour = _next_colour(ax) if colour is None else colour
+    steps = np.stack([points[:-1], points[1:]], axis=2).reshape(-1, 2, 2)
+    dark = (weights[:-1] / weights.max(axis=1, keepdims=True)[:-1]).ravel()
+    faded = [to_rgba(colour, 0.6 * alpha) for alpha in dark]
+    ax.add_collection(LineCollection(list(steps), **{"edgecolor": faded} | style))
+    return cloud(stages[-1], axes=(pair[0], pair[1]), size=size, ax=ax, color=colour)

@@ -1,0 +1,252 @@
+"""What is drawn is what is meant: the numbers of the artists, not their looks."""
+
+import subprocess
+import sys
+
+import jax
+import matplotlib as mpl
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+import jdam
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+FULL = jdam.Gaussian(np.array([1.0, -2.0, 0.5]), np.tril(np.ones((3, 3))) + np.eye(3))
+DIAGONAL = jdam.DiagonalGaussian(np.array([1.0, 2.0]), np.array([0.5, 3.0]))
+
+
+@pytest.fixture
+def ax():
+    figure, ax = plt.subplots()
+    yield ax
+    figure.canvas.draw()  # what cannot be drawn fails here
+    plt.close(figure)
+
+
+def recalled(memory, query, beta=5.0, **options):
+    return jdam.recall(memory, query, beta, save_trace=True, **options)
+
+
+def line_memory(kind=jdam.DiagonalGaussian):
+    mean, scale = np.array([[-1.0], [1.0]]), np.array([[0.5], [0.8]])
+    return jdam.store(kind(mean, scale if kind is jdam.DiagonalGaussian else scale[..., None]))
+
+
+def clouds(rng, num=2):
+    return jdam.PointCloud(rng.normal(size=(num, 4, 2)) + 4 * np.arange(num)[:, None, None])
+
+
+@pytest.mark.parametrize(("gaussian", "axes"), [(FULL, (0, 2)), (FULL, (2, 1)), (DIAGONAL, (0, 1))])
+def test_ellipses_are_contours_of_the_marginal(ax, gaussian, axes):
+    assert jdam.plot.ellipses(gaussian, axes=axes, num_std=1.5, ax=ax) is ax
+    (path,) = ax.collections[0].get_paths()
+    pair = list(axes)
+    away = path.vertices - np.asarray(gaussian.mean)[pair]
+    inverse = np.linalg.inv(np.asarray(gaussian.covariance)[np.ix_(pair, pair)])
+    assert_allclose(np.einsum("ni,ij,nj->n", away, inverse, away), 1.5**2, rtol=1e-9)
+    assert ax.viewLim.contains(*path.vertices.min(0))
+    assert ax.viewLim.contains(*path.vertices.max(0))
+
+
+def test_singular_gaussians_are_segments_and_points(ax):
+    batch = jdam.Gaussian(np.zeros((2, 2)), np.array([[[3.0], [4.0]], [[0.0], [0.0]]]))
+    jdam.plot.ellipses(batch, num_std=2, color="red", ax=ax)
+    segment, point = (path.vertices for path in ax.collections[0].get_paths())
+    assert_allclose(segment @ [4.0, -3.0], 0, atol=1e-12)
+    assert_allclose(np.linalg.norm(segment, axis=1).max(), 10)
+    assert_allclose(point, 0, atol=1e-12)
+    assert ax.collections[0].get_facecolor().size == 0  # a colour is that of the line
+
+
+def test_ellipses_draw_on_the_current_axes_in_the_next_colour(ax):
+    for colour in ("C0", "C1"):
+        assert jdam.plot.ellipses(DIAGONAL) is ax
+        assert_allclose(ax.collections[-1].get_edgecolor()[0], mpl.colors.to_rgba(colour))
+
+
+def test_areas_of_atoms_are_weights_and_padding_is_not_seen(ax):
+    points = np.array([[[0.0, 1.0, 5.0], [2.0, 3.0, 5.0], [9.0, 9.0, 9.0]]])
+    cloud = jdam.PointCloud(points, np.array([[0.25, 0.75, 0.0]]))
+    assert jdam.plot.cloud(cloud, axes=(1, 0), size=100, ax=ax, lw=1, c=[1, 2, 3]) is ax
+    drawn = ax.collections[0]
+    assert_allclose(drawn.get_sizes()[:2], [25, 75])
+    shown = np.ma.filled(drawn.get_offsets(), np.nan)
+    assert_allclose(shown, [[1, 0], [3, 2], [np.nan, np.nan]])
+
+
+@pytest.mark.parametrize("start", [True, False])
+def test_way_of_a_gaussian(ax, rng, start):
+    patterns = jdam.Gaussian(4 * np.eye(3), rng.normal(size=(3, 3, 2)))
+    query = jdam.Gaussian(np.array([3.0, 0.5, 0.2]), rng.normal(size=(3, 1)))
+    found = recalled(jdam.store(patterns), query, 0.3)
+    trace = found if start else found.trace
+    jdam.plot.trajectory(trace, start=query if start else None, axes=(2, 0), ax=ax)
+    (line,) = ax.lines
+    path = line.get_xydata()
+    assert_allclose(path[-1], np.asarray(found.measure.mean)[[2, 0]])
+    if start:
+        assert_allclose(path[0], [0.2, 3.0])
+    assert len(path) <= int(found.num_steps) + 1 + start  # nothing is repeated at the end
+    last = ax.collections[0].get_paths()[-1].vertices
+    assert_allclose(last[:-1].mean(0), path[-1], atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [jdam.Gaussian, jdam.DiagonalGaussian])
+def test_way_on_the_half_plane(ax, kind):
+    memory = line_memory(kind)
+    found = recalled(memory, memory[1])
+    jdam.plot.trajectory(found, ax=ax)
+    assert_allclose(ax.lines[0].get_xydata()[-1], [1, 0.8], atol=1e-2)
+
+
+def test_way_of_a_vector(ax):
+    found = recalled(jdam.store(np.eye(2)), np.array([0.9, 0.2]))
+    jdam.plot.trajectory(found, start=np.array([0.9, 0.2]), color="k", ax=ax)
+    path = ax.lines[0].get_xydata()
+    assert_allclose(path[[0, -1]], [[0.9, 0.2], found.measure])
+
+
+def test_way_of_a_cloud(ax, rng):
+    patterns = clouds(rng)
+    query = jdam.PointCloud(patterns.points[0] + 0.3)
+    memory = jdam.store(patterns, jdam.Sinkhorn(0.1, hellinger_scale=1.0))
+    found = recalled(memory, query, max_steps=3)
+    jdam.plot.trajectory(found, start=query, size=40, ax=ax)
+    paths, end = ax.collections
+    segments = np.array(paths.get_segments())
+    assert segments.shape == (3 * 4, 2, 2)
+    assert_allclose(segments[:4, 0], query.points)
+    assert_allclose(segments[-4:, 1], found.measure.points)
+    assert_allclose(end.get_sizes(), 40 * np.asarray(found.measure.weights))
+
+
+@pytest.mark.parametrize("kind", [jdam.Gaussian, jdam.DiagonalGaussian])
+def test_landscape_and_field_on_the_half_plane(ax, kind):
+    memory = line_memory(kind)
+    xs, ys = np.array([-1.0, 0.0, 1.0]), np.array([0.2, 0.5, 0.8])
+    assert jdam.plot.landscape(memory, 20.0, xs=xs, ys=ys, ax=ax) is ax
+    drawn = ax.collections[0]
+    # Each pattern is its own minimum, up to the other's share.
+    assert_allclose(drawn.norm.vmin, 0, atol=1e-9)
+    assert_allclose(drawn.norm.vmax, 1 + 0.3**2, rtol=0.05)
+    assert jdam.plot.field(memory, 20.0, xs=xs, ys=ys, ax=ax) is ax
+    arrows = ax.collections[-1]
+    ends = arrows.XY + np.stack([arrows.U, arrows.V], -1)
+    assert_allclose(ends[::3], np.tile([-1, 0.5], (3, 1)), atol=1e-6)  # from m = −1
+
+
+def test_landscapes_of_vectors(ax):
+    jdam.plot.landscape(jdam.store(np.array([[0.0], [1.0]])), 50.0, xs=[0.0, 0.25, 1.0], ax=ax)
+    assert_allclose(ax.lines[0].get_ydata(), [0, 0.0625, 0], atol=1e-6)
+    jdam.plot.landscape(jdam.store(np.array([[0.0, 1.0], [2.0, 1.0]])), 1.0, ax=ax)
+    jdam.plot.field(jdam.store(np.array([[0.0, 1.0]])), 1.0, ax=ax)
+    arrows = ax.collections[-1]
+    assert_allclose(arrows.XY + np.stack([arrows.U, arrows.V], -1), [[0, 1]] * 255, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [jdam.Gaussian, jdam.DiagonalGaussian])
+def test_field_in_the_plane_is_the_transport_map(ax, rng, kind):
+    """Of a single pattern: the gradient of a convex function that carries query to pattern."""
+    shape = (2, 2) if kind is jdam.Gaussian else (2,)
+    query = kind(rng.normal(size=2), 0.1 + np.abs(rng.normal(size=shape)))
+    pattern = kind(rng.normal(size=(1, 2)), 0.1 + np.abs(rng.normal(size=(1, *shape))))
+    xs = ys = np.array([0.0, 1.0])
+    jdam.plot.field(jdam.store(pattern), 1.0, query=query, xs=xs, ys=ys, ax=ax)
+    arrows = ax.collections[0]
+    ends = arrows.XY + np.stack([arrows.U, arrows.V], -1)
+    linear = np.stack([ends[1] - ends[0], ends[2] - ends[0]], -1)
+    assert_allclose(linear, linear.T, atol=1e-9)
+    assert np.linalg.eigvalsh(linear).min() > 0
+    assert_allclose(linear @ query.covariance @ linear.T, pattern.covariance[0], atol=1e-9)
+    assert_allclose(ends[0] + linear @ query.mean, pattern.mean[0], atol=1e-9)
+
+
+def test_fit_finds_an_exact_line():
+    dims = np.array([5, 10, 20, 30])
+    for errors in (None, np.array([0.1, 5.0, 1.0, 1.0])):
+        slope, error, intercept = jdam.plot.fit_exponent(dims, np.exp(2 + 0.1 * dims), errors)
+        assert_allclose([slope, intercept], [0.1, 2])
+        assert errors is not None or error < 1e-12
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_standard_error_of_the_slope(rng, known):
+    """That of weighted least squares is (XᵀWX)⁻¹, and that of many noisy fits."""
+    dims = np.linspace(4, 40, 10)
+    noise = np.linspace(0.02, 0.2, 10) if known else np.full(10, 0.1)
+    fits = []
+    for _ in range(1500):
+        counts = np.exp(1 + 0.12 * dims + noise * rng.normal(size=10))
+        fits.append(jdam.plot.fit_exponent(dims, counts, counts * noise if known else None))
+    slopes, errors, _ = np.transpose(fits)
+    assert_allclose(np.sqrt(np.mean(errors**2)), slopes.std(), rtol=0.08)
+    assert_allclose(slopes.mean(), 0.12, atol=4 * slopes.std() / np.sqrt(1500))
+    if known:
+        design = np.stack([np.ones(10), dims], 1) / noise[:, None]
+        assert_allclose(errors, np.sqrt(np.linalg.inv(design.T @ design)[1, 1]), rtol=1e-9)
+
+
+def test_capacity_draws_points_and_line(ax):
+    dims, counts = np.array([4, 8, 12]), np.array([10.0, 19.0, 43.0])
+    assert jdam.plot.capacity(dims, counts, errors=0.1 * counts, color="green", ax=ax) is ax
+    assert ax.get_yscale() == "log"
+    points, *_, line = ax.lines
+    assert_allclose(points.get_xydata(), np.stack([dims, counts], 1))
+    slope, error, intercept = jdam.plot.fit_exponent(dims, counts, 0.1 * counts)
+    assert_allclose(line.get_ydata(), np.exp(intercept + slope * np.array([4, 12])))
+    assert line.get_label() == f"slope {slope:.3f} ± {error:.3f}"
+    jdam.plot.capacity(dims, counts, fit=False, ax=ax)
+    assert ax.lines[-1].get_label().startswith("_")
+
+
+def batch(found):
+    return jax.tree.map(lambda leaf: leaf[None], found)
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "message"),
+    [
+        (lambda p: p.ellipses(np.eye(2)), TypeError, "gaussian must be a jdam.Gaussian or jdam"),
+        (lambda p: p.ellipses(line_memory()[0]), ValueError, "gaussian must have dimension d ≥ 2; got 1"),
+        (lambda p: p.ellipses(FULL, axes=(0, 3)), ValueError, "axes must be two different coordinates below 3"),
+        (lambda p: p.ellipses(FULL, axes=(1, 1)), ValueError, "axes must be two different"),
+        (lambda p: p.ellipses(FULL, num_std=0), ValueError, "num_std must be finite and > 0; got 0"),
+        (lambda p: p.cloud(FULL), TypeError, "cloud must be a jdam.PointCloud; got Gaussian"),
+        (lambda p: p.cloud(jdam.PointCloud(np.eye(2)), size=-1), ValueError, "size must be finite"),
+        (lambda p: p.trajectory(jdam.recall(line_memory(), line_memory()[0], 1.0)), ValueError, "save_trace=True"),
+        (lambda p: p.trajectory(FULL), TypeError, "trace must be a jdam.Trace or jdam.Recall; got Gaussian"),
+        (lambda p: p.trajectory(batch(recalled(line_memory(), line_memory()[0]))), ValueError, "of one recall; got a batch"),
+        (lambda p: p.trajectory(recalled(line_memory(), line_memory()[0]), start=FULL), TypeError, "start must be a Diag"),
+        (lambda p: p.trajectory(recalled(line_memory(), line_memory()[0]), start=DIAGONAL), ValueError, "start must have"),
+        (lambda p: p.landscape(jdam.store(np.eye(3)), 1.0), ValueError, "memory must hold 1-D Gaussians or .* got 3-D vectors"),
+        (lambda p: p.landscape(line_memory(), -1.0), ValueError, "beta must be finite and > 0"),
+        (lambda p: p.landscape(line_memory(), 1.0, xs=[1.0, 0.0]), ValueError, "xs must be a rising array"),
+        (lambda p: p.landscape(line_memory(), 1.0, ys=[-1.0, 0.0]), ValueError, "ys must be ≥ 0"),
+        (lambda p: p.landscape(jdam.store(np.ones((2, 1))), 1.0, ys=[0.0, 1.0]), ValueError, "ys must be None for 1-D vectors"),
+        (lambda p: p.field(jdam.store(jdam.Gaussian(np.eye(2), np.ones((2, 2, 2)))), 1.0), ValueError, "query must be given for 2-D"),
+        (lambda p: p.field(line_memory(), 1.0, query=line_memory()[0]), ValueError, "query must be given for 2-D"),
+        (lambda p: p.field(jdam.store(jdam.Gaussian(np.eye(2), np.ones((2, 2, 1)))), 1.0, query=jdam.Gaussian(np.ones(2), np.ones((2, 1)))), ValueError, "query must have a covariance of full rank"),
+        (lambda p: p.capacity([1, 2], [1, 2]), ValueError, "dims must hold at least 3 points"),
+        (lambda p: p.capacity([1, 1, 1], [1, 2, 3]), ValueError, "two of them different"),
+        (lambda p: p.fit_exponent([1, 2, 3], [1, 2]), ValueError, "counts must have shape"),
+        (lambda p: p.fit_exponent([1, 2, 3], [1, 0, 2]), ValueError, "counts must be finite and > 0"),
+        (lambda p: p.fit_exponent([1, 2], [1, 2], [0, 1]), ValueError, "errors must be finite and > 0"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_named(ax, draw, error, message):
+    with pytest.raises(error, match=message):
+        draw(jdam.plot)
+
+
+def test_missing_matplotlib_is_said():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "import jdam, numpy as np\n"
+        "try: jdam.plot.cloud(jdam.PointCloud(np.eye(2, dtype='float32')))\n"
+        "except ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "jdam.plot needs matplotlib: pip install 'jdam[plot]'"
