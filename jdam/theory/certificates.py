@@ -1,6 +1,7 @@
 """Proofs about one query: to which pattern recall takes it, and how close."""
 
-import equinox as eqx
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -20,11 +21,13 @@ from jdam.theory.basins import stable_radii, step_bound
 STEPS = 100
 
 
-class Certificate(eqx.Module):
+class Certificate(NamedTuple):
     """What is proved of a recall."""
 
-    index: Int[Array, ""]  #: the pattern it surely ends at; −1 if nothing is proved
-    error: Float[Array, ""]  #: a bound on its distance from that pattern; ∞ if nothing is proved
+    #: The pattern it surely ends at; −1 if nothing is proved.
+    index: Int[Array, ""]  # type: ignore[assignment]
+    #: A bound on its distance from that pattern; ∞ if nothing is proved.
+    error: Float[Array, ""]
 
 
 def certify(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Certificate:
