@@ -23,6 +23,13 @@ settings.register_profile("jdam", deadline=None, max_examples=25, derandomize=Tr
 settings.load_profile("jdam")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """A process may map only so much memory, and each compiled program takes some."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(20250927)

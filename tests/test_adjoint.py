@@ -9,7 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jdam
-from tests.geometry.test_conformance import KINDS, quick_kinds
+from tests.geometry.test_conformance import KINDS, exact_kinds, quick_kinds
 from tests.helpers import clouds, gaussians, near, vectors
 
 ADJOINTS = [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()]
@@ -56,7 +56,7 @@ def test_implicit_is_unrolled_at_convergence(rng, kind):
     assert float(abs(leaves(found[ADJOINTS[1]][0])).max()) < 1e-8  # the query is forgotten
 
 
-@quick_kinds
+@exact_kinds
 def test_one_step_is_right_at_high_beta(rng, kind):
     make, geometry = KINDS[kind]
     patterns = make(rng, 5, 3)

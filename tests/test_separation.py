@@ -9,7 +9,13 @@ from jax.test_util import check_grads
 from scipy.optimize import brentq
 
 import jdam
-from tests.geometry.test_conformance import KINDS, alike, every_kind, problem, quick_kinds
+from tests.geometry.test_conformance import (
+    KINDS,
+    alike,
+    every_kind,
+    exact_kinds,
+    problem,
+)
 from tests.helpers import near, vectors
 
 SEPARATIONS = [jdam.LogSumExp(), jdam.Entmax(1.5), jdam.Entmax(2.0), jdam.Epanechnikov()]
@@ -90,7 +96,7 @@ def test_slopes_are_weights(rng, separation):
 
 
 @sparse
-@quick_kinds
+@exact_kinds
 def test_a_margin_makes_recall_exact(rng, kind, separation):
     """Beyond the margin 1/((α−1)β) the nearest pattern has weight 1 and is the result."""
     memory, query = problem(rng, kind, off=0.01)

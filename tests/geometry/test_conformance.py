@@ -28,6 +28,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 #: what these tests say of them is tested along the simplex in test_sinkhorn and test_entropic.
 quick_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "clouds"])
 metric_kinds = pytest.mark.parametrize("kind", METRIC)
+#: Those whose full step ends at a pattern that has all the weight.
+exact_kinds = pytest.mark.parametrize("kind", [*METRIC, "dot product"])
 
 
 def problem(rng, kind, num=7, d=3, dtype=np.float64, off=0.1):
