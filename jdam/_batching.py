@@ -92,7 +92,7 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
     @run.def_vmap
     def run_batch(size: int, batched: Any, *args: Any) -> Any:
         rows, join = _split(tuple(batched), args)
-        found = _map_all(lambda row: function(*join(row)), at_once, rows)
+        found = map_in_chunks(lambda row: function(*join(row)), at_once, rows)
         return found, jax.tree.map(lambda _: True, found)
 
     return run(*args)
@@ -128,7 +128,7 @@ def in_chunks(
 
     @jax.custom_batching.custom_vmap
     def many(args: Any) -> Any:
-        found = _map_all(function, at_once, args)
+        found = map_in_chunks(function, at_once, args)
         if finish is None:
             return found
         return _map_where(jax.vmap(finish), at_once, jax.vmap(unfinished)(found), args, found)
@@ -174,9 +174,9 @@ def _map_where(
     return jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
 
 
-def _map_all(function: Callable[[Any], Any], at_once: int, args: Any) -> Any:
+def map_in_chunks(function: Callable[[Any], Any], at_once: int, args: Any) -> Any:
     """`function` of each row of args, in equal chunks of at most `at_once`, the last one filled
-    up with copies of the last row."""
+    up with copies of the last row: `lax.map` would compile what remains once more."""
     size = _batch_size(args)
     count = -(-size // at_once)
     width = -(-size // max(count, 1))

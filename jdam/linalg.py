@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._lapack import eigh, full_svd, svd
+
 
 @jax.custom_jvp
 def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
@@ -16,7 +18,7 @@ def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     R maximises ⟨R, K⟩ among matrices with orthonormal rows (the Procrustes problem). Where
     K loses rank, R is completed by an arbitrary orthogonal choice.
     """
-    left, _, right = jnp.linalg.svd(matrix, full_matrices=False)
+    left, _, right = svd(matrix)
     return left @ right
 
 
@@ -27,7 +29,7 @@ def _polar_jvp(primals, tangents):
     (matrix,), (dmatrix,) = primals, tangents
     factor = polar(matrix)
     root = _symmetric(matrix @ factor.mT)
-    basis, values, _ = jnp.linalg.svd(jax.lax.stop_gradient(matrix), full_matrices=False)
+    basis, values, _ = svd(jax.lax.stop_gradient(matrix))
     inner = dmatrix @ factor.mT
     derivative = _solve_lyapunov(root, values, basis, inner - inner.mT) @ factor
     if matrix.shape[-2] < matrix.shape[-1]:
@@ -54,7 +56,7 @@ def shrunk_polar(matrix: Float[Array, "*batch m n"]) -> ShrunkPolar:
     log det(I − RRᵀ). Near K = 0 it is K, and it tends to the polar factor as K grows.
     """
     rows, columns = matrix.shape[-2:]
-    left, values, right = jnp.linalg.svd(matrix, full_matrices=rows < columns)
+    left, values, right = (full_svd if rows < columns else svd)(matrix)
     factor = (left * shrink(values)[..., None, :]) @ right[..., :rows, :]
     return ShrunkPolar(factor, left, values, right)
 
@@ -95,7 +97,7 @@ def psd_root(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
 
     Negative eigenvalues count as zero, so that |S S − A| measures how far A is from ⪰ 0.
     """
-    values, basis = jnp.linalg.eigh(matrix)
+    values, basis = eigh(matrix)
     return (basis * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]) @ basis.mT
 
 
@@ -104,7 +106,7 @@ def _psd_root_jvp(primals, tangents):
     # S S = A, so S dS + dS S = dA.
     (matrix,), (dmatrix,) = primals, tangents
     root = psd_root(matrix)
-    values, basis = jnp.linalg.eigh(jax.lax.stop_gradient(matrix))
+    values, basis = eigh(jax.lax.stop_gradient(matrix))
     values = jnp.sqrt(jnp.maximum(values, 0))
     return root, _solve_lyapunov(root, values, basis, _symmetric(dmatrix))
 
@@ -112,7 +114,7 @@ def _psd_root_jvp(primals, tangents):
 def rotation_part(factor: Float[Array, "d r"], tangent: Float[Array, "d r"]) -> Array:
     """The L Ω, Ω skew, that is nearest to a tangent dL: with G = LᵀL, G Ω + Ω G = LᵀdL − dLᵀL."""
     gram = factor.mT @ factor
-    values, basis = jnp.linalg.eigh(jax.lax.stop_gradient(gram))
+    values, basis = eigh(jax.lax.stop_gradient(gram))
     inner = factor.mT @ tangent
     return factor @ _solve_lyapunov(gram, jnp.maximum(values, 0), basis, inner - inner.mT)
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from jdam import _checks
+from jdam._lapack import cholesky
 from jdam.geometry.protocol import AnyMeasure, with_leaves
 from jdam.linalg import squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
@@ -75,7 +76,7 @@ def _wishart_sphere(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Gaussia
     for_means, for_factors = jax.random.split(key)
     normal = jax.random.normal(for_factors, (num, dim, dim), dtype)
     with jax.default_matmul_precision("highest"):
-        factors = jnp.linalg.cholesky(normal @ normal.mT + jnp.eye(dim, dtype=dtype)[None] / 100)
+        factors = cholesky(normal @ normal.mT + jnp.eye(dim, dtype=dtype)[None] / 100)
     factors = factors * jnp.sqrt(dim / squared_norm(factors))[:, None, None]
     return Gaussian(math.sqrt(dim) * _directions(for_means, (num, dim), dtype), factors)
 

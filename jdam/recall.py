@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam import _checks, _descent
-from jdam._batching import compute_if, in_tiles
+from jdam._batching import compute_if, in_tiles, map_in_chunks
 from jdam._compile import compiled, working_dtype
 from jdam.adjoint import Adjoint, Loop, Unrolled
 from jdam.energy import fit_query, inverse_temperature, queries_at_once
@@ -212,7 +212,7 @@ def recall_batch(
     **options: Any,
 ) -> Recall:
     """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
-    `jax.vmap` could hold the state of, by `jax.lax.map`.
+    `jax.vmap` could hold the state of.
 
     **Arguments:** as of `recall`, whose others are `options`; `queries` with one batch axis.
 
@@ -243,7 +243,7 @@ def _recall_batch(
     def one(query: AnyMeasure) -> Recall:
         return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
 
-    return jax.lax.map(one, queries, batch_size=batch_size)
+    return map_in_chunks(one, batch_size, queries)
 
 
 def default_tolerance(memory: Memory) -> Float[Array, ""]:

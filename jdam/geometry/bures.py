@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._batching import map_in_chunks
+from jdam._lapack import cholesky, full_svd, singular_values, solve_lower, svd
 from jdam.geometry.euclidean import (
     VECTOR_TILE,
     fast_squared_distances,
@@ -93,7 +95,7 @@ class Bures(Gaussians):
         # In batches: decompositions copy what they are given.
         return Prepared(
             spread=jnp.linalg.norm(factor, axis=-1),
-            spectrum=jax.lax.map(jnp.linalg.svdvals, factor, batch_size=1024),
+            spectrum=map_in_chunks(singular_values, 1024, factor),
         )
 
     def bound(self, view, patterns, prepared):
@@ -183,7 +185,7 @@ def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[A
     """
     dim, rank = factor.shape
     value = jax.lax.stop_gradient(factor)
-    left, sizes, right = jnp.linalg.svd(value, full_matrices=rank > dim)
+    left, sizes, right = (full_svd if rank > dim else svd)(value)
     principal = jnp.pad(left[:, : sizes.size] * sizes[None], [(0, 0), (0, rank - sizes.size)])
     return principal + (factor - value) @ right.mT, right
 
@@ -220,9 +222,7 @@ def _gap_from_below(query: Gaussian, patterns: Gaussian) -> Float[Array, " B"]:
     sums = sizes[:, :, None] + sizes[:, None]
     half = jnp.eye(sizes.shape[-1], dtype=sizes.dtype)[None] / 2
     scaled = crossed.mT @ crossed / jnp.where(sums > 0, sums, 1) + half
-    solved = jax.lax.linalg.triangular_solve(
-        jnp.linalg.cholesky(scaled), crossed.mT, left_side=True, lower=True
-    )
+    solved = solve_lower(cholesky(scaled), crossed.mT)
     squares = squared_norm(query.factor) + squared_norm(patterns.factor)
     squares = squares * (1 - rounding(8 * patterns.dim, squares.dtype))
     return jnp.maximum(squares - sizes.sum(-1) - squared_norm(solved), 0)

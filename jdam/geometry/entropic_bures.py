@@ -10,7 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam import _checks
+from jdam._batching import map_in_chunks
 from jdam._derivatives import moves
+from jdam._lapack import full_svd, svd
 from jdam.geometry.bures import Gaussians, principal
 from jdam.geometry.euclidean import squared_distances
 from jdam.geometry.protocol import Comparison, norm, with_leaves
@@ -69,7 +71,7 @@ class EntropicBures(Gaussians):
             return None
         factor = jax.lax.stop_gradient(patterns.factor)
         # In batches: decompositions copy what they are given.
-        return Prepared(*jax.lax.map(_axes, factor, batch_size=1024))
+        return Prepared(*map_in_chunks(_axes, 1024, factor))
 
     def view(self, query):
         if isinstance(query, DiagonalGaussian):
@@ -180,7 +182,7 @@ class View(NamedTuple):
 
 def _axes(factor: Float[Array, "d r"]) -> tuple[Float[Array, "r r"], Float[Array, " r"]]:
     dim, rank = factor.shape
-    _, sizes, axes = jnp.linalg.svd(factor, full_matrices=rank > dim)
+    _, sizes, axes = (full_svd if rank > dim else svd)(factor)
     return axes, jnp.pad(sizes, (0, rank - sizes.size))
 
 

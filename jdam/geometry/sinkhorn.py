@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam import _checks
+from jdam._batching import map_in_chunks
 from jdam._scaling import SelfCoupling, Solver, log
 from jdam.entropic import (
     couple,
@@ -170,7 +171,7 @@ class Sinkhorn(Geometry):
         centred = patterns.points - prepared.centre[:, None]
         clouds = centred, patterns.weights, prepared.known.potential
         at_once = max(1, 2**20 // (view.query.num_atoms * patterns.num_atoms))
-        duals = jax.lax.map(dual, clouds, batch_size=at_once)
+        duals = map_in_chunks(dual, at_once, clouds)
         selves = (view.known.cost + prepared.known.cost) / 2
         shift = view.centre[None] - prepared.centre
         offset = view.query.weights @ view.centred

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jdam._batching import map_in_chunks
 from jdam.geometry.euclidean import squared_distances
 from jdam.geometry.protocol import AnyMeasure
 from jdam.linalg import rounding
@@ -121,7 +122,7 @@ def over_patterns(
     coldest = math.sqrt(float(jnp.finfo(memory.dtype).max))
     beta = jnp.asarray(coldest, memory.dtype) if beta is None else beta
     betas = jnp.broadcast_to(beta, indices.shape)
-    return jax.lax.map(one, (indices, betas), batch_size=SEARCH.queries_at_once(memory))
+    return map_in_chunks(one, SEARCH.queries_at_once(memory), (indices, betas))
 
 
 def reliable_beta(memory: Memory, *, triangle: bool = True) -> Float[Array, " N"]:
