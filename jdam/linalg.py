@@ -11,31 +11,37 @@ from jaxtyping import Float
 from jdam._lapack import eigh, full_svd, svd
 
 
-@jax.custom_jvp
 def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     """The orthogonal polar factor R of K = H R, for m ≤ n: R Rᵀ = I and H = (K Kᵀ)^½ ⪰ 0.
 
     R maximises ⟨R, K⟩ among matrices with orthonormal rows (the Procrustes problem). Where
     K loses rank, R is completed by an arbitrary orthogonal choice.
     """
-    left, _, right = svd(matrix)
-    return left @ right
+    return _polar(matrix)[0]
 
 
-@polar.defjvp
+@jax.custom_jvp
+def _polar(matrix: Array) -> tuple[Array, Array, Array]:
+    """R, and U and s of K = U diag(s) Vᵀ, which count as constant."""
+    left, values, right = svd(matrix)
+    return left @ right, left, values
+
+
+@_polar.defjvp
 def _polar_jvp(primals, tangents):
     # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ; and
     # what of dR lies outside the rows of R is H⁻¹ dK (I − RᵀR).
     (matrix,), (dmatrix,) = primals, tangents
-    factor = polar(matrix)
+    factor, *constant = _polar(matrix)
+    left, values = jax.lax.stop_gradient(constant)
     root = _symmetric(matrix @ factor.mT)
-    basis, values, _ = svd(jax.lax.stop_gradient(matrix))
     inner = dmatrix @ factor.mT
-    derivative = _solve_lyapunov(root, values, basis, inner - inner.mT) @ factor
+    derivative = _solve_lyapunov(root, values, left, inner - inner.mT) @ factor
     if matrix.shape[-2] < matrix.shape[-1]:
         outside = dmatrix - inner @ factor
-        derivative = derivative + _solve(root, values, basis, outside)
-    return factor, derivative
+        derivative = derivative + _solve(root, values, left, outside)
+    still = jax.tree.map(jnp.zeros_like, (left, values))
+    return (factor, left, values), (derivative, *still)
 
 
 class ShrunkPolar(NamedTuple):
