@@ -96,7 +96,9 @@ if address:
 else:
     mesh = jax.make_mesh((4, 2), ("patterns", "queries"))
     for kind in KINDS:
-        held = check(kind, mesh, SEARCHES)
+        held = check(
+            kind, mesh, SEARCHES[:1] if kind in ("diagonal", "inner products") else SEARCHES
+        )
         if kind == "Gaussians":
             check_more(*held)
 print("the same")

@@ -168,7 +168,7 @@ def test_out_of_reach_is_said(rng):
 @pytest.mark.parametrize("separation", SEPARATIONS[1:], ids=str)
 def test_patterns_are_switched_off(rng, separation):
     prior = np.array([0, -np.inf, 0.5, -1, 0, 0, 0])
-    for kind in KINDS:
+    for kind in KINDS if separation == SEPARATIONS[1] else ["gaussian"]:
         memory, query = problem(rng, kind)
         held = jdam.store(memory.patterns, memory.geometry, log_prior=prior)
         rest = jdam.store(memory.remove(1).patterns, memory.geometry, log_prior=np.delete(prior, 1))

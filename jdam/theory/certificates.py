@@ -50,6 +50,9 @@ def certify(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Certificate:
     is √(2S_ε) of that: a query says how far it is now, its recall how close it came. Patterns
     whose means coincide are never told apart so. With κ > 0 nothing is proved.
 
+    Clouds are told apart by their means alone: of queries that differ from a pattern in shape more
+    than its mean is from the others', few are certified, and at small β none.
+
     Thousands of patterns take a few exact comparisons. Use `jax.vmap` over queries.
 
     **Arguments:** as `jdam.energy`.

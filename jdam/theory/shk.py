@@ -44,7 +44,8 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
     inequality Z ≥ 1. L and μ are eigenvalues at the pattern, by exact second derivatives: what
     (A2) and (A4) ask for in a whole basin is estimated by them, not proved. τ_max is Theorem 2's
     with weights that may fall to w₀ = min b/4, and atoms that may move by ρ = sep/4, sep being the
-    least distance between two atoms.
+    least distance between two atoms. Mostly its last term binds, sep/(4D): a step in which no atom
+    could pass another, far below what recall takes without harm.
 
     **Arguments:** a `memory` of point clouds; `index` of a pattern; `step_size` τ > 0.
 
@@ -124,9 +125,10 @@ def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
 
         λ_w = εσ/(1 − σ²),    σ the second singular value of √b⊘P⊘√b, P the plan of Xᵢ to itself
 
-    It grows exponentially as ε falls below the squared gaps between atoms. Weights are stepped
-    stably for τκ ≲ 1/λ_w; τκ ≤ 1/(2λ_w) is safe. In squared units of distance. (Not in the paper:
-    the L of its Assumption (A2) is at least κλ_w.)
+    It grows exponentially as ε falls below the squared gaps between atoms. Small changes of weight
+    are stepped stably for τκ < 2/λ_w, and with a tilt of 5 % the energy first rose at 1.8/λ_w, so
+    that τκ ≤ 1/λ_w is safe. In squared units of distance. (Not in the paper: the L of its
+    Assumption (A2) is at least κλ_w.)
 
     **Raises:** `TypeError` for memories of anything but point clouds.
     """

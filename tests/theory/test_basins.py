@@ -16,7 +16,10 @@ KINDS = {
     "low rank": partial(gaussians, rank=2),
     "diagonal": diagonals,
 }
-every_kind = pytest.mark.parametrize("kind", KINDS)
+# What was found in all cases of a kind is found once, by one worker.
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in KINDS]
+)
 two_kinds = pytest.mark.parametrize("kind", ["full", "diagonal"])
 NUM, DIM, CASES = 6, 3, 150
 
