@@ -62,7 +62,7 @@ def gibbs_average(
 ) -> GibbsAverage:
     """The energy and the weighted average of the pulls: from approximate divergences where they
     are good enough, from exact ones if not."""
-    if not isinstance(separation, LogSumExp):
+    if type(separation) is not LogSumExp:  # a subclass may weigh otherwise
         return _average_in_two(memory, query, beta, guess, block_size, with_pull, separation)
 
     def average(query: AnyMeasure, args: tuple[Memory, Array, Any], *, exact: bool) -> GibbsAverage:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
 
-from jdam._derivatives import jvp
+from jdam._derivatives import full_precision, jvp
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -28,6 +28,7 @@ def compute_if(
 
 
 @partial(compute_if.defjvp, symbolic_zeros=True)
+@full_precision
 def _compute_if_jvp(function: Callable, primals: tuple, tangents: tuple) -> Any:
     # A loop of unknown length has no reverse mode; what it computes has.
     def select(wanted: Array, default: Any, operand: Any, args: Any) -> Any:
@@ -58,6 +59,7 @@ def advance_where(
         return compute_if(pending, advance, state, state, args)
 
     @run.def_vmap
+    @full_precision
     def run_batch(size: int, batched: Any, pending: Array, state: Any, args: Any) -> Any:
         pending = _lead(size, batched[0], pending)
         state = _lead(size, batched[1], state)
@@ -73,6 +75,7 @@ def advance_where(
 
 
 @partial(advance_where.defjvp, symbolic_zeros=True)
+@full_precision
 def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
     def compute(pending: Array, state: Any, args: Any) -> Any:
         return compute_if(pending, jax.checkpoint(advance), state, state, args)
@@ -90,6 +93,7 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
         return function(*args)
 
     @run.def_vmap
+    @full_precision
     def run_batch(size: int, batched: Any, *args: Any) -> Any:
         rows, join = _split(tuple(batched), args)
         found = map_in_chunks(lambda row: function(*join(row)), at_once, rows)
@@ -99,6 +103,7 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
 
 
 @partial(in_tiles.defjvp, symbolic_zeros=True)
+@full_precision
 def _in_tiles_jvp(function: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
     return jvp(function, primals, tangents)
 
@@ -134,11 +139,13 @@ def in_chunks(
         return _map_where(jax.vmap(finish), at_once, jax.vmap(unfinished)(found), args, found)
 
     @one.def_vmap
+    @full_precision
     def over_one(size: int, batched: Any, args: Any) -> Any:
         found = many(_lead(size, batched[0], args))
         return found, jax.tree.map(lambda _: True, found)
 
     @many.def_vmap
+    @full_precision
     def over_many(size: int, batched: Any, args: Any) -> Any:
         args = _lead(size, batched[0], args)
         inner = jax.tree.leaves(args)[0].shape[1]
@@ -178,6 +185,8 @@ def map_in_chunks(function: Callable[[Any], Any], at_once: int, args: Any) -> An
     """`function` of each row of args, in equal chunks of at most `at_once`, the last one filled
     up with copies of the last row: `lax.map` would compile what remains once more."""
     size = _batch_size(args)
+    if size == 0:
+        return jax.vmap(function)(args)
     count = -(-size // at_once)
     width = -(-size // max(count, 1))
 

@@ -58,8 +58,10 @@ def nonnegative(name: str, array: Array) -> None:
             raise ValueError(f"{name} must be ≥ 0; got {lowest:g}")
 
 
-def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
-    """`value` as a 0-d array of `dtype`, finite and > 0; NaN where a traced value is not > 0."""
+def positive(name: str, value: Any, dtype: jnp.dtype, *, or_zero: bool = False) -> Array:
+    """`value` as a 0-d array of `dtype`, finite and > 0; NaN where a traced value is not > 0. Or
+    ≥ 0 likewise."""
+    wanted = "≥ 0" if or_zero else "> 0"
     array = value if isinstance(value, Array) else np.asarray(value)
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if not real:
@@ -70,10 +72,12 @@ def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
         )
     if isinstance(array, jax.core.Tracer):
         array = array.astype(dtype)
-        return jnp.where(array > 0, array, jnp.nan)
+        return jnp.where(array >= 0 if or_zero else array > 0, array, jnp.nan)
     number, limits = float(array), jnp.finfo(dtype)
+    if or_zero and number == 0:
+        return jnp.zeros((), dtype)
     if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and > 0; got {number:g}")
+        raise ValueError(f"{name} must be finite and {wanted}; got {number:g}")
     if not float(limits.tiny) <= number <= float(limits.max):
         raise ValueError(f"{name} must be within the range of {dtype}; got {number:g}")
     return jnp.asarray(number, dtype)
@@ -81,13 +85,7 @@ def positive(name: str, value: Any, dtype: jnp.dtype) -> Array:
 
 def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
     """As `positive`, with 0 allowed."""
-    if isinstance(value, jax.core.Tracer) and value.ndim == 0:
-        return jnp.where(value >= 0, value, jnp.nan).astype(dtype)
-    if np.ndim(value) == 0 and np.asarray(value).dtype.kind in "fiu":
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and ≥ 0; got {float(value):g}")
-        return jnp.asarray(value, dtype)
-    return positive(name, value, dtype)
+    return positive(name, value, dtype, or_zero=True)
 
 
 def scalar_dtype(value: Any) -> jnp.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jdam._derivatives import full_precision
 from jdam._layout import is_whole, on_parts
 
 
@@ -21,17 +22,17 @@ def compiled(
     def decorate(function: Callable) -> Callable:
         @functools.partial(jax.jit, static_argnames=static)
         @functools.wraps(function)
+        @full_precision
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             dtype = float_dtype(first)
             inside = working_dtype(dtype)
             call = functools.partial(function, **kwargs)
             if is_whole(first):
                 call = functools.partial(on_parts, call)
-            with jax.default_matmul_precision("highest"):
-                if inside == dtype:
-                    return call(first, *args)
-                result = call(*_cast((first, *args), inside))
-                return _cast(result, dtype) if rounded else result
+            if inside == dtype:
+                return call(first, *args)
+            result = call(*_cast((first, *args), inside))
+            return _cast(result, dtype) if rounded else result
 
         return run
 

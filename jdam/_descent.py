@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._average import GibbsAverage
-from jdam._derivatives import jvp
+from jdam._derivatives import full_precision, jvp
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 
@@ -107,6 +107,7 @@ def _first_accepted(look: Look, args: tuple) -> tuple[Int[Array, ""], Place]:
 
 
 @partial(_first_accepted.defjvp, symbolic_zeros=True)
+@full_precision
 def _first_accepted_jvp(look: Look, primals: tuple, tangents: tuple) -> Any:
     # Which attempt is accepted is piecewise constant.
     (args,), (dargs,) = primals, tangents

@@ -76,6 +76,25 @@ def singular_values(matrix: Array) -> Array:
     return jnp.linalg.svdvals(matrix)
 
 
+@_unsplit(5e4)
+def qr(matrix: Array) -> tuple[Array, Array]:
+    """Q, R of M = QR, Q with as many columns as R has rows."""
+    basis, triangle = jnp.linalg.qr(matrix)
+    return basis, triangle
+
+
+@_unsplit(5e4)
+def triangle(matrix: Array) -> Array:
+    """R of M = QR alone."""
+    return jnp.linalg.qr(matrix, mode="r")
+
+
+@_unsplit(4e4)
+def eigenvalues(matrix: Array) -> Array:
+    """Of a symmetric matrix, the smallest first."""
+    return jnp.linalg.eigvalsh(matrix)
+
+
 @_unsplit(4e4)
 def eigh(matrix: Array) -> tuple[Array, Array]:
     """Eigenvalues, the smallest first, and eigenvectors."""

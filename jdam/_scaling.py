@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from jdam._derivatives import full_precision
+
 #: Scaling iterations before the first Newton step, and after each.
 FIRST_BURST, LATER_BURST = 40, 10
 #: Scaling iterations for a bound.
@@ -43,6 +45,7 @@ def half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Fl
 
 
 @half_squared_distances.defjvp
+@full_precision
 def _half_squared_distances_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     # ⟨xⱼ − yₖ, dxⱼ − dyₖ⟩ by products: a derivative needs no more digits than coordinates have.
     (x, y), (dx, dy) = primals, tangents

@@ -82,7 +82,7 @@ def _barycentre(
 ) -> AnyMeasure:
     """The fixed point of recall, were the weights not to change."""
     start = jax.tree.map(lambda leaf: leaf[heaviest], values.patterns)
-    on = weights > 0
+    on = weights != 0
     log_prior = jnp.where(on, jnp.log(jnp.where(on, weights, 1)), -jnp.inf)
     held = Memory(values.patterns, values.geometry, log_prior, values.prepared)
     return recall(held, start, 1.0, max_steps=num_steps, separation=_Given()).measure
@@ -96,5 +96,5 @@ class _Given(Separation):
         return jnp.vdot(self.weights(divergences, log_prior, beta), divergences)
 
     def weights(self, divergences: Array, log_prior: Any, beta: Array) -> Array:
-        on = log_prior > -jnp.inf
+        on = log_prior != -jnp.inf
         return jnp.where(on, jnp.exp(jnp.where(on, log_prior, 0)), 0)

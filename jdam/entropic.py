@@ -19,7 +19,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._batching import in_chunks
-from jdam._derivatives import jvp, moves, vdot
+from jdam._derivatives import full_precision, jvp, moves, vdot
 from jdam._scaling import (
     SelfCoupling,
     Solver,
@@ -154,11 +154,13 @@ def _respond_to(args: tuple) -> tuple[Array, Array, Array]:
 
 
 @partial(_respond_in_chunks.defjvp, symbolic_zeros=True)
+@full_precision
 def _respond_in_chunks_jvp(primals: tuple, tangents: tuple) -> Any:
     return jvp(lambda *args: _respond_to(args), primals, tangents)
 
 
 @partial(couple.defjvp, symbolic_zeros=True)
+@full_precision
 def _couple_jvp(solver: Solver, primals: tuple, tangents: tuple) -> tuple[Coupling, Coupling]:
     solved = couple(solver, *primals)
     problem, dproblem = primals[:-1], tangents[:-1]  # the guess changes nothing
@@ -244,6 +246,7 @@ def couple_with_itself(
 
 
 @partial(couple_with_itself.defjvp, symbolic_zeros=True)
+@full_precision
 def _couple_with_itself_jvp(
     solver: Solver, primals: tuple, tangents: tuple
 ) -> tuple[SelfCoupling, SelfCoupling]:

@@ -15,13 +15,13 @@ from jaxtyping import Float
 from tqdm import trange
 
 from jdam import _checks, _descent
-from jdam._compile import compiled
+from jdam._compile import compiled, working_dtype
 from jdam._coordinates import from_free, to_free
 from jdam.energy import divergences, energy, fit_query, inverse_temperature
 from jdam.geometry.protocol import AnyMeasure
 from jdam.geometry.protocol import batch_size as length_of
 from jdam.memory import Memory, store
-from jdam.recall import Recall, default_tolerance, recall, report
+from jdam.recall import Recall, check_tolerance, default_tolerance, recall, report
 from jdam.search import Exhaustive
 from jdam.separation import LogSumExp, Separation
 from jdam.separation import check as check_separation
@@ -47,7 +47,9 @@ class FitState(eqx.Module):
 
     memory: Memory
     beta: Float[Array, ""]
-    free: dict[str, Any]  # what is learned, in coordinates without constraints
+    #: What is learned, in coordinates without constraints and at least in float32: the optimizer's
+    #: steps and squares of slopes would vanish in halves.
+    free: dict[str, Any]
     optimizer_state: Any
 
 
@@ -84,7 +86,11 @@ class Learner:
             BETA: jnp.log(beta),
             PRIOR: jnp.where(prior == -jnp.inf, 0, prior),
         }
-        free = {name: jax.tree.map(jnp.asarray, free[name]) for name in self.learn}
+        inside = working_dtype(memory.dtype)
+        free = {
+            name: jax.tree.map(lambda leaf: jnp.asarray(leaf, inside), free[name])
+            for name in self.learn
+        }
         return FitState(memory, beta, free, self.optimizer.init(free))
 
     def update(
@@ -113,13 +119,15 @@ def _update(
 def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
     memory = state.memory
     patterns, prior, beta = memory.patterns, memory.log_prior, state.beta
+    dtype = memory.dtype
     if PATTERNS in free:
-        patterns = from_free(patterns, free[PATTERNS])
+        moved = from_free(patterns, free[PATTERNS])
+        patterns = jax.tree.map(lambda leaf: leaf.astype(dtype), moved)
     if BETA in free:
-        beta = jnp.exp(free[BETA])
+        beta = jnp.exp(free[BETA]).astype(dtype)
     if PRIOR in free:
         off = jnp.zeros(len(memory), bool) if prior is None else prior == -jnp.inf
-        prior = jnp.where(off, -jnp.inf, free[PRIOR])
+        prior = jnp.where(off, -jnp.inf, free[PRIOR]).astype(dtype)
     return store(patterns, memory.geometry, log_prior=prior), beta
 
 
@@ -133,11 +141,16 @@ def _moved(
 
 
 class Fit(eqx.Module):
-    """What `jdam.fit` learned."""
+    """What `jdam.fit` learned.
+
+    memory: the learned memory.
+    beta:   the learned β.
+    losses: (T,), the mean loss of each batch before its update.
+    """
 
     memory: Memory
     beta: Float[Array, ""]
-    losses: Float[Array, " T"]  #: mean loss of each batch, before its update
+    losses: Float[Array, " T"]
 
 
 def fit(
@@ -163,7 +176,7 @@ def fit(
     **Arguments:** `queries`: measures with one batch axis (M,); `targets`: a pytree of arrays that
     lead with (M,), measures for the default loss. `optimizer`: any of optax. `loss`, `learn`: as in
     `Learner`. `batch_size`: pairs of each step, drawn by `key`; all of them if None.
-    `progress`: whether to draw a progress bar.
+    `progress`: whether to draw a progress bar, on a terminal.
 
     **Returns:** the learned `memory` and `beta`, and the `losses` of all steps.
 
@@ -172,6 +185,8 @@ def fit(
     num_steps = _checks.positive_int("num_steps", num_steps)
     queries = memory.geometry.check("queries", queries, 1)
     num = length_of(queries)
+    if num == 0:
+        raise ValueError("queries must hold at least one query; got 0")
     if any(jnp.shape(leaf)[:1] != (num,) for leaf in jax.tree.leaves(targets)):
         raise ValueError(f"targets must lead with (M,) = ({num},), one a query")
     size = num if batch_size is None else _checks.positive_int("batch_size", batch_size)
@@ -180,7 +195,8 @@ def fit(
     key = jax.random.key(0) if key is None else key
     learner = Learner(optimizer, loss, tuple(learn))
     state, losses = learner.init(memory, beta), []
-    with trange(num_steps, disable=not progress, desc="fit") as steps:
+    # None: no bar where there is no terminal, as in logs.
+    with trange(num_steps, disable=None if progress else True, desc="fit") as steps:
         for step in steps:
             batch = queries, targets
             if size < num:
@@ -188,7 +204,7 @@ def fit(
                 batch = jax.tree.map(lambda leaf, drawn=drawn: jnp.asarray(leaf)[drawn], batch)
             state, mean = learner.update(state, *batch)
             losses.append(mean)
-            if progress:
+            if not steps.disable:
                 steps.set_postfix(loss=f"{float(mean):.4g}")
     return Fit(state.memory, state.beta, jnp.stack(losses))
 
@@ -219,7 +235,7 @@ def descend(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    tol = default_tolerance(memory) if tol is None else _checks.positive("tol", tol, memory.dtype)
+    tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
     num_steps = _checks.positive_int("num_steps", num_steps)
     check_separation(separation)
     return _descend(
@@ -254,8 +270,9 @@ def _descend(
     return report(
         _descent.Place(measure, found, neglected),
         residual=residual,
+        tol=tol,
         num_steps=jnp.array(num_steps, jnp.int32),
-        converged=residual <= tol,
+        stalled=jnp.array(False),
         unsolved=found.unsolved,
         neglected=neglected,
         certified=jnp.array(True),

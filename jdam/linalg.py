@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._derivatives import full_precision
 from jdam._lapack import eigh, full_svd, svd
+
+#: How many numbers may be summed one after the other.
+LONG = 256
+#: How many products a matrix product may sum, in lanes.
+PIECE = 2048
 
 
 def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
@@ -28,6 +34,7 @@ def _polar(matrix: Array) -> tuple[Array, Array, Array]:
 
 
 @_polar.defjvp
+@full_precision
 def _polar_jvp(primals, tangents):
     # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ; and
     # what of dR lies outside the rows of R is H⁻¹ dK (I − RᵀR).
@@ -68,6 +75,7 @@ def shrunk_polar(matrix: Float[Array, "*batch m n"]) -> ShrunkPolar:
 
 
 @shrunk_polar.defjvp
+@full_precision
 def _shrunk_polar_jvp(primals, tangents):
     # H H = 4KKᵀ + I, so H dH + dH H = 4(dK Kᵀ + K dKᵀ); and (H + I) dR = 2dK − dH R.
     (matrix,), (dmatrix,) = primals, tangents
@@ -91,6 +99,7 @@ def shrink(values: Array) -> Array:
 
 
 @shrink.defjvp
+@full_precision
 def _shrink_jvp(primals, tangents):
     shrunk = shrink(*primals)
     square = shrunk * shrunk
@@ -108,6 +117,7 @@ def psd_root(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
 
 
 @psd_root.defjvp
+@full_precision
 def _psd_root_jvp(primals, tangents):
     # S S = A, so S dS + dS S = dA.
     (matrix,), (dmatrix,) = primals, tangents
@@ -169,8 +179,40 @@ def rounding(terms: int, dtype: jnp.dtype) -> float:
     return (terms + 8) * float(jnp.finfo(dtype).eps)
 
 
+def long_sum(x: Float[Array, "*batch n"]) -> Float[Array, " *batch"]:
+    """Σₙ xₙ in blocks of blocks, whose rounding grows with log n: a running sum's grows with n."""
+    while x.shape[-1] > 2 * LONG:
+        missing = -x.shape[-1] % LONG
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+        x = x.reshape(*x.shape[:-1], -1, LONG).sum(-1)
+        x = jax.lax.optimization_barrier(x)  # XLA would make one running sum of both
+    return x.sum(-1)
+
+
+def long_vecdot(
+    x: Float[Array, "*batch n"], y: Float[Array, "*batch n"]
+) -> Float[Array, " *batch"]:
+    """⟨x, y⟩ along the last axis, long ones in pieces. As an inner product it is summed in lanes,
+    which in float32 keeps a digit more than one running sum."""
+    if x.shape[-1] <= PIECE:
+        return jnp.vecdot(x, y)
+    return long_sum(jnp.vecdot(_in_pieces(x), _in_pieces(y)))
+
+
+def long_products(x: Float[Array, " n"], ys: Float[Array, "B n"]) -> Float[Array, " B"]:
+    """⟨x, yᵢ⟩, of a vmapped batch of x by matrix products, of long vectors in pieces."""
+    if x.size <= PIECE:
+        # In this order the product, vmapped over x, is (queries, patterns) and row-major.
+        return jnp.vecmat(x, ys.mT)
+    return long_sum(jnp.einsum("kc,bkc->bk", _in_pieces(x), _in_pieces(ys)))
+
+
+def _in_pieces(x: Float[Array, "*batch n"]) -> Float[Array, "*batch k c"]:
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % PIECE)])
+    return x.reshape(*x.shape[:-1], -1, PIECE)
+
+
 def squared_norm(x: Float[Array, "*batch m n"]) -> Float[Array, " *batch"]:
-    """|x|_F² of each matrix. As an inner product it is summed in lanes, which in float32
-    keeps a digit more than one running sum over all entries."""
+    """|x|_F² of each matrix."""
     flat = x.reshape(*x.shape[:-2], -1)
-    return jnp.vecdot(flat, flat)
+    return long_vecdot(flat, flat)

@@ -1,5 +1,6 @@
 """The measures a memory stores: frozen pytrees whose leading axes are batch axes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
@@ -12,8 +13,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam import _checks
-from jdam._compile import compiled
-from jdam.linalg import psd_root
+from jdam._compile import compiled, working_dtype
+from jdam._moments import covariance_root, moments, weighted_mean
+from jdam.linalg import long_sum, safe_sqrt
 
 
 class Measure(eqx.Module):
@@ -108,7 +110,7 @@ class Gaussian(Measure):
                 f"covariance must have shape (…, d, d) with (…, d) = {mean.shape}, the shape of "
                 f"mean; got {covariance.shape}"
             )
-        asymmetry, negativity, factor = _root(covariance)
+        asymmetry, negativity, factor = covariance_root(covariance)
         if _checks.is_concrete(asymmetry):
             if bool((asymmetry > 1).any()):
                 raise ValueError(
@@ -143,7 +145,7 @@ class Gaussian(Measure):
         if weights is None:
             weights = jnp.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
         weights = simplex_weights(weights, samples=samples)
-        return cls(*_moments(samples, weights))
+        return cls(*moments(samples, weights))
 
 
 class DiagonalGaussian(Measure):
@@ -181,7 +183,7 @@ class DiagonalGaussian(Measure):
         variance = _checks.float_array("variance", variance)
         _checks.finite("variance", variance)
         _checks.nonnegative("variance", variance)
-        return cls(mean, jnp.sqrt(variance))
+        return cls(mean, safe_sqrt(variance))
 
 
 class PointCloud(Measure):
@@ -214,7 +216,7 @@ class PointCloud(Measure):
     @property  # type: ignore[misc]
     def mean(self) -> Float[Array, "*batch d"]:  # type: ignore[override]
         """Σ aⱼxⱼ."""
-        return _weighted_mean(self.points, self.weights)
+        return weighted_mean(self.points, self.weights)
 
     @property
     def num_atoms(self) -> int:
@@ -302,9 +304,8 @@ def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
     _checks.finite("weights", weights)
     _checks.nonnegative("weights", weights)
     if _checks.is_concrete(weights):
-        with jax.ensure_compile_time_eval():
-            error = float(jnp.abs(weights.sum(-1) - 1).max(initial=0))
-        if error > 10 * weights.shape[-1] * float(jnp.finfo(weights.dtype).eps):
+        error, allowed = _off_one(weights)
+        if not error <= allowed:
             raise ValueError(
                 f"weights must sum to one for each measure; got sums off by up to {error:.1e}: "
                 "divide by weights.sum(-1, keepdims=True)"
@@ -322,36 +323,19 @@ def _mean_and(name: str, mean: ArrayLike, other: ArrayLike) -> tuple[Array, Arra
     return mean, other
 
 
-@compiled()
-def _weighted_mean(points: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]):
-    return jnp.vecmat(weights, points)
+def _off_one(weights: Array) -> tuple[float, float]:
+    """How far sums of weights are from 1, and how far rounding can take those of good weights:
+    that of each weight, and that of the sum they were divided by, which is pairwise in their own
+    dtype or in order in one of at least 32 bits."""
+    own, size = jnp.finfo(weights.dtype), max(weights.shape[-1], 1)
+    inside = jnp.finfo(working_dtype(weights.dtype))
+    with jax.ensure_compile_time_eval():
+        sums = long_sum(weights.astype(inside.dtype))
+        error = float(jnp.abs(sums - 1).max(initial=0))
+    allowed = float(own.eps) * (2 + math.log2(size)) + float(inside.eps) * 2 * math.sqrt(size)
+    return error, allowed + size * float(own.smallest_subnormal)
 
 
 @compiled()
 def _outer(factor: Float[Array, "*batch d r"]) -> Float[Array, "*batch d d"]:
     return factor @ factor.mT
-
-
-@compiled()
-def _moments(samples: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]):
-    """The weighted mean, and a factor of the weighted covariance."""
-    num, dim = samples.shape[-2:]
-    mean = jnp.sum(weights[..., None] * samples, axis=-2)
-    centred = jnp.sqrt(weights)[..., None] * (samples - mean[..., None, :])
-    rows = centred if num < dim else jnp.linalg.qr(centred, mode="r")
-    return mean, rows.mT
-
-
-@compiled()
-def _root(covariance: Float[Array, "*batch d d"]):
-    """Σ^½ with |Σ − Σᵀ| and the size of Σ's negative part, in units of the rounding allowed;
-    NaN where either exceeds one."""
-    symmetric = (covariance + covariance.mT) / 2
-    root = psd_root(symmetric)
-    dim, eps = covariance.shape[-1], float(jnp.finfo(covariance.dtype).eps)
-    rounding = 10 * max(dim, 10) * eps * jnp.linalg.norm(covariance, axis=(-1, -2))
-    unit = jnp.where(rounding > 0, rounding, 1)
-    asymmetry = jnp.linalg.norm(covariance - covariance.mT, axis=(-1, -2)) / unit
-    negativity = jnp.linalg.norm(root @ root - symmetric, axis=(-1, -2)) / unit
-    valid = (asymmetry <= 1) & (negativity <= 1)
-    return asymmetry, negativity, jnp.where(valid[..., None, None], root, jnp.nan)

@@ -14,7 +14,7 @@ from jdam import _checks
 from jdam._compile import compiled, float_dtype, working_dtype
 from jdam._layout import Layout
 from jdam.geometry import Bures, Euclidean, Geometry
-from jdam.geometry.protocol import AnyMeasure, batch_size
+from jdam.geometry.protocol import AnyMeasure, any_of, batch_size
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
 
 
@@ -42,7 +42,8 @@ class Memory(eqx.Module):
 
     def __getitem__(self, index: Any) -> AnyMeasure:
         _checks.index(index, len(self), "a memory")
-        return jax.tree.map(lambda leaf: leaf[index], self.patterns)
+        # Parts of a sharded memory are filled up.
+        return jax.tree.map(lambda leaf: leaf[: len(self)][index], self.patterns)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -52,19 +53,27 @@ class Memory(eqx.Module):
         """A memory with `patterns`, a batch (M,) or a single measure, added at the end.
 
         Factors of different rank are padded with zeros, clouds with atoms of weight 0. Where
-        only one side has a `log_prior`, the other's is log 1 = 0.
+        only one side has a `log_prior`, the other's is log 1 = 0. `log_prior` is (M,) or one number
+        for all of them. No patterns, M = 0, change nothing.
+
+        **Raises:** as `store`, and `ValueError` for a sharded memory.
         """
         self._check_in_one_piece()
         try:
             patterns = self.geometry.check("patterns", patterns, 1)
-        except ValueError:
-            patterns = self.geometry.check("patterns", patterns, 0)
+        except ValueError as of_batch:
+            try:
+                patterns = self.geometry.check("patterns", patterns, 0)
+            except ValueError:
+                raise of_batch from None
             patterns = jax.tree.map(lambda leaf: leaf[None], patterns)
-        check_against(self, "patterns", jax.tree.map(lambda leaf: leaf[0], patterns))
-        joined = self.geometry.join(self.patterns, patterns)
-        if self.log_prior is None and log_prior is None:
-            return store(joined, self.geometry)
+        check_against(self, "patterns", any_of(patterns))
         added = None if log_prior is None else _prior(patterns, log_prior)
+        if batch_size(patterns) == 0:
+            return self
+        joined = self.geometry.join(self.patterns, patterns)
+        if self.log_prior is None and added is None:
+            return store(joined, self.geometry)
         prior = [_prior_or_zero(self.patterns, self.log_prior), _prior_or_zero(patterns, added)]
         return store(joined, self.geometry, log_prior=jnp.concatenate(prior))
 
@@ -151,16 +160,18 @@ def _prepare(patterns: AnyMeasure, geometry: Geometry) -> Any:
 
 
 def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
+    num = batch_size(patterns)
+    if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):
+        log_prior = jnp.full(num, log_prior, float_dtype(patterns))
     prior = _checks.float_array("log_prior", log_prior)
     _checks.same_dtype(patterns=jax.tree.leaves(patterns)[0], log_prior=prior)
-    num = batch_size(patterns)
     if prior.shape != (num,):
         raise ValueError(f"log_prior must have shape (N,) = ({num},); got {prior.shape}")
     if _checks.is_concrete(prior):
         values = np.asarray(prior)
         if np.isnan(values).any() or (values == np.inf).any():
             raise ValueError("log_prior must be finite or −inf; got NaN or +inf")
-        if (values == -np.inf).all():
+        if num and (values == -np.inf).all():
             raise ValueError("log_prior must leave a pattern on; got −inf for all of them")
     return prior
 

@@ -31,7 +31,8 @@ def ellipses(
     **style: Any,
 ) -> "Axes":
     """The contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians, of their marginals on two
-    coordinates `axes`; those of singular ones are segments and points.
+    coordinates `axes`; those of singular ones are segments and dots. One unit is as long on
+    both axes.
 
     **Arguments:** `gaussian`, a single one or a batch, d ≥ 2; `style` of a
     `matplotlib.collections.PolyCollection`.
@@ -53,8 +54,20 @@ def ellipses(
         style["edgecolor"] = _next_colour(ax) if colour is None else colour
     outlines = pictures.outlines(gaussian, pair, num_std)
     ax.add_collection(PolyCollection(list(outlines), **style))
+    _dots(ax, outlines, style["edgecolor"])
     ax.autoscale_view()
+    ax.set_aspect("equal")
     return ax
+
+
+def _dots(ax: "Axes", outlines: np.ndarray, colour: Any) -> None:
+    """A dot for each outline that is a point, of which nothing would be drawn."""
+    from matplotlib.colors import to_rgba_array
+
+    points = np.flatnonzero(np.ptp(outlines, axis=1).max(-1) == 0)
+    if points.size:
+        colours = to_rgba_array(colour)
+        ax.scatter(*outlines[points, 0].T, s=16, c=colours[points % len(colours)], zorder=2)
 
 
 def cloud(
@@ -66,7 +79,7 @@ def cloud(
     **style: Any,
 ) -> "Axes":
     """The atoms of point clouds, their areas proportional to their weights; atoms of weight 0 are
-    not seen.
+    not seen. One unit is as long on both axes.
 
     **Arguments:** `cloud`, a single one or a batch, d ≥ 2; `size`, the area in points² that the
     atoms of a cloud share; `style` of `Axes.scatter`.
@@ -87,6 +100,7 @@ def cloud(
 
     style = _styled(style, PathCollection, linewidth=0, alpha=0.75)
     ax.scatter(*points.T, s=size * weights, **style)  # type: ignore[misc]
+    ax.set_aspect("equal")
     return ax
 
 
@@ -167,6 +181,8 @@ def landscape(
     queries = pictures.queries(memory, kind, xs, ys)
     found = pictures.numpy(jax.vmap(energy, (None, 0, None))(memory, queries, beta))
     ax = _axes(ax)
+    labels = {"1-D Gaussians": ("mean", "standard deviation"), "1-D vectors": ("x", "energy")}
+    ax.set(**dict(zip(("xlabel", "ylabel"), labels.get(kind, ("x₁", "x₂")), strict=True)))
     if kind == "1-D vectors":
         ax.plot(xs, found, **style)
         return ax

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
 from jdam import _checks
-from jdam._lapack import cholesky
+from jdam._derivatives import full_precision
+from jdam._lapack import cholesky, qr
 from jdam.geometry.protocol import AnyMeasure, with_leaves
 from jdam.linalg import squared_norm
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
@@ -66,17 +67,17 @@ def _sphere(key: Array, low: Array, high: Array, num: int, dim: int, commuting: 
     dtype = low.dtype
     spectra = low + (high - low) * _middle_of_cube(for_spectra, num, dim, dtype)
     shape = (1,) if commuting else (num,)
-    bases = jax.random.orthogonal(for_bases, dim, shape, dtype)
+    bases = _orthogonal(for_bases, (*shape, dim), dtype)
     means = jnp.sqrt(dim * (low + high) / 2) * _directions(for_means, (num, dim), dtype)
     return Gaussian(means, bases * jnp.sqrt(spectra)[:, None])
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
+@full_precision
 def _wishart_sphere(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Gaussian:
     for_means, for_factors = jax.random.split(key)
     normal = jax.random.normal(for_factors, (num, dim, dim), dtype)
-    with jax.default_matmul_precision("highest"):
-        factors = cholesky(normal @ normal.mT + jnp.eye(dim, dtype=dtype)[None] / 100)
+    factors = cholesky(normal @ normal.mT + jnp.eye(dim, dtype=dtype)[None] / 100)
     factors = factors * jnp.sqrt(dim / squared_norm(factors))[:, None, None]
     return Gaussian(math.sqrt(dim) * _directions(for_means, (num, dim), dtype), factors)
 
@@ -191,6 +192,7 @@ def separated_clouds(
 
 
 @partial(jax.jit, static_argnums=(2, 3, 4))
+@full_precision
 def _clouds(key: Array, settings: dict[str, Array], num: int, num_atoms: int, dim: int) -> Any:
     for_means, for_weights, for_shapes = jax.random.split(key, 3)
     least = settings["min_weight"]
@@ -290,6 +292,7 @@ def perturb(
 
 
 @partial(jax.jit, static_argnums=3)
+@full_precision
 def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyMeasure:
     for_mean, for_shape = jax.random.split(key)
     if not isinstance(measure, Measure):
@@ -302,8 +305,7 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
         # One point has no shape to change.
         point = _variance(measure) == 0
         by_mean, by_shape = jnp.where(point, radius, by_mean), jnp.where(point, 0, by_shape)
-    with jax.default_matmul_precision("highest"):
-        measure = measure if where == "mean" else _reshape(for_shape, measure, by_shape)
+    measure = measure if where == "mean" else _reshape(for_shape, measure, by_shape)
     if where == "covariance":
         return measure
     shift = by_mean[..., None] * _directions(for_mean, measure.mean.shape, measure.dtype)
@@ -321,7 +323,7 @@ def _reshape(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> M
         return with_leaves(measure, measure.mean, measure.scale + change)
     for_basis, for_values, for_point = jax.random.split(key, 3)
     batch, dim, dtype = measure.batch_shape, measure.dim, measure.dtype
-    basis = jax.random.orthogonal(for_basis, dim, batch, dtype)
+    basis = _orthogonal(for_basis, (*batch, dim), dtype)
     values = jax.random.normal(for_values, (*batch, dim), dtype)
     if isinstance(measure, PointCloud):
         centred = measure.points - measure.mean[..., None, :]
@@ -357,6 +359,13 @@ def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) 
 def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:
     centred = cloud.points - cloud.mean[..., None, :]
     return jnp.vecdot(cloud.weights, jnp.vecdot(centred, centred))
+
+
+def _orthogonal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    """Orthogonal matrices (…, d, d), uniform: `jax.random.orthogonal`, but safe among threads."""
+    normal = jax.random.normal(key, (*shape, shape[-1]), dtype)
+    basis, triangle = qr(normal)
+    return basis * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
 
 
 def _directions(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:

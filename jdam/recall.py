@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from jdam import _checks, _descent
 from jdam._batching import compute_if, in_tiles, map_in_chunks
 from jdam._compile import compiled, working_dtype
 from jdam.adjoint import Adjoint, Loop, Unrolled
 from jdam.energy import fit_query, inverse_temperature, queries_at_once
-from jdam.geometry.protocol import AnyMeasure, Geometry
+from jdam.geometry.protocol import AnyMeasure, Geometry, any_of
 from jdam.memory import Memory
 from jdam.search import Exhaustive, Search
 from jdam.separation import LogSumExp, Separation
@@ -25,38 +25,76 @@ from jdam.separation import check as check_separation
 
 
 class Status(enum.IntEnum):
-    """How a recall ended; int32 under jit. Of several that apply the highest counts."""
+    """How a recall ended; int32 under jit. Of several that apply the last one listed counts.
 
-    CONVERGED = 0  #: a fixed point, and one pattern holds more than half of the Gibbs mass
-    MIXTURE = 1  #: a fixed point between patterns: raise beta to recall one
-    MAX_STEPS = 2  #: not yet a fixed point: raise max_steps, beta or tol
-    SOLVER = 3  #: an inner solver missed its tolerance: raise its iterations or epsilon
-    UNCERTIFIED = 4  #: the search cannot bound what it left out: raise its candidates
-    NONFINITE = 5  #: NaN or infinity in query, memory or on the way; beta, step_size or tol ≤ 0
-    OUT_OF_REACH = 6  #: no pattern within reach of an `Epanechnikov` separation: lower beta
+    CONVERGED:    a fixed point, residual ≤ tol, at which one pattern has more than half the weight.
+    MIXTURE:      a fixed point between patterns: raise beta to recall one.
+    MAX_STEPS:    residual > tol after max_steps: raise max_steps, beta or tol.
+    STALLED:      residual > tol, and no step lowers the energy by more than its rounding: raise
+                  tol, or compute in float64; where an inner solver is involved, lower its tol.
+    SOLVER:       an inner solver missed its tolerance: raise its max_iterations, tol or epsilon.
+    UNCERTIFIED:  the search cannot bound what it left out: raise its max_candidates, or beta.
+    NONFINITE:    NaN or infinity in query, memory or on the way; beta, step_size ≤ 0 or tol < 0.
+    OUT_OF_REACH: no pattern within reach of an `Epanechnikov` separation: lower beta.
+
+    Whether a recall ended between patterns can be read from `Recall.mixture` in any case.
+    """
+
+    CONVERGED = 0
+    MIXTURE = 1
+    MAX_STEPS = 2
+    STALLED = 7
+    SOLVER = 3
+    UNCERTIFIED = 4
+    NONFINITE = 5
+    OUT_OF_REACH = 6
 
 
 class Trace(eqx.Module):
-    """What recall saw after each step; after convergence entries repeat the last."""
+    """What recall saw after each step; after convergence entries repeat the last.
+
+    energy:   (T,), E of the measure, a squared distance.
+    residual: (T,), a distance.
+    measure:  (T, …).
+    """
 
     energy: Float[Array, " T"]
     residual: Float[Array, " T"]
-    measure: AnyMeasure  # (T, …)
+    measure: AnyMeasure
 
 
 class Recall(eqx.Module):
-    """The result of `jdam.recall`. All numbers belong to `measure`, not to a step before it; in
-    half precision to the measure before it was rounded, for the work is done in float32."""
+    """The result of `jdam.recall`.
 
-    measure: AnyMeasure  #: what was recalled, of the query's type
-    nearest: Int[Array, ""]  #: index of the heaviest pattern
-    weight: Float[Array, ""]  #: its Gibbs weight
-    energy: Float[Array, ""]  #: E(measure)
-    residual: Float[Array, ""]  #: how far a full step would go, a distance (W₂ for `Bures`)
-    num_steps: Int[Array, ""]  #: steps taken
-    status: Int[Array, ""]  #: a `jdam.Status`
-    neglected: Float[Array, ""]  #: bound on the Gibbs mass left out by the search, over all steps
+    measure:   what was recalled, of the query's type.
+    nearest:   index of the heaviest pattern.
+    weight:    its Gibbs weight.
+    energy:    E(measure), a squared distance.
+    residual:  how far a full step would go, a distance (W₂ for `Bures`).
+    num_steps: steps taken.
+    status:    a `jdam.Status`.
+    neglected: bound on the Gibbs mass left out by the search, over all steps.
+    trace:     a `Trace` of all steps, if it was asked for.
+    mixture:   whether no pattern has more than half of the weight, whatever the status.
+
+    All numbers belong to `measure`, not to a step before it; in half precision to the measure
+    before it was rounded, for the work is done in float32.
+    """
+
+    measure: AnyMeasure
+    nearest: Int[Array, ""]
+    weight: Float[Array, ""]
+    energy: Float[Array, ""]
+    residual: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    status: Int[Array, ""]
+    neglected: Float[Array, ""]
     trace: Trace | None = None
+
+    @property
+    def mixture(self) -> Bool[Array, ""]:
+        """Whether no pattern has more than half of the weight."""
+        return _is_mixture(self.weight)
 
     def __repr__(self) -> str:
         if not _checks.is_concrete(self.status):
@@ -64,6 +102,8 @@ class Recall(eqx.Module):
         codes, counts = np.unique(np.asarray(self.status), return_counts=True)
         names = [Status(code).name for code in codes]
         if self.status.ndim == 0:
+            if self.mixture and Status.MIXTURE.name not in names:
+                names = [f"{names[0]}, {Status.MIXTURE.name}"]
             return (
                 f"Recall({names[0]} after {self.num_steps} steps: nearest={self.nearest}, "
                 f"weight={self.weight:.4g}, energy={self.energy:.4g}, residual={self.residual:.1e})"
@@ -161,7 +201,8 @@ def recall(
     small, patterns share one, and the status says `MIXTURE`.
 
     **Arguments:** `memory`, `query`, `beta`, `step_size` as in `step`. `max_steps` ≥ 1.
-    `tol`: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; if None,
+    `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
+    `max_steps`; if None,
     eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square size of the
     patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step looks at, all of them or
     `Certified()`, for large memories. `adjoint`: how to
@@ -178,7 +219,7 @@ def recall(
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = None if tol is None else _positive(memory, "tol", tol)
+    tol = None if tol is None else check_tolerance(memory, tol)
     max_steps = _checks.positive_int("max_steps", max_steps)
     for name, value, kind in (("search", search, Search), ("adjoint", adjoint, Adjoint)):
         if not isinstance(value, kind):
@@ -207,26 +248,37 @@ def recall_batch(
     beta: ArrayLike,
     *,
     batch_size: int = 256,
+    max_steps: int = 50,
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
-    **options: Any,
+    search: Search = Exhaustive(),
+    adjoint: Adjoint = Unrolled(),
+    separation: Separation = LogSumExp(),
+    save_trace: bool = False,
 ) -> Recall:
     """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
     `jax.vmap` could hold the state of.
 
-    **Arguments:** as of `recall`, whose others are `options`; `queries` with one batch axis.
+    **Arguments:** as of `recall`; `queries` with one batch axis, which may be empty; `batch_size`
+    ≥ 1.
 
     **Returns:** a `Recall` whose leaves lead with (Q,).
 
     **Raises:** as `recall`.
     """
     queries = memory.geometry.check("queries", queries, 1)
-    fit_query(memory, jax.tree.map(lambda leaf: leaf[0], queries))
+    fit_query(memory, any_of(queries))
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = default_tolerance(memory) if tol is None else _positive(memory, "tol", tol)
+    tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
     batch_size = _checks.positive_int("batch_size", batch_size)
-    settings = tuple(sorted(options.items()))
+    settings = (
+        ("max_steps", max_steps),
+        ("search", search),
+        ("adjoint", adjoint),
+        ("separation", separation),
+        ("save_trace", save_trace),
+    )
     return _recall_batch(memory, queries, beta, step_size, tol, batch_size, settings)
 
 
@@ -244,6 +296,11 @@ def _recall_batch(
         return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
 
     return map_in_chunks(one, batch_size, queries)
+
+
+def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
+    """`tol` as a checked scalar ≥ 0."""
+    return _checks.nonnegative_scalar("tol", tol, working_dtype(memory.dtype))
 
 
 def default_tolerance(memory: Memory) -> Float[Array, ""]:
@@ -274,7 +331,7 @@ def _resolution(memory: Memory, beta: Array, search: Search) -> Float[Array, ""]
 class _State(NamedTuple):
     walk: _descent.Walk
     residual: Array
-    stalled: Array  # neither energy nor residual fall any more
+    stalled: Array  # neither energy nor residual falls any more
     num_steps: Array
     neglected: Array  # the worst so far
     unsolved: Array  # likewise
@@ -324,8 +381,8 @@ def _recall(
 
     def pending(state: _State, args: tuple) -> Array:  # no step can mend NaN
         walk, tol = state.walk, args[3]
-        unfinished = (state.residual > tol) & jnp.isfinite(walk.place.found.energy) & ~state.stalled
-        return unfinished | ~walk.looked
+        unfinished = (state.residual > tol) & ~state.stalled | (tol == 0)
+        return unfinished & jnp.isfinite(walk.place.found.energy) | ~walk.looked
 
     def observe(state: _State) -> Trace | None:
         place = state.walk.place
@@ -355,12 +412,13 @@ def _recall(
     return report(
         end.walk.place,
         residual=end.residual,
+        tol=tol,
         num_steps=end.num_steps,
-        converged=(end.residual <= tol) | end.walk.ended,
+        stalled=end.stalled,
         unsolved=end.unsolved,
         neglected=end.neglected,
         certified=end.neglected <= search.tolerance,
-        valid=jnp.isfinite(tol) & (step_size > 0),
+        valid=jnp.isfinite(tol) & (step_size > 0) & ~jnp.isnan(end.neglected),
         trace=jax.tree.map(lambda leaf: leaf[1:], trace),
     )
 
@@ -369,15 +427,16 @@ def report(
     place: _descent.Place,
     *,
     residual: Array,
+    tol: Array,
     num_steps: Array,
-    converged: Array,
+    stalled: Array,
     unsolved: Array,
     neglected: Array,
     certified: Array,
     valid: Array,
     trace: Trace | None,
 ) -> Recall:
-    """What there is to say of a descent that ended at a place."""
+    """The `Recall` of a descent that ended at a place."""
     measure, found, _ = place
     out_of_reach = (found.weight == 0) & (found.energy == jnp.inf)
     finite = (jnp.isfinite(found.energy) | out_of_reach) & jnp.isfinite(residual) & valid
@@ -390,8 +449,9 @@ def report(
         residual=residual,
         num_steps=num_steps,
         status=_status(
-            (found.weight <= 0.5 + rounding, Status.MIXTURE),
-            (~converged, Status.MAX_STEPS),
+            (_is_mixture(found.weight), Status.MIXTURE),
+            (residual > tol, Status.MAX_STEPS),
+            ((residual > tol) & stalled, Status.STALLED),
             (unsolved > rounding, Status.SOLVER),
             (~certified, Status.UNCERTIFIED),
             (~finite, Status.NONFINITE),
@@ -400,6 +460,10 @@ def report(
         neglected=neglected,
         trace=trace,
     )
+
+
+def _is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    return weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
 
 
 def _status(*findings: tuple[Array, Status]) -> Int[Array, ""]:

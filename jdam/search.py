@@ -22,13 +22,13 @@ from jdam._average import (
     nothing_yet,
 )
 from jdam._batching import advance_where
-from jdam._derivatives import jvp
+from jdam._derivatives import full_precision, jvp
 from jdam._layout import Layout, first_index, total
 from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory
 from jdam.separation import LogSumExp, Separation, levels, mass
 
-#: How many patterns to bound more closely at a time, by level.
+#: How many patterns to bound more closely at a time, by level, and at all levels beyond.
 SHARPENED = 256, 64
 #: A level above all.
 COMPARED = 127
@@ -153,7 +153,7 @@ class Certified(Search):
         return max(1, min(most, 2**22 // len(memory)))
 
     def look(self, memory, query, beta, guess=None, *, separation):
-        if not isinstance(separation, LogSumExp):
+        if type(separation) is not LogSumExp:
             raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
         found, neglected, _ = _look(self, memory, query, beta)
         return found, neglected
@@ -214,6 +214,7 @@ def _hunt(
 
 
 @partial(_look.defjvp, symbolic_zeros=True)
+@full_precision
 def _look_jvp(search: Certified, primals: tuple, tangents: tuple) -> Any:
     found, neglected, picked = _look(search, *primals)
 
@@ -303,7 +304,7 @@ def _sharpen(
 ) -> _Hunt:
     """The patterns of least bound below a level are bounded at that level."""
     memory, view, beta = args
-    size = min(len(memory), SHARPENED[level - 1])
+    size = min(len(memory), SHARPENED[min(level, len(SHARPENED)) - 1])
     index, _ = _least(jnp.where(hunt.level < level, hunt.floor, jnp.inf), size)
     block = _take(memory, index, jnp.ones_like(index, bool))
     bounds = memory.geometry.sharpen(view, block.patterns, block.prepared, level)

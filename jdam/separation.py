@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jdam._derivatives import full_precision
+
 
 @dataclass(frozen=True)
 class Separation(ABC):
@@ -126,7 +128,7 @@ def levels(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Ar
     before β multiplies them, so that the lowest has mass 1 exactly however large βD is."""
     if log_prior is None:
         return divergences
-    on = log_prior > -jnp.inf
+    on = log_prior != -jnp.inf  # NaN is not off
     return jnp.where(on, divergences - jnp.where(on, log_prior, 0) / beta, jnp.inf)
 
 
@@ -146,7 +148,7 @@ def _prior(divergences: Array, log_prior: Array | None) -> tuple[Array, Array]:
     if log_prior is None:
         return jnp.ones_like(divergences), jnp.zeros((), divergences.dtype)
     top = jax.lax.stop_gradient(log_prior.max())
-    on = log_prior > -jnp.inf
+    on = log_prior != -jnp.inf
     return jnp.where(on, jnp.exp(jnp.where(on, log_prior, 0) - top), 0), top
 
 
@@ -173,6 +175,7 @@ def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
 
 
 @_entmax.defjvp
+@full_precision
 def _entmax_jvp(alpha: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     weights = _entmax(alpha, *primals)
     on = weights > 0
@@ -190,6 +193,7 @@ def _conjugate(alpha: float, logits: Float[Array, " N"]) -> Float[Array, ""]:
 
 
 @_conjugate.defjvp
+@full_precision
 def _conjugate_jvp(alpha: float, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     return _conjugate(alpha, *primals), jnp.vdot(_entmax(alpha, *primals), *tangents)
 

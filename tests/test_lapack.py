@@ -1,5 +1,7 @@
 import math
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,12 @@ decompositions = {
         lambda a: _lapack.cholesky(a @ a.mT),
         lambda a: np.linalg.cholesky(a @ a.mT),
     ),
+    "eigenvalues": (
+        lambda a: _lapack.eigenvalues(a @ a.mT),
+        lambda a: np.linalg.eigvalsh(a @ a.mT),
+    ),
+    "qr": (_lapack.qr, np.linalg.qr),
+    "triangle": (_lapack.triangle, lambda a: np.linalg.qr(a, mode="r")),
     "solve": (
         lambda a: _lapack.solve_lower(jnp.tril(a[..., : a.shape[-2]]), a),
         lambda a: np.linalg.solve(np.tril(a[..., : a.shape[-2]]), a),
@@ -54,7 +62,9 @@ def largest_pieces(function, *args):
 
 @pytest.mark.skipif(not _lapack.WAITS, reason="this jaxlib's LAPACK calls do not wait")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="LAPACK is for CPUs")
-@pytest.mark.parametrize("name", ["step", "recall", "gradient", "certified", "theory", "store"])
+@pytest.mark.parametrize(
+    "name", ["step", "recall", "gradient", "certified", "theory", "store", "samples", "random"]
+)
 def test_no_call_is_split_among_threads(rng, name):
     """Two that are, at a time, wait for ever where there are two threads."""
     patterns = gaussians(rng, 70, 16)
@@ -66,10 +76,37 @@ def test_no_call_is_split_among_threads(rng, name):
         "certified": jax.vmap(lambda q: jdam.recall(memory, q, 1.0, search=jdam.Certified())),
         "theory": lambda q: theory.minimum_beta(jdam.store(q), 0.1),
         "store": lambda q: jdam.store(q),
+        "samples": lambda q: jax.grad(lambda x: jdam.Gaussian.from_samples(x).factor.sum())(
+            jnp.concatenate([q.factor, q.factor + 1], axis=1)
+        ),
+        "random": lambda q: jdam.random.wasserstein_sphere(
+            jax.random.key(0), 500, 16, commuting=False
+        ),
     }[name]
-    pieces = largest_pieces(run, patterns if name in ("theory", "store") else queries)
-    work = {"gesdd": 2e4, "syevd": 4e4, "potrf": 6e5, "trsm": 2e5, "geqrf": 1.5e5}
+    pieces = largest_pieces(run, patterns if name in ("theory", "store", "samples") else queries)
+    work = {"gesdd": 2e4, "syevd": 4e4, "potrf": 6e5, "trsm": 2e5, "geqrf": 1.5e5, "orgqr": 1.5e5}
     assert pieces
     for call, many, (rows, columns) in pieces:
         limit = next(value for key, value in work.items() if key in call)
         assert many == 1 or many * rows * columns * min(rows, columns) <= limit, (call, many)
+
+
+def test_threads_do_not_wait_for_each_other():
+    """Several that sample, store and recall at once all end: in a process of its own, which can be
+    given up."""
+    program = """
+import threading, jax, jdam
+def work(k):
+    for _ in range(2):
+        patterns = jdam.random.wasserstein_sphere(jax.random.key(k), 300, 12, commuting=False)
+        samples = patterns.factor + patterns.mean[..., None]
+        patterns = jdam.Gaussian.from_samples(samples)
+        queries = jdam.random.perturb(jax.random.key(k), patterns, 0.1)
+        jdam.theory.separations(jdam.store(patterns[:30]))
+        recall = jax.vmap(jdam.recall, (None, 0, None))
+        jax.block_until_ready(recall(jdam.store(patterns[:30]), queries[:30], 2.0))
+threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True, timeout=300)

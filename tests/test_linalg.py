@@ -5,7 +5,16 @@ import pytest
 import scipy.linalg
 from jax.test_util import check_grads
 
-from jdam.linalg import polar, psd_root, safe_sqrt, shrink, shrunk_polar
+from jdam.linalg import (
+    long_products,
+    long_sum,
+    long_vecdot,
+    polar,
+    psd_root,
+    safe_sqrt,
+    shrink,
+    shrunk_polar,
+)
 from tests.helpers import orthogonal
 
 
@@ -87,3 +96,18 @@ def test_safe_sqrt():
     np.testing.assert_array_equal(safe_sqrt(jnp.array([0.0, 4.0])), [0.0, 2.0])
     assert float(jax.grad(safe_sqrt)(0.0)) == 0.0
     assert np.isnan(safe_sqrt(jnp.array(-1.0)))
+
+
+@pytest.mark.parametrize("num", [7, 600, 70_000, 600_000])
+def test_long_sums_keep_their_digits(rng, num):
+    """As those of NumPy, which are pairwise, of numbers whose sum does not cancel."""
+    x, y = (rng.random((3, num)).astype(np.float32) for _ in range(2))
+    exact_x, exact_y = x.astype(np.float64), y.astype(np.float64)
+    rtol = 2e-6
+    np.testing.assert_allclose(jax.jit(long_sum)(x), exact_x.sum(-1), rtol=rtol)
+    products = np.einsum("bn,bn->b", exact_x, exact_y)
+    np.testing.assert_allclose(jax.jit(long_vecdot)(x, y), products, rtol=rtol)
+    products = exact_x @ exact_y.T
+    np.testing.assert_allclose(jax.jit(long_products)(x[0], y), products[0], rtol=rtol)
+    many = jax.jit(jax.vmap(long_products, (0, None)))(x, y)
+    np.testing.assert_allclose(many, products, rtol=rtol)

@@ -268,3 +268,122 @@ def test_ragged_clouds(rng):
 def test_bad_clouds(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# ------------------------------------------------------------------ moments
+
+
+@pytest.mark.parametrize(("num", "offset"), [(1000, 1e3), (100_000, 3e4), (50, 1e6)])
+def test_samples_far_from_zero(rng, num, offset):
+    samples = (rng.normal(size=(num, 2)) + offset).astype(np.float32)
+    found = jdam.Gaussian.from_samples(samples)
+    exact = samples.astype(np.float64)
+    np.testing.assert_allclose(found.covariance, np.cov(exact.T, bias=True), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.mean, exact.mean(0), rtol=1.2e-7)
+
+
+def test_equal_samples_have_no_covariance():
+    samples = np.full((100_000, 3), 1234.567, np.float32)
+    found = jdam.Gaussian.from_samples(samples)
+    assert (found.mean == samples[0]).all()
+    assert (found.covariance == 0).all()
+
+
+def test_mean_of_many_atoms(rng):
+    points = (rng.normal(size=(100_000, 2)) + 1000).astype(np.float32)
+    exact = points.astype(np.float64).mean(0)
+    np.testing.assert_allclose(jdam.PointCloud(points).mean, exact, rtol=3e-7)
+
+
+def derivative(function, x, direction, size=1e-5):
+    return (function(x + size * direction) - function(x - size * direction)) / (2 * size)
+
+
+@pytest.mark.parametrize("kind", ["all vary", "one is constant", "fewer than dimensions"])
+def test_derivatives_of_moments(rng, kind):
+    """In samples and along the simplex in weights, to second order, against differences."""
+    num = 3 if kind == "fewer than dimensions" else 7
+    samples, weights = rng.normal(size=(num, 4)), rng.dirichlet(np.ones(num))
+    if kind == "one is constant":
+        samples[:, 1] = 2.0
+    memory = jdam.store(gaussians(rng, 1, 4))
+
+    @jax.jit
+    def distance(samples, weights):
+        return jdam.divergences(memory, jdam.Gaussian.from_samples(samples, weights))[0]
+
+    slope = jax.jit(jax.grad(distance, argnums=(0, 1)))
+    along = rng.normal(size=samples.shape)
+    if kind == "one is constant":
+        along[:, 1] = 0  # where it would leave, the distance has a kink
+    shift = rng.normal(size=num)
+    shift = weights * (shift - weights @ shift)
+    by_samples, by_weights = slope(samples, weights)
+    assert np.isfinite(by_samples).all()
+    expected = derivative(lambda x: distance(x, weights), samples, along)
+    np.testing.assert_allclose((by_samples * along).sum(), expected, rtol=1e-6)
+    expected = derivative(lambda w: distance(samples, w), weights, shift)
+    np.testing.assert_allclose(by_weights @ shift, expected, rtol=1e-6)
+    curvature = jax.jvp(lambda x: slope(x, weights)[0], (samples,), (along,))[1]
+    assert np.isfinite(curvature).all()
+    if kind == "all vary":
+        expected = derivative(lambda x: np.asarray(slope(x, weights)[0]), samples, along)
+        np.testing.assert_allclose(curvature, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_derivative_in_a_weight_of_zero(rng):
+    samples, weights = rng.normal(size=(8, 3)), np.r_[0, 0, np.full(6, 1 / 6)]
+    memory, shift = jdam.store(gaussians(rng, 1, 3)), np.r_[1, 0, -1, np.zeros(5)]
+
+    def distance(weights):
+        return jdam.divergences(memory, jdam.Gaussian.from_samples(samples, weights))[0]
+
+    one_sided = [(distance(weights + h * shift) - distance(weights)) / h for h in (1e-6, 2e-6)]
+    expected = 2 * one_sided[0] - one_sided[1]
+    np.testing.assert_allclose(jax.grad(distance)(weights) @ shift, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("num", [2, 5])
+def test_derivatives_where_all_mass_is_on_one_sample(rng, num):
+    memory, samples = jdam.store(gaussians(rng, 1, 3)), rng.normal(size=(num, 3))
+
+    def distance(samples, weights):
+        return jdam.divergences(memory, jdam.Gaussian.from_samples(samples, weights))[0]
+
+    slopes = jax.grad(distance, argnums=(0, 1))(samples, np.eye(num)[0])
+    assert all(np.isfinite(slope).all() for slope in slopes)
+
+
+def test_derivative_of_a_variance_of_zero():
+    def total(variance):
+        return jdam.DiagonalGaussian.from_variance(np.ones(2), variance).scale.sum()
+
+    np.testing.assert_allclose(jax.grad(total)(np.array([0.0, 4.0])), [0, 0.25])
+
+
+@pytest.mark.parametrize("unit", [1e-22, 1e-12, 1.0, 1e12, 1e26, 1e30])
+def test_covariances_of_any_unit(unit):
+    covariance = (unit * np.array([[2.0, 1.0], [1.0, 3.0]])).astype(np.float32)
+    zero = np.zeros(2, np.float32)
+    found = jdam.Gaussian.from_covariance(zero, covariance).covariance
+    np.testing.assert_allclose(found, covariance, rtol=2e-6)
+    for wrong, message in (([[1, 0], [0, -1]], "semidefinite"), ([[1, 0.5], [0, 1]], "symmetric")):
+        with pytest.raises(ValueError, match=message):
+            jdam.Gaussian.from_covariance(zero, (unit * np.array(wrong)).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num"),
+    [("float16", 200), ("float16", 2000), ("bfloat16", 30), ("float32", 200_000), ("float64", 50)],
+)
+def test_sums_of_weights(rng, dtype, num):
+    """Good weights have a rounding of their own, and that of the sum they were divided by."""
+    points = jnp.zeros((num, 1), dtype)
+    drawn = rng.exponential(size=num)
+    in_dtype = jnp.asarray(drawn, dtype)
+    jdam.PointCloud(points, jnp.asarray(drawn / drawn.sum(), dtype))
+    jdam.PointCloud(points, in_dtype / in_dtype.sum())
+    jdam.PointCloud(points, jnp.full(num, 1 / num, dtype))
+    for total in (0.0, 0.5, 0.9, 1.1, 2.0):
+        with pytest.raises(ValueError, match="weights must sum to one"):
+            jdam.PointCloud(points, jnp.asarray(total * drawn / drawn.sum(), dtype))

@@ -228,3 +228,15 @@ def test_a_memory_is_a_frozen_pytree(memory):
     inside = jax.jit(lambda m: jdam.store(m.patterns).append(m.patterns))(memory)
     assert len(inside) == 10
     assert jnp.isfinite(inside.patterns.factor).all()
+
+
+def test_append_with_one_prior_for_all(rng, memory):
+    more = gaussians(rng, 2, 3)
+    assert memory.append(more, log_prior=0.0).log_prior.tolist() == [0] * 7
+    assert memory.append(more[0], log_prior=-1.0).log_prior.tolist() == [0] * 5 + [-1]
+
+
+def test_append_names_the_batch_it_wants(rng, memory):
+    batch = jax.tree.map(lambda leaf: leaf.reshape(2, 2, *leaf.shape[1:]), gaussians(rng, 4, 3))
+    with pytest.raises(ValueError, match=r"patterns must have batch shape \(N,\); got \(2, 2\)"):
+        memory.append(batch)

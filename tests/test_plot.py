@@ -58,7 +58,31 @@ def test_singular_gaussians_are_segments_and_points(ax):
     assert_allclose(segment @ [4.0, -3.0], 0, atol=1e-12)
     assert_allclose(np.linalg.norm(segment, axis=1).max(), 10)
     assert_allclose(point, 0, atol=1e-12)
+    (dot,) = ax.collections[1].get_offsets()  # an outline of no length would not be seen
+    assert_allclose(dot, 0, atol=1e-12)
+    assert_allclose(ax.collections[1].get_facecolor(), [mpl.colors.to_rgba("red")])
     assert ax.collections[0].get_facecolor().size == 0  # a colour is that of the line
+
+
+def test_units_are_as_long_on_both_axes(ax, rng):
+    jdam.plot.ellipses(DIAGONAL, ax=ax)
+    assert ax.get_aspect() == 1
+    ax.set_aspect("auto")
+    jdam.plot.cloud(clouds(rng), ax=ax)
+    assert ax.get_aspect() == 1
+
+
+@pytest.mark.parametrize(
+    ("memory", "labels"),
+    [
+        (line_memory(), ("mean", "standard deviation")),
+        (jdam.store(np.array([[0.0], [1.0]])), ("x", "energy")),
+        (jdam.store(np.eye(2)), ("x₁", "x₂")),
+    ],
+)
+def test_landscapes_say_what_their_axes_are(ax, memory, labels):
+    jdam.plot.landscape(memory, 2.0, ax=ax)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == labels
 
 
 def test_ellipses_draw_on_the_current_axes_in_the_next_colour(ax):

@@ -1,6 +1,9 @@
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jdam
@@ -24,8 +27,9 @@ def test_bad_traced_settings_are_reported(rng):
     for name in ("step_size", "tol"):
         run = jax.vmap(lambda x, name=name: jdam.recall(memory, query, 1.0, **{name: x}))
         result = run(np.array([good, *bad]))
-        assert (result.status[1:] == jdam.Status.NONFINITE).all()
-        assert result.status[0] != jdam.Status.NONFINITE
+        fine = 2 if name == "tol" else 1  # a tol of 0 takes all steps
+        assert (result.status[fine:] == jdam.Status.NONFINITE).all()
+        assert (result.status[:fine] != jdam.Status.NONFINITE).all()
         assert (result.num_steps >= 0).all()
 
 
@@ -100,7 +104,7 @@ def test_equal_norms_make_euclidean_a_dot_product(rng):
         ({"max_steps": 1.5}, TypeError, "max_steps must be an int; got 1.5"),
         ({"step_size": 0.0}, ValueError, "step_size must be finite and > 0; got 0"),
         ({"step_size": np.ones(2)}, ValueError, r"step_size must be a scalar; got shape \(2,\)"),
-        ({"tol": -1.0}, ValueError, "tol must be finite and > 0; got -1"),
+        ({"tol": -1.0}, ValueError, "tol must be finite and ≥ 0; got -1"),
         ({"tol": "small"}, TypeError, "tol must be a real number; got 'small'"),
         ({"search": "all"}, TypeError, "search must be one of jdam's, as jdam.Exhaustive"),
         ({"adjoint": None}, TypeError, "adjoint must be one of jdam's, as jdam.Unrolled"),
@@ -245,3 +249,103 @@ def test_batches_after_one_another(rng):
         jdam.recall_batch(memory, memory[0], 20.0)
     with pytest.raises(ValueError, match="batch_size must be ≥ 1; got 0"):
         jdam.recall_batch(memory, queries, 20.0, batch_size=0)
+
+
+class Stubborn(jdam.Euclidean):
+    """Steps that go uphill."""
+
+    attempts: ClassVar[int] = 3
+
+    def move(self, view, pull, step_size, attempt=0):
+        return view + (view - pull)
+
+
+def test_no_step_down_is_stalled_not_converged():
+    memory = jdam.store(np.array([[0.0, 0.0], [4.0, 0.0]]), Stubborn())
+    result = jdam.recall(memory, np.array([1.0, 1.0]), 1.0)
+    assert int(result.status) == jdam.Status.STALLED
+    assert float(result.residual) > 1
+    assert "STALLED" in repr(result)
+
+
+@pytest.mark.parametrize("kappa", [0.0, 1.0])
+def test_converged_means_the_residual_is_within_tol(rng, kappa):
+    patterns = jdam.PointCloud(rng.normal(size=(3, 8, 2)).astype(np.float32))
+    memory = jdam.store(patterns, jdam.Sinkhorn(0.05, hellinger_scale=kappa))
+    for tol in (1e-5, 1e-2):
+        run = lambda q, tol=tol: jdam.recall(memory, q, 50.0, max_steps=30, tol=tol)  # noqa: E731
+        result = jax.vmap(run)(near(rng, patterns, 0.2))
+        at_rest = np.asarray(result.status) <= jdam.Status.MIXTURE
+        within = np.asarray(result.residual) <= tol
+        assert not (at_rest & ~within).any()
+        unclear = np.isin(result.status, [jdam.Status.MAX_STEPS, jdam.Status.STALLED])
+        assert not (unclear & within).any()
+
+
+def test_a_mixture_is_told_whatever_the_status():
+    memory = jdam.store(np.array([[-1.0], [0.0], [1.0]]))
+    result = jdam.recall(memory, np.array([0.9]), 0.1, max_steps=1, tol=1e-12)
+    assert int(result.status) == jdam.Status.MAX_STEPS
+    assert bool(result.mixture)
+    assert "MAX_STEPS, MIXTURE" in repr(result)
+    assert not bool(jdam.recall(memory, np.array([0.9]), 10.0).mixture)
+
+
+def test_tolerance_zero_takes_all_steps(rng):
+    memory = jdam.store(vectors(rng, 4, 2))
+    for query in (memory[0], memory[0] + 0.1):
+        result = jdam.recall(memory, query, 50.0, max_steps=40, tol=0)
+        assert int(result.num_steps) == 40
+        batch = jdam.recall_batch(memory, query[None], 50.0, max_steps=40, tol=0.0)
+        assert batch.num_steps.tolist() == [40]
+
+
+def test_a_prior_of_nan_inside_jit_is_reported(rng):
+    patterns = vectors(rng, 4, 2)
+    for search in (jdam.Exhaustive(), jdam.Certified(2)):
+        recall = jax.jit(
+            lambda prior, search=search: jdam.recall(
+                jdam.store(patterns, log_prior=prior), patterns[0], 1.0, search=search
+            )
+        )
+        assert int(recall(np.zeros(4)).status) != jdam.Status.NONFINITE
+        for k in range(4):
+            assert int(recall(np.where(np.arange(4) == k, np.nan, 0)).status) == 5
+
+
+def test_no_queries(rng):
+    memory = jdam.store(gaussians(rng, 4, 2))
+    none = memory[:0]
+    result = jdam.recall_batch(memory, none, 1.0)
+    assert result.energy.shape == (0,)
+    assert result.measure.factor.shape == (0, 2, 2)
+    assert len(memory.append(none)) == 4
+    with pytest.raises(ValueError, match="queries must hold at least one"):
+        jdam.fit(memory, 1.0, none, none, optax.sgd(0.1), num_steps=1)
+
+
+def test_help_tells_members_and_fields():
+    for name in jdam.Status.__members__:
+        assert f"{name}:" in jdam.Status.__doc__
+    for field in (*jdam.Recall.__dataclass_fields__, "mixture"):
+        assert f"{field}:" in jdam.Recall.__doc__
+
+
+class Flattened(jdam.LogSumExp):
+    """The same energy, other weights."""
+
+    def weights(self, divergences, log_prior, beta):
+        return super().weights(divergences, log_prior, beta / 4)
+
+
+def test_a_subclass_of_a_separation_weighs_for_itself(rng):
+    memory = jdam.store(vectors(rng, 6, 2))
+    query, separation = memory[0] + 0.2, Flattened()
+    weights = jdam.gibbs_weights(memory, query, 2.0, separation=separation)
+    np.testing.assert_allclose(weights, jdam.gibbs_weights(memory, query, 0.5), rtol=1e-12)
+    stepped = jdam.step(memory, query, 2.0, separation=separation)
+    np.testing.assert_allclose(stepped, weights @ memory.patterns, rtol=1e-12)
+    recalled = jdam.recall(memory, query, 2.0, max_steps=1, separation=separation)
+    np.testing.assert_allclose(recalled.measure, stepped, rtol=1e-12)
+    with pytest.raises(ValueError, match="needs separation=LogSumExp"):
+        jdam.recall(memory, query, 2.0, search=jdam.Certified(), separation=separation)

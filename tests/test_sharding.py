@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jdam
@@ -53,3 +55,12 @@ def test_one_device(rng):
         jdam.shard(memory, [mesh], "patterns")
     with pytest.raises(TypeError, match="memory must be a jdam.Memory; got Gaussian"):
         jdam.shard(memory.patterns, mesh, "patterns")
+
+
+def test_indexing_does_not_show_the_filling(rng):
+    memory = jdam.store(gaussians(rng, 5, 2))
+    mesh = jax.make_mesh((1,), ("patterns",))
+    sharded = jdam.shard(memory, mesh, "patterns")
+    filled = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf[:1]]), sharded.patterns)
+    sharded = eqx.tree_at(lambda m: m.patterns, sharded, filled)
+    assert len(sharded[:]) == len(list(sharded)) == len(sharded) == 5

@@ -8,6 +8,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._batching import map_in_chunks
+from jdam._derivatives import full_precision
 from jdam._lapack import cholesky, full_svd, singular_values, solve_lower, svd
 from jdam.geometry.euclidean import (
     VECTOR_TILE,
@@ -200,6 +201,7 @@ def _aligned_gap(
 
 
 @_aligned_gap.defjvp
+@full_precision
 def _aligned_gap_jvp(primals, tangents):
     factor, factors, rotations = primals
     dfactor, dfactors, _ = tangents

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jdam import _checks
 from jdam._batching import map_in_chunks
-from jdam._derivatives import moves
+from jdam._derivatives import full_precision, moves
 from jdam._lapack import full_svd, svd
 from jdam.geometry.bures import Gaussians, principal
 from jdam.geometry.euclidean import squared_distances
@@ -218,6 +218,7 @@ def _gap(
 
 
 @partial(_gap.defjvp, symbolic_zeros=True)
+@full_precision
 def _gap_jvp(primals: tuple, tangents: tuple) -> Any:
     """By the envelope theorem dΣφ(σ(K)) = 2⟨R, dK⟩."""
     factor, factors, shrunk, found, _ = primals
@@ -242,6 +243,7 @@ def _scalar_gap(first: Array, second: Array) -> Array:
 
 
 @_scalar_gap.defjvp
+@full_precision
 def _scalar_gap_jvp(primals, tangents):
     (first, second), (dfirst, dsecond) = primals, tangents
     shrunk = shrink(first * second)

@@ -151,6 +151,11 @@ def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
         raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
 
 
+def any_of(measures: AnyMeasure) -> AnyMeasure:
+    """A single measure of the shape of those of a batch, which may be empty, for checks of it."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), measures)
+
+
 def batch_size(patterns: AnyMeasure) -> int:
     """The length of the leading axis that all leaves share."""
     return jax.tree.leaves(patterns)[0].shape[0]

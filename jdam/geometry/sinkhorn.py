@@ -28,6 +28,8 @@ from jdam.measures import PointCloud
 #: How much more cautious each further attempt at a weight step is, and how many there are
 #: before the support step is shortened too.
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
+#: In units of √ε, how far out padding may count where it lies.
+FARTHEST = 100.0
 #: By what factors a step is shortened whose reweighting would not be linear.
 SHORTENING = 2.0
 
@@ -106,7 +108,7 @@ class Sinkhorn(Geometry):
 
     def prepare(self, patterns):
         centre = jax.lax.stop_gradient(patterns.mean)
-        centred = patterns.points - centre[:, None]
+        centred = self._about(centre, patterns)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
         offset = jnp.vecmat(patterns.weights, centred)
         return Prepared(centre, *jax.lax.stop_gradient((offset, known)))
@@ -116,7 +118,7 @@ class Sinkhorn(Geometry):
 
     def view(self, query):
         centre = jax.lax.stop_gradient(query.mean)
-        centred = query.points - centre[None]
+        centred = self._about(centre, query)
         known = self._couple_with_itself(centred, query.weights)
         answer = respond(known.potential, centred, query.weights, centred, self.epsilon)
         return View(query, centre, centred, known, answer.barycentre)
@@ -124,7 +126,7 @@ class Sinkhorn(Geometry):
     def compare(self, view, patterns, prepared, guess, exact):
         query = view.query
         centres = jax.lax.stop_gradient(prepared.centre)
-        centred = patterns.points - centres[:, None]
+        centred = self._about(centres, patterns)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights, prepared.known)
         one = partial(couple, self._solver)
         found = jax.vmap(one, (None, None, 0, 0, None, 0))(
@@ -168,7 +170,7 @@ class Sinkhorn(Geometry):
             query = view.centred, view.query.weights
             return value(*query, points, weights, self.epsilon, potential)
 
-        centred = patterns.points - prepared.centre[:, None]
+        centred = self._about(prepared.centre, patterns)
         clouds = centred, patterns.weights, prepared.known.potential
         at_once = max(1, 2**20 // (view.query.num_atoms * patterns.num_atoms))
         duals = map_in_chunks(dual, at_once, clouds)
@@ -205,10 +207,10 @@ class Sinkhorn(Geometry):
         """
         factors = SHORTENING ** -jnp.arange(16, dtype=step_size.dtype)
         rates = step_size * self.hellinger_scale * factors
-        centred = variation - jnp.vdot(weights, variation)
-        variance = jnp.vdot(weights, centred**2)
-        tilts = log(weights)[None] - rates[:, None] * centred[None]
-        linear = jax.nn.logsumexp(tilts, axis=1) >= rates**2 * variance / 4
+        # sF is a number; F and s alone have units, in which their squares may be out of range.
+        tilts = rates[:, None] * (variation - jnp.vdot(weights, variation))[None]
+        gains = jax.nn.logsumexp(log(weights)[None] - tilts, axis=1)
+        linear = gains >= jnp.square(tilts) @ weights / 4
         return factors[jnp.argmax(linear)]
 
     def surely_descends(self, view, pull, step_size, moved):
@@ -233,13 +235,15 @@ class Sinkhorn(Geometry):
         weights = view.query.weights
         speed = jnp.vdot(weights, jnp.vecdot(pull.velocity, pull.velocity))
         centred = pull.variation - jnp.vdot(weights, pull.variation)
-        return safe_sqrt(speed + self.hellinger_scale * jnp.vdot(weights, centred**2))
+        # √κ F is a velocity; F² may be out of range.
+        reaction = safe_sqrt(self.hellinger_scale) * centred
+        return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
 
     def scale(self, patterns):
         """The root mean square distance of atoms to the mean of all, and a share of their
         distance to the origin, where coordinates round."""
         mean = patterns.mean.mean(0)
-        centred = patterns.points - mean[None, None]
+        centred = _without_padding(patterns.points - mean[None, None], patterns.weights)
         spread = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)).mean()
         eps = float(jnp.finfo(patterns.dtype).eps)
         return jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
@@ -247,7 +251,7 @@ class Sinkhorn(Geometry):
     def resolution(self, patterns):
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
         eps = float(jnp.finfo(patterns.dtype).eps)
-        centred = patterns.points - patterns.mean[:, None]
+        centred = _without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
         return max(eps, self._tol**2) * variances.mean() / 2
 
@@ -273,6 +277,17 @@ class Sinkhorn(Geometry):
     @property
     def _solver(self) -> Solver:
         return Solver(self._tol, self.max_iterations, self.solver)
+
+    def _about(self, centre: Array, cloud: PointCloud) -> Float[Array, "*batch n d"]:
+        """Atoms about a centre. Padding that lies far outside, where its costs would be out of
+        range or would leave no digits, counts as a nearer atom in the same direction."""
+        centred = cloud.points - centre[..., None, :]
+        largest = jnp.abs(centred).max(-1, keepdims=True)
+        held = jnp.where(cloud.weights[..., None] > 0, largest, 0).max(-2, keepdims=True)
+        reach = 3 * held + FARTHEST * jnp.sqrt(self.epsilon)
+        far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
+        nearer = centred * (reach / jnp.where(far, largest, 1))
+        return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
 
     def _couple_with_itself(self, points, weights, known=None):
         return couple_with_itself(self._solver, points, weights, self.epsilon, known)
@@ -301,6 +316,11 @@ class Pull(NamedTuple):
 
     velocity: Float[Array, "n d"]  # Tᵢ(xⱼ) − T₀(xⱼ)
     variation: Float[Array, " n"]  # fᵢ(xⱼ) − h(xⱼ), up to a constant
+
+
+def _without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
+    """The points, 0 where a weight is 0: the square of a distance to padding may be infinite."""
+    return jnp.where(weights[..., None] > 0, points, 0)
 
 
 def _shown(value: Array) -> str:

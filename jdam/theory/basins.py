@@ -257,9 +257,7 @@ def _minimum_beta(memory: Memory, error: Float[Array, ""]) -> Float[Array, ""]:
         def good(b: Array) -> Array:
             if not memory.geometry.is_squared_metric:
                 return _minimiser_radius(few, b) <= error
-            # Near the radius at which the step bound is smallest in units of it.
-            s = jnp.minimum(error, 1 / (2 * b * jnp.maximum(few.distance.min(), _tiny(b))))
-            return step_bound(few, s, b) <= s
+            return stable_radii(few, b)[0] <= error
 
         return _least_beta(few, good) / scale
 
@@ -326,10 +324,12 @@ def _least_beta(others: Around, good: Callable[[Array], Array]) -> Float[Array, 
     distance = others.distance.min()
     alone, twice = distance == jnp.inf, distance == 0
     unit = 1 / jnp.where(alone | twice, 1, distance) ** 2
-    logs = jnp.log(jnp.asarray([1e-4, 1e5], unit.dtype))
-    bad, found = _halve(lambda x: ~good(unit * jnp.exp(x)), *logs)
-    del bad
-    reached = good(unit * jnp.exp(found)) & ~twice
+    # b d² has to outweigh the prior too.
+    most = 1e5 + 2 * jnp.maximum(others.log_odds.max(), 0)
+    low, high = jnp.log(jnp.full_like(most, 1e-4)), jnp.log(most)
+    _, found = _halve(lambda x: ~good(unit * jnp.exp(x)), low, high)
+    # Not asked again: compiled elsewhere, a comparison this close may come out the other way.
+    reached = (found < high) & ~twice
     return jnp.where(alone, 0, jnp.where(reached, unit * jnp.exp(found), jnp.inf))
 
 
@@ -365,10 +365,6 @@ def _product(x: Float[Array, " K"], y: Float[Array, " K"]) -> Float[Array, " K"]
 def _log(d: Float[Array, " K"]) -> Float[Array, " K"]:
     on = (d > 0) & (d < jnp.inf)
     return jnp.where(on, jnp.log(jnp.where(on, d, 1)), jnp.where(d == 0, -jnp.inf, 0))
-
-
-def _tiny(x: Array) -> float:
-    return float(jnp.finfo(x.dtype).tiny) ** 0.5
 
 
 # ------------------------------------------------------------------ arguments

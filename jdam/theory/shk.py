@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from jdam import _checks
 from jdam._compile import compiled, working_dtype
+from jdam._lapack import eigenvalues
 from jdam.energy import inverse_temperature
 from jdam.entropic import respond
 from jdam.geometry import Sinkhorn
@@ -116,8 +117,8 @@ def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
     along = jnp.diag(free) - jnp.outer(mass, mass)
     inside = along @ ((hessian + hessian.T) / 2) @ along
     outside = jnp.eye(free.size, dtype=memory.dtype) - along
-    most = jnp.linalg.eigvalsh(inside)[-1]
-    return jnp.linalg.eigvalsh(inside + most * outside)[0], most
+    most = eigenvalues(inside)[-1]
+    return eigenvalues(inside + most * outside)[0], most
 
 
 def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
@@ -145,7 +146,7 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         centred = cloud.points - prepared.centre[None]
         plan = respond(prepared.known.potential, centred, cloud.weights, centred, epsilon)
         root = jnp.sqrt(cloud.weights)
-        values = jnp.linalg.eigvalsh(root[:, None] * plan.density * root[None])
+        values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)
         return epsilon * second / ((1 - second) * (1 + second))
 

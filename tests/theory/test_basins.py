@@ -229,6 +229,25 @@ def test_minimum_beta(rng, kind):
         assert np.sqrt(ends).max() <= error
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_temperatures_are_finite_and_fall_with_the_error(dtype):
+    """Of distinct patterns, however close to rounding the bisection ends."""
+    errors = np.geomspace(0.01, 0.5, 12).astype(dtype)
+    minimum = jax.jit(theory.minimum_beta)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        patterns = (3 * rng.normal(size=(6, 3))).astype(dtype)
+        prior = np.array([0, -200, 3, 0, 500, -np.inf], dtype)
+        for log_prior in (None, prior):
+            memory = jdam.store(patterns, log_prior=log_prior)
+            on = slice(None) if log_prior is None else prior > -np.inf
+            betas = np.array([minimum(memory, e) for e in errors])
+            if log_prior is None:
+                assert np.isfinite(betas).all()
+            assert (np.diff(betas) <= 0).all() | np.isinf(betas).all()
+            assert np.isfinite(np.asarray(theory.transition_beta(memory))[on]).all()
+
+
 def test_twins_alone_and_beyond(rng):
     twins = jdam.store(np.ones((2, 3)))
     assert np.isinf(theory.minimum_beta(twins, 0.1))
