@@ -67,7 +67,8 @@ def _dots(ax: "Axes", outlines: np.ndarray, colour: Any) -> None:
     points = np.flatnonzero(np.ptp(outlines, axis=1).max(-1) == 0)
     if points.size:
         colours = to_rgba_array(colour)
-        ax.scatter(*outlines[points, 0].T, s=16, c=colours[points % len(colours)], zorder=2)
+        xs, ys = outlines[points, 0].T
+        ax.scatter(xs, ys, s=16, c=colours[points % len(colours)], zorder=2)
 
 
 def cloud(
