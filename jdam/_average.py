@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdam._batching import compute_if
+from jdam._derivatives import ITERATED, full_precision, jvp
 from jdam._layout import Layout, first_index, gathered, lowest, own, total
 from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison, batch_size
 from jdam.memory import Memory
@@ -62,12 +63,13 @@ def gibbs_average(
 ) -> GibbsAverage:
     """The energy and the weighted average of the pulls: from approximate divergences where they
     are good enough, from exact ones if not."""
+    settings = Settings(separation, block_size, with_pull)
     if type(separation) is not LogSumExp:  # a subclass may weigh otherwise
-        return _average_in_two(memory, query, beta, guess, block_size, with_pull, separation)
+        return _average(settings, memory, query, beta, guess)
 
     def average(query: AnyMeasure, args: tuple[Memory, Array, Any], *, exact: bool) -> GibbsAverage:
         memory, beta, guess = args
-        return _average(memory, query, beta, guess, block_size, with_pull, exact)
+        return _average(settings._replace(exact=exact), memory, query, beta, guess)
 
     doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
     args = (memory, beta, guess)
@@ -78,16 +80,38 @@ def gibbs_average(
     return compute_if(doubtful, partial(average, exact=True), approximate, query, args)
 
 
+class Settings(NamedTuple):
+    """What of an average is not traced."""
+
+    separation: Separation
+    block_size: int | None
+    with_pull: bool
+    exact: bool = True
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _average(
-    memory: Memory,
-    query: AnyMeasure,
-    beta: Float[Array, ""],
-    guess: Any,
-    block_size: int | None,
-    with_pull: bool,
-    exact: bool,
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
+) -> GibbsAverage:
+    in_one = type(settings.separation) is LogSumExp
+    return (_average_in_one if in_one else _average_in_two)(settings, memory, query, beta, guess)
+
+
+@partial(_average.defjvp, symbolic_zeros=True)
+@full_precision
+def _average_jvp(settings: Settings, primals: tuple, tangents: tuple) -> Any:
+    # Derivatives of a block hold more than its comparisons, and tiles of queries end here.
+    memory, *_ = primals
+    most = memory.geometry.derivatives_at_once(memory.patterns)
+    size = most if settings.block_size is None else min(most, settings.block_size)
+    return jvp(partial(_average.fun, settings._replace(block_size=size)), primals, tangents)
+
+
+def _average_in_one(
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> GibbsAverage:
     """The average by `LogSumExp`, accumulated over blocks of patterns."""
+    _, block_size, with_pull, exact = settings
     view = memory.geometry.view(query)
 
     def look(running: Running, block: Block) -> tuple[Running, Any]:
@@ -167,16 +191,11 @@ def conclude(view: AnyView, end: Running, beta: Array, guess: Any) -> GibbsAvera
 
 
 def _average_in_two(
-    memory: Memory,
-    query: AnyMeasure,
-    beta: Float[Array, ""],
-    guess: Any,
-    block_size: int | None,
-    with_pull: bool,
-    separation: Separation,
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> GibbsAverage:
     """The average by weights that are known only when all divergences are: a pass over the
     patterns for these, and one for the pulls, unless one block is all."""
+    separation, block_size, with_pull, _ = settings
     view = memory.geometry.view(query)
 
     def compare(block: Block) -> Comparison:
@@ -293,8 +312,10 @@ def cut_into_blocks(memory: Memory, block_size: int | None = None, guess: Any = 
 
 
 def over_blocks(look: Callable[..., Any], start: Any, blocks: Any) -> tuple[Any, Any]:
-    """`lax.scan` over blocks, whose derivative looks again instead of remembering."""
+    """`lax.scan` over blocks, whose derivative looks again instead of remembering, but for what
+    took iterations to find."""
     if batch_size(blocks) == 1:
         carry, found = look(start, jax.tree.map(lambda leaf: leaf[0], blocks))
         return carry, jax.tree.map(lambda leaf: leaf[None], found)
-    return jax.lax.scan(jax.checkpoint(look, prevent_cse=False), start, blocks)
+    policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
+    return jax.lax.scan(jax.checkpoint(look, prevent_cse=False, policy=policy), start, blocks)

@@ -26,17 +26,24 @@ def compiled(
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             dtype = float_dtype(first)
             inside = working_dtype(dtype)
-            call = functools.partial(function, **kwargs)
-            if is_whole(first):
-                call = functools.partial(on_parts, call)
+
+            def call(first: Any, *args: Any) -> Any:
+                return function(_trusted(first), *args, **kwargs)
+
+            run_on = functools.partial(on_parts, call) if is_whole(first) else call
             if inside == dtype:
-                return call(first, *args)
-            result = call(*_cast((first, *args), inside))
+                return run_on(first, *args)
+            result = run_on(*_cast((first, *args), inside))
             return _cast(result, dtype) if rounded else result
 
         return run
 
     return decorate
+
+
+def _trusted(first: Any) -> Any:
+    """Of a memory, what may be used."""
+    return first.trusted() if hasattr(first, "trusted") else first
 
 
 def float_dtype(tree: Any) -> jnp.dtype:

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
+#: The name of what is kept rather than found again in the reverse of a scan over blocks.
+ITERATED = "iterated"
+
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with matrix products as precise as its numbers, where accelerators would take

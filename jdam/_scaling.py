@@ -18,6 +18,9 @@ FIRST_BURST, LATER_BURST = 40, 10
 SOME = 4
 #: An error of the marginal beyond which ε is annealed, and the ratio of its ladder.
 POOR, DESCENT = 0.01, 2.5
+#: A tolerance of the marginal below which potentials are wanted to many digits too: up to a
+#: Newton step of so many ε.
+TIGHT, SETTLED = 1e-9, 1e-8
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
 LARGE = 80.0
 
@@ -67,11 +70,16 @@ def log(weights: Float[Array, " n"]) -> Float[Array, " n"]:
 
 
 def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:
-    """−log Σₖ wₖ exp(lⱼₖ), with its derivative in weights of zero too."""
+    """−log(Σₖ wₖ exp(lⱼₖ) / Σₖ wₖ), with its derivative in weights of zero too, and with all digits
+    where logits are small."""
     top = jnp.where(weights > 0, logits, -jnp.inf).max(1, keepdims=True)
     top = jax.lax.stop_gradient(top)
-    total = jnp.sum(weights * jnp.exp(jnp.minimum(logits - top, LARGE)), axis=1)
-    return -(top[:, 0] + jnp.log(total))
+    depth = jnp.minimum(logits - top, LARGE)
+    less = jnp.sum(weights * jnp.expm1(depth), axis=1) / weights.sum()
+    small = less > -0.5
+    total = jnp.sum(weights * jnp.exp(depth), axis=1) / weights.sum()
+    near = jnp.log1p(jnp.where(small, less, 0))
+    return -(top[:, 0] + jnp.where(small, near, jnp.log(jnp.where(small, 1, total))))
 
 
 def density_of(cost: Array, epsilon: Array, f: Array, g: Array) -> Float[Array, "n m"]:
@@ -94,6 +102,7 @@ class State(NamedTuple):
     barycentre: Float[Array, "n d"]
     error: Float[Array, ""]
     iterations: Int[Array, ""]
+    newton: Float[Array, ""]  # the length of the last Newton step in units of ε; ∞ before the first
 
 
 # ------------------------------------------------------------------ two clouds
@@ -114,7 +123,10 @@ def some_iterations(solver: Solver, problem: tuple) -> Float[Array, " m"]:
 
 
 def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:
-    return state.error > solver.tol
+    """Whether the marginal is wrong, or, where it is to be right to many digits, the potentials
+    may be: of plans that are nearly permutations, marginals say little of potentials."""
+    wrong = state.error > solver.tol
+    return wrong | (state.newton > SETTLED) if solver.tol < TIGHT else wrong
 
 
 @partial(jax.jit, static_argnums=0)
@@ -122,7 +134,7 @@ def finish(solver: Solver, problem: tuple, first: State) -> State:
     """Rounds of a Newton step and a few scaling iterations, each on a fresh kernel. Where the
     first burst was far off, they come down a ladder of larger ε."""
     x, a, y, b, epsilon, _ = problem
-    size = _half_square(x, a).max() + _half_square(y, b).max()
+    size = half_square(x, a).max() + half_square(y, b).max()
     top = jnp.where(first.error < POOR, 1, jnp.maximum(size / epsilon, 1))
 
     def pending(carry: tuple[Array, State]) -> Array:
@@ -135,14 +147,21 @@ def finish(solver: Solver, problem: tuple, first: State) -> State:
         level, last = carry
         burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
         state = _round(solver, (x, a, y, b), level * epsilon, last.g, burst, newton=True)
+        # Steps that no longer become shorter are all rounding.
+        solved = (level == 1) & (last.error <= solver.tol)
+        rounding = solved & (state.newton > last.newton / 2)
+        worse = solved & (state.error > solver.tol)
         level = jnp.where(state.error < POOR, jnp.maximum(level / DESCENT, 1), level)
-        return level, state._replace(iterations=last.iterations + jnp.maximum(state.iterations, 1))
+        iterations = last.iterations + jnp.maximum(state.iterations, 1)
+        state = jax.tree.map(lambda new, old: jnp.where(worse, old, new), state, last)
+        newton = jnp.where(rounding | worse, 0, state.newton)
+        return level, state._replace(iterations=iterations, newton=newton)
 
     level, state = jax.lax.while_loop(pending, turn, (top, first))
     return state._replace(error=jnp.where(level > 1, jnp.inf, state.error))
 
 
-def _half_square(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[Array, " n"]:
+def half_square(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[Array, " n"]:
     return jnp.where(weights > 0, jnp.vecdot(x, x) / 2, 0)
 
 
@@ -173,8 +192,9 @@ def _round(
         return jnp.abs(jnp.where(on, plan.columns * plan.v - b, 0)).sum()
 
     plan, iterations = complete(jnp.ones_like(b)), jnp.array(0, jnp.int32)
+    size = jnp.full_like(epsilon, jnp.inf)
     if newton:
-        step, iterations = _newton_direction(kernel, a, b, plan)
+        step, iterations = _newton_direction(solver, kernel, a, b, plan)
         # J is self-concordant with respect to the oscillation: this length always ascends.
         step = step - step.max()  # a constant changes nothing, and may be large
         size = -step.min()
@@ -198,10 +218,13 @@ def _round(
         barycentre=plan.u[:, None] * (kernel @ (plan.v[:, None] * y)),
         error=error,
         iterations=iterations + count,
+        newton=size,
     )
 
 
-def _newton_direction(kernel: Array, a: Array, b: Array, plan: _Plan) -> tuple[Array, Array]:
+def _newton_direction(
+    solver: Solver, kernel: Array, a: Array, b: Array, plan: _Plan
+) -> tuple[Array, Array]:
     """δ with (diag(c) − Eᵀdiag(a)E) δ = b − c, E the plan's rows and c its columns: the Newton
     direction of the semi-dual objective, in units of ε. The plan must have v = 1."""
     weight = a * plan.u**2
@@ -211,7 +234,11 @@ def _newton_direction(kernel: Array, a: Array, b: Array, plan: _Plan) -> tuple[A
 
     gradient = jnp.where(b > 0, b - plan.columns, 0)
     # Precise enough for superlinear convergence, and no more.
-    precision = jnp.minimum(0.1, jnp.abs(gradient).sum())
+    error = jnp.abs(gradient).sum()
+    precision = jnp.minimum(0.1, error)
+    if solver.tol < TIGHT:
+        # Where little is left to mend it is left in the directions that residuals show least.
+        precision = jnp.where(error > TIGHT, precision, 1e-9)
     return conjugate_gradients(hessian, gradient, plan.columns, precision, 100)
 
 
@@ -281,7 +308,9 @@ def solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoupl
 
     start = (jnp.array(0, jnp.int32), jnp.ones_like(a), kernel @ a)
     _, u, sums = jax.lax.while_loop(unfinished, average, start)
-    extended = soft_minimum(jnp.log(u)[None] - cost, a[None])
-    h = epsilon * jnp.where(a > 0, jnp.log(u), extended)
-    cost = 2 * jnp.vdot(h, a) - epsilon * (jnp.vdot(a, u * sums) - 1)
-    return SelfCoupling(cost, h, missed(u, sums))
+    error = missed(u, sums)
+    # Where ε is large log u is all rounding, but not the answer to it, up to a constant.
+    h = jnp.where(a > 0, jnp.log(u), 0)
+    answer = soft_minimum(h[None] - cost, a[None])
+    value = jnp.vdot(a, h + answer)
+    return SelfCoupling(epsilon * value, epsilon * (answer + jnp.vdot(a, h - answer) / 2), error)

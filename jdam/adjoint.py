@@ -13,7 +13,7 @@ from jax.scipy.sparse.linalg import gmres
 
 from jdam._batching import advance_where
 from jdam._derivatives import full_precision
-from jdam.geometry.protocol import AnyMeasure
+from jdam.geometry.protocol import AnyMeasure, norm
 
 
 class Loop(NamedTuple):
@@ -104,22 +104,34 @@ class Implicit(Adjoint):
 
         def solve(matvec: Any, right: AnyMeasure) -> AnyMeasure:
             eps = float(jnp.finfo(jax.tree.leaves(right)[0].dtype).eps)
-            size = sum(leaf.size for leaf in jax.tree.leaves(right))
-            tol = eps**0.7 if self.tol is None else self.tol
-            # Users may have set JAX to be stricter than its own solver is.
-            with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-                return gmres(
-                    matvec,
-                    right,
-                    tol=tol,
-                    restart=min(32, size),
-                    maxiter=32,
-                    solve_method="incremental",
-                )[0]
+            return _gmres(matvec, right, eps**0.7 if self.tol is None else self.tol)
 
         right = jax.tree.map(jnp.subtract, direct, residual(start))
         found = jax.lax.custom_linear_solve(regular, right, solve, transpose_solve=solve)
         return jax.tree.map(jnp.add, start, found)
+
+
+def _gmres(matvec: Any, right: AnyMeasure, tol: float) -> AnyMeasure:
+    """The solution of a linear system to a relative residual `tol`, or as near as some cycles of
+    32 iterations come, each of which has to halve the residual."""
+    size = min(32, sum(leaf.size for leaf in jax.tree.leaves(right)))
+
+    def turn(carry: tuple) -> tuple:
+        count, solution, last, _ = carry
+        # Users may have set JAX to be stricter than its own solver is.
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            cycle = {"restart": size, "maxiter": 1, "solve_method": "incremental"}
+            solution, _ = gmres(matvec, right, solution, tol=tol, **cycle)
+        left = norm(jax.tree.map(jnp.subtract, right, matvec(solution)))
+        return count + 1, solution, left, last
+
+    def unfinished(carry: tuple) -> Array:
+        count, _, left, last = carry
+        return (left > tol * norm(right)) & (left < last / 2) & (count < 32)
+
+    size_of_right, nothing = norm(right), jax.tree.map(jnp.zeros_like, right)
+    start = (jnp.array(0, jnp.int32), nothing, size_of_right, jnp.full_like(size_of_right, jnp.inf))
+    return jax.lax.while_loop(unfinished, turn, start)[1]
 
 
 @dataclass(frozen=True)

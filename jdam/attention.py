@@ -1,6 +1,6 @@
 """Attention whose keys are measures: hetero-association."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -84,7 +84,7 @@ def _barycentre(
     start = jax.tree.map(lambda leaf: leaf[heaviest], values.patterns)
     on = weights != 0
     log_prior = jnp.where(on, jnp.log(jnp.where(on, weights, 1)), -jnp.inf)
-    held = Memory(values.patterns, values.geometry, log_prior, values.prepared)
+    held = replace(values, log_prior=log_prior)
     return recall(held, start, 1.0, max_steps=num_steps, separation=_Given()).measure
 
 

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from jdam._batching import in_chunks
-from jdam._derivatives import full_precision, jvp, moves, vdot
+from jdam._batching import compute_if, in_chunks
+from jdam._derivatives import ITERATED, full_precision, jvp, moves, vdot
 from jdam._scaling import (
     SelfCoupling,
     Solver,
@@ -28,6 +29,7 @@ from jdam._scaling import (
     density_of,
     finish,
     first_burst,
+    half_square,
     half_squared_distances,
     log,
     soft_minimum,
@@ -64,7 +66,7 @@ def couple(
     """The optimal coupling, from a `guess` of g on. Pairs of a vmapped batch are solved a few
     at a time, each to its own convergence."""
     # Sums of weights may differ by the rounding of another dtype, more than the tolerance.
-    b = b * (a.sum() / b.sum())
+    a, b = a / a.sum(), b / b.sum()
     problem = (x, a, y, b, epsilon, guess)
     pairs = _pairs_at_once(x.shape[0] * y.shape[0])
     if solver.method == "ott":
@@ -72,6 +74,7 @@ def couple(
     else:
         start, check, end = (partial(f, solver) for f in (first_burst, unsolved, finish))
         state = in_chunks(start, pairs, problem, unfinished=check, finish=end)
+    state = in_chunks(_sharpened, pairs, (problem, state))
     cost = jnp.vdot(state.f, a) + jnp.vdot(jnp.where(b > 0, state.g, 0), b)
     return Coupling(cost, state.f, state.g, state.barycentre, state.error)
 
@@ -162,7 +165,7 @@ def _respond_in_chunks_jvp(primals: tuple, tangents: tuple) -> Any:
 @partial(couple.defjvp, symbolic_zeros=True)
 @full_precision
 def _couple_jvp(solver: Solver, primals: tuple, tangents: tuple) -> tuple[Coupling, Coupling]:
-    solved = couple(solver, *primals)
+    solved = checkpoint_name(couple(solver, *primals), ITERATED)
     problem, dproblem = primals[:-1], tangents[:-1]  # the guess changes nothing
 
     def answer(g: Array, x: Array, a: Array, y: Array, b: Array, epsilon: Array) -> tuple:
@@ -207,6 +210,27 @@ def _dcost(f: Array, barycentre: Array, cost: Array, problem: tuple, dproblem: t
     return total
 
 
+def _sharpened(args: tuple[tuple, State]) -> State:
+    """The same with potentials that keep their digits where ε is larger than all costs, so that
+    logarithms of scalings have none."""
+    problem, state = args
+    x, a, y, b, epsilon, _ = problem
+    large = epsilon > half_square(x, a).max() + half_square(y, b).max()
+
+    def answers(state: State, problem: tuple) -> State:
+        x, a, y, b, epsilon, _ = problem
+        cost = half_squared_distances(x, y)
+        f, g = state.f, jnp.where(b > 0, state.g, 0)
+        g = (g - jnp.vdot(b, g)) / epsilon  # a constant, free to choose, may be large
+        for _ in range(2):  # what one leaves of the rounding is a constant
+            f = soft_minimum(g[None] - cost / epsilon, b[None])
+            g = soft_minimum(f[None] - cost.T / epsilon, a[None])
+        f = soft_minimum(g[None] - cost / epsilon, b[None])
+        return state._replace(f=epsilon * f, g=epsilon * g)
+
+    return compute_if(large, answers, state, state, problem)
+
+
 def _solve_by_ott(solver: Solver, problem: tuple) -> State:
     """The same by ott-jax's Sinkhorn solver, on ½|x−y|² from differences."""
     with warnings.catch_warnings():
@@ -223,7 +247,8 @@ def _solve_by_ott(solver: Solver, problem: tuple) -> State:
     g = found.g - epsilon * log(b)  # ott's potentials are of the plan, ours of its density
     answer = respond(g, y, b, x, epsilon)
     error = jnp.abs(b * (a @ answer.density) - b).sum()
-    return State(answer.potential, g, answer.barycentre, error, jnp.asarray(found.n_iters))
+    count, none = jnp.asarray(found.n_iters), jnp.zeros_like(error)
+    return State(answer.potential, g, answer.barycentre, error, count, none)
 
 
 # ------------------------------------------------------------------ a cloud and itself
@@ -242,7 +267,7 @@ def couple_with_itself(
     if known is not None:
         return known
     pairs = _pairs_at_once(x.shape[0] ** 2)
-    return in_chunks(partial(solve_self, solver), pairs, (x, a, epsilon))
+    return in_chunks(partial(solve_self, solver), pairs, (x, a / a.sum(), epsilon))
 
 
 @partial(couple_with_itself.defjvp, symbolic_zeros=True)

@@ -1,5 +1,6 @@
 """The memory: patterns, their geometry and their prior, immutable."""
 
+from dataclasses import replace
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jdam import _checks
 from jdam._compile import compiled, float_dtype, working_dtype
@@ -23,13 +24,19 @@ class Memory(eqx.Module):
 
     `len(memory)` is N, `memory[i]` the i-th pattern, `memory[1:3]` a batch of patterns;
     `append` and `remove` return new memories.
+
+    What geometries compute of patterns once (`prepared`) belongs to these patterns and this
+    geometry. Where they were changed behind its back, by `eqx.tree_at` or an optimizer's updates,
+    it is not used but counts as NaN, which a recall reports as `Status.NONFINITE`. To learn a
+    memory outside of `jdam.fit`, let the loss `store` the patterns: it is differentiable.
     """
 
     patterns: AnyMeasure
     geometry: Geometry
     log_prior: Float[Array, " N"] | None = None
-    #: What the geometry computed once of each pattern; change patterns by `store` only.
+    #: What the geometry computed once of each pattern, and a fingerprint of what it was made of.
     prepared: Any = None
+    fingerprint: Float[Array, " N"] | None = None
     #: On which devices the patterns are, if `jdam.shard` put them there.
     layout: Layout | None = eqx.field(static=True, default=None)
     #: Then also the `Geometry.scale` and `resolution` of all patterns, of which a device has some.
@@ -48,6 +55,17 @@ class Memory(eqx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         return jax.tree.leaves(self.patterns)[0].dtype
+
+    def trusted(self) -> "Memory":
+        """The memory with NaN for what was prepared of other patterns or another geometry."""
+        if self.fingerprint is None:
+            return self
+        stale = fingerprint(self.patterns, self.geometry) != self.fingerprint
+        rows = jax.tree.map(
+            lambda leaf: jnp.where(stale.reshape(-1, *[1] * (leaf.ndim - 1)), jnp.nan, leaf),
+            self.prepared,
+        )
+        return replace(self, prepared=rows)
 
     def append(self, patterns: AnyMeasure, *, log_prior: ArrayLike | None = None) -> "Memory":
         """A memory with `patterns`, a batch (M,) or a single measure, added at the end.
@@ -151,12 +169,35 @@ def store(
     prior = None if log_prior is None else _prior(patterns, log_prior)
     dtype = working_dtype(float_dtype(patterns))
     geometry = jax.tree.map(lambda leaf: leaf.astype(dtype), geometry)
-    return Memory(patterns, geometry, prior, _prepare(patterns, geometry))
+    return Memory(patterns, geometry, prior, *_prepare(patterns, geometry))
 
 
 @compiled(rounded=False)
-def _prepare(patterns: AnyMeasure, geometry: Geometry) -> Any:
-    return geometry.prepare(patterns)
+def _prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | None]:
+    prepared = geometry.prepare(patterns)
+    return prepared, None if prepared is None else fingerprint(patterns, geometry)
+
+
+def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
+    """23 bits about each pattern and the geometry's parameters, as a number in [1, 2)."""
+    read = [value for name, value in vars(geometry).items() if name not in geometry.unprepared]
+    parameters = eqx.filter(read, eqx.is_array)
+    leaves = [_digest(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(patterns)]
+    leaves += [_digest(leaf.reshape(1, -1)) for leaf in jax.tree.leaves(parameters)]
+    mixed = jnp.zeros(batch_size(patterns), jnp.uint32)
+    for leaf in leaves:
+        mixed = mixed * jnp.uint32(0x9E3779B1) + leaf
+    fraction = (mixed >> 9).astype(jnp.float32) * jnp.float32(2**-23)
+    return (1 + fraction).astype(working_dtype(float_dtype(patterns)))
+
+
+def _digest(rows: Float[Array, "N k"]) -> Int[Array, " N"]:
+    """A hash of the bits of each row; of −0 as of 0, which differ in nothing else."""
+    values = jnp.where(rows == 0, 0, jax.lax.stop_gradient(rows))
+    words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(rows), -1)
+    words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
+    odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
+    return jnp.sum((words ^ (words >> 13)) * odd[None], axis=1, dtype=jnp.uint32)
 
 
 def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:

@@ -71,12 +71,14 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
         prior = jnp.zeros(length, memory.dtype)
     if prior is not None:
         prior = jnp.pad(prior, (0, missing), constant_values=-jnp.inf)
-    patterns, prepared = jax.tree.map(fill, (memory.patterns, memory.prepared))
+    held = (memory.patterns, memory.prepared, memory.fingerprint)
+    patterns, prepared, marks = jax.tree.map(fill, held)
     return Memory(
         place(patterns, rows),
         place(memory.geometry, everywhere),
         place(prior, rows),
         place(prepared, rows),
+        place(marks, rows),
         Layout(mesh, axis, length),
         place(units(memory), everywhere),
     )

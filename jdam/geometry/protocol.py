@@ -43,6 +43,9 @@ class Geometry(eqx.Module):
     #: Whether D is c times the square of a metric.
     is_squared_metric: ClassVar[bool] = False
 
+    #: Fields that `prepare` does not read, and which may change without preparing again.
+    unprepared: ClassVar[tuple[str, ...]] = ()
+
     @abstractmethod
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         """`measure` as this geometry's type with `batch_ndim` leading axes.
@@ -142,6 +145,10 @@ class Geometry(eqx.Module):
         """
         numbers = sum(leaf.size for leaf in jax.tree.leaves(patterns)) // batch_size(patterns)
         return 16, max(1, 2**16 // numbers)
+
+    def derivatives_at_once(self, patterns: AnyMeasure) -> int:
+        """How many patterns to differentiate the comparison with at once, for each query."""
+        return self.tile(patterns)[1]
 
 
 def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:

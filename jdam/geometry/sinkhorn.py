@@ -58,9 +58,10 @@ class Sinkhorn(Geometry):
     error of the marginals at which the inner solver stops: eps^0.7 of the dtype if None, 1e-5
     in float32 and 1e-11 in float64. S_ε errs in the second order of it, maps and potentials in
     the first. `max_iterations` of the inner solver; a recall that needed more has
-    `Status.SOLVER`. `solver`: "stabilised", scaling iterations finished by Newton steps, or
-    "ott", the solver of ott-jax. `epsilon` and `hellinger_scale` are traced: changing them does
-    not recompile, and they can be differentiated.
+    `Status.SOLVER`, as has one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that costs round to
+    more than ε and than a few per cent of S_ε. `solver`: "stabilised", scaling iterations finished
+    by Newton steps, or "ott", the solver of ott-jax. `epsilon` and `hellinger_scale` are traced:
+    changing them does not recompile, and they can be differentiated.
 
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
@@ -72,6 +73,7 @@ class Sinkhorn(Geometry):
     solver: str = eqx.field(static=True)
 
     attempts: ClassVar[int] = 16
+    unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
     cost_scale: ClassVar[float | None] = 0.5
 
     def __init__(
@@ -138,9 +140,11 @@ class Sinkhorn(Geometry):
         offset = query.weights @ view.centred
         offsets = jnp.vecmat(patterns.weights, centred)
         means = jnp.vecdot(shift, shift / 2 + offset[None] - offsets)
+        divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
+        missed |= self._rounding(view, centred, patterns.weights) > jnp.abs(divergence) / 32
         return Comparison(
-            means + found.cost - view.known.cost / 2 - known.cost / 2,
+            divergence,
             Pull(
                 velocity=found.barycentre - view.barycentre[None] - shift[:, None],
                 variation=found.f + shift @ view.centred.T - view.known.potential[None],
@@ -261,6 +265,10 @@ class Sinkhorn(Geometry):
         at_once = min(len(patterns), max(1, budget // numbers))
         return max(1, budget // (numbers * at_once)), at_once
 
+    def derivatives_at_once(self, patterns):
+        budget = 2**11 if jax.default_backend() == "cpu" else 2**21
+        return min(self.tile(patterns)[1], max(1, budget // patterns.num_atoms**2))
+
     def __repr__(self):
         settings = [f"epsilon={_shown(self.epsilon)}"]
         settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
@@ -288,6 +296,16 @@ class Sinkhorn(Geometry):
         far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
         nearer = centred * (reach / jnp.where(far, largest, 1))
         return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
+
+    def _rounding(
+        self, view: "View", centred: Float[Array, "N n d"], weights: Float[Array, "N n"]
+    ) -> Float[Array, " N"]:
+        """What of S_ε rounding may change, of clouds so large that it blurs plans more than ε
+        does: 0 of others."""
+        sizes = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0).max(-1)
+        size = jnp.where(view.query.weights > 0, jnp.vecdot(view.centred, view.centred), 0).max()
+        error = float(jnp.finfo(sizes.dtype).eps) * (size + sizes)
+        return jax.lax.stop_gradient(jnp.where(error > self.epsilon, error, 0))
 
     def _couple_with_itself(self, points, weights, known=None):
         return couple_with_itself(self._solver, points, weights, self.epsilon, known)
