@@ -5,6 +5,9 @@ from importlib.metadata import version as _version
 from jdam import plot as plot
 from jdam import random as random
 from jdam import theory as theory
+from jdam._result import Recall as Recall
+from jdam._result import Status as Status
+from jdam._result import Trace as Trace
 from jdam.adjoint import Implicit as Implicit
 from jdam.adjoint import OneStep as OneStep
 from jdam.adjoint import Unrolled as Unrolled
@@ -29,9 +32,6 @@ from jdam.measures import Gaussian as Gaussian
 from jdam.measures import PointCloud as PointCloud
 from jdam.memory import Memory as Memory
 from jdam.memory import store as store
-from jdam.recall import Recall as Recall
-from jdam.recall import Status as Status
-from jdam.recall import Trace as Trace
 from jdam.recall import recall as recall
 from jdam.recall import recall_batch as recall_batch
 from jdam.recall import step as step

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from jdam._batching import compute_if
 from jdam._derivatives import ITERATED, full_precision, jvp
 from jdam._layout import Layout, first_index, gathered, lowest, own, total
+from jdam._loops import scan
 from jdam.geometry.protocol import AnyMeasure, AnyView, Comparison, batch_size
 from jdam.memory import Memory
 from jdam.separation import LogSumExp, Separation, heaviest, levels, mass
@@ -120,7 +121,7 @@ def _average_in_one(
 
     blocks = cut_into_blocks(memory, block_size, guess)
     start = nothing_yet(memory, view, with_pull)
-    end, guesses = over_blocks(look, start, blocks)
+    end, guesses = over_blocks(look, start, blocks, view, beta)
     end = merge(end, beta, memory.layout)
     return conclude(view, end, beta, in_a_row(guesses, len(memory)))
 
@@ -213,7 +214,7 @@ def _average_in_two(
         found = compare(block)
         return None, found if once and with_pull else found._replace(pull=None)
 
-    found = in_a_row(over_blocks(look, None, blocks)[1], len(memory))
+    found = in_a_row(over_blocks(look, None, blocks, view)[1], len(memory))
     layout, num = memory.layout, len(memory)
     everything = gathered(found.divergence, layout), gathered(memory.log_prior, layout)
     all_weights = separation.weights(*everything, beta)
@@ -223,7 +224,7 @@ def _average_in_two(
         blocks = cut_into_blocks(memory, block_size, found.guess)
         count, size = blocks.number.shape
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
-        pull, _ = over_blocks(absorb, _no_pull(memory, view), (blocks, padded))
+        pull, _ = over_blocks(absorb, _no_pull(memory, view), (blocks, padded), view)
     unsolved = jnp.asarray(_missed(found, weights), memory.dtype)
     return GibbsAverage(
         view=view,
@@ -244,7 +245,7 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
         found = memory.geometry.compare(view, block.patterns, block.prepared, block.guess, True)
         return None, found.divergence
 
-    found = in_a_row(over_blocks(look, None, cut_into_blocks(memory))[1], len(memory))
+    found = in_a_row(over_blocks(look, None, cut_into_blocks(memory), view)[1], len(memory))
     return gathered(found, memory.layout)
 
 
@@ -311,11 +312,11 @@ def cut_into_blocks(memory: Memory, block_size: int | None = None, guess: Any = 
     )
 
 
-def over_blocks(look: Callable[..., Any], start: Any, blocks: Any) -> tuple[Any, Any]:
+def over_blocks(look: Callable[..., Any], start: Any, blocks: Any, *others: Any) -> tuple[Any, Any]:
     """`lax.scan` over blocks, whose derivative looks again instead of remembering, but for what
     took iterations to find."""
     if batch_size(blocks) == 1:
         carry, found = look(start, jax.tree.map(lambda leaf: leaf[0], blocks))
         return carry, jax.tree.map(lambda leaf: leaf[None], found)
     policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
-    return jax.lax.scan(jax.checkpoint(look, prevent_cse=False, policy=policy), start, blocks)
+    return scan(jax.checkpoint(look, prevent_cse=False, policy=policy), start, blocks, *others)

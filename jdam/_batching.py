@@ -10,6 +10,8 @@ from jax import Array
 from jaxtyping import Bool
 
 from jdam._derivatives import full_precision, jvp
+from jdam._layout import where_it_is
+from jdam._loops import while_loop
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -24,7 +26,7 @@ def compute_if(
         consumed = jax.tree.map(jnp.zeros_like, carry[2])
         return jnp.zeros_like(wanted), function(carry[2], args), consumed
 
-    return jax.lax.while_loop(lambda carry: carry[0], turn, (wanted, default, operand))[1]
+    return while_loop(lambda carry: carry[0], turn, (wanted, default, operand), args)[1]
 
 
 @partial(compute_if.defjvp, symbolic_zeros=True)
@@ -84,9 +86,10 @@ def _advance_where_jvp(advance: Callable, at_once: int, primals: tuple, tangents
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
-    """`function(*args)`; under `jax.vmap`, `at_once` elements of the batch at a time.
-    `function` must not close over traced values."""
+def in_tiles(function: Callable[..., Any], at_once: int | None, *args: Any) -> Any:
+    """`function(*args)`; under `jax.vmap`, `at_once` elements of the batch at a time, all of them
+    if None. A batch that is spread over the devices of a mesh is computed where it is, and so are
+    its results. `function` must not close over traced values."""
 
     @jax.custom_batching.custom_vmap
     def run(*args: Any) -> Any:
@@ -95,8 +98,12 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
     @run.def_vmap
     @full_precision
     def run_batch(size: int, batched: Any, *args: Any) -> Any:
-        rows, join = _split(tuple(batched), args)
-        found = map_in_chunks(lambda row: function(*join(row)), at_once, rows)
+        def in_turns(*args: Any) -> Any:
+            rows, join = _split(tuple(batched), args)
+            at_most = max(1, _batch_size(rows)) if at_once is None else at_once
+            return map_in_chunks(lambda row: function(*join(row)), at_most, rows)
+
+        found = where_it_is(in_turns, tuple(batched), args)
         return found, jax.tree.map(lambda _: True, found)
 
     return run(*args)
@@ -104,7 +111,7 @@ def in_tiles(function: Callable[..., Any], at_once: int, *args: Any) -> Any:
 
 @partial(in_tiles.defjvp, symbolic_zeros=True)
 @full_precision
-def _in_tiles_jvp(function: Callable, at_once: int, primals: tuple, tangents: tuple) -> Any:
+def _in_tiles_jvp(function: Callable, at_once: int | None, primals: tuple, tangents: tuple) -> Any:
     return jvp(function, primals, tangents)
 
 
@@ -178,14 +185,14 @@ def _map_where(
         return done + width, state
 
     start = (jnp.array(0, jnp.int32), state)
-    return jax.lax.while_loop(lambda carry: carry[0] < count, turn, start)[1]
+    return while_loop(lambda carry: carry[0] < count, turn, start, args)[1]
 
 
 def map_in_chunks(function: Callable[[Any], Any], at_once: int, args: Any) -> Any:
     """`function` of each row of args, in equal chunks of at most `at_once`, the last one filled
     up with copies of the last row: `lax.map` would compile what remains once more."""
     size = _batch_size(args)
-    if size == 0:
+    if size <= at_once:
         return jax.vmap(function)(args)
     count = -(-size // at_once)
     width = -(-size // max(count, 1))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jdam._derivatives import full_precision
 from jdam._layout import is_whole, on_parts
+from jdam._loops import varying
 
 
 def compiled(
@@ -26,6 +27,8 @@ def compiled(
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             dtype = float_dtype(first)
             inside = working_dtype(dtype)
+
+            first, *args = varying((first, *args))
 
             def call(first: Any, *args: Any) -> Any:
                 return function(_trusted(first), *args, **kwargs)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 
 from jdam._average import GibbsAverage
 from jdam._derivatives import full_precision, jvp
+from jdam._loops import while_loop
 from jdam.geometry.protocol import AnyMeasure
 from jdam.memory import Memory
 
@@ -100,9 +101,8 @@ def _first_accepted(look: Look, args: tuple) -> tuple[Int[Array, ""], Place]:
         attempt, accepted, _ = carry
         return ~accepted & (attempt < most)
 
-    attempt, _, place = jax.lax.while_loop(
-        unfinished, turn, (walk.attempt, jnp.array(False), walk.place)
-    )
+    start = (walk.attempt, jnp.array(False), walk.place)
+    attempt, _, place = while_loop(unfinished, turn, start, args)
     return attempt - 1, place
 
 
@@ -112,5 +112,8 @@ def _first_accepted_jvp(look: Look, primals: tuple, tangents: tuple) -> Any:
     # Which attempt is accepted is piecewise constant.
     (args,), (dargs,) = primals, tangents
     attempt, _ = _first_accepted(look, args)
-    place, dplace = jvp(partial(_move_and_look, look, attempt), (args[:2],), (dargs[:2],))
-    return (attempt, place), (jnp.zeros((), jax.dtypes.float0), dplace)
+
+    def accepted(args: tuple) -> tuple[Array, Place]:
+        return attempt, _move_and_look(look, attempt, args)
+
+    return jvp(accepted, (args[:2],), (dargs[:2],))

@@ -13,8 +13,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
+
+#: Of older versions of JAX in `jax.sharding`.
+reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,30 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
         check_vma=False,
     )
     return spread(memory, *args)
+
+
+def where_it_is(function: Callable[..., Any], batched: Any, args: tuple) -> Any:
+    """`function(*args)` of leaves of which some are `batched`, on each device for the rows that
+    are there: where the batch is spread over axes of a mesh that are `Explicit` in its type."""
+    marks, leaves = jax.tree.leaves(batched), jax.tree.leaves(args)
+    rows = [jax.typeof(leaf) for leaf, mark in zip(leaves, marks, strict=True) if mark]
+    spread = [row.sharding for row in rows if row.sharding.spec and row.sharding.spec[0]]
+    if not spread:
+        return function(*args)
+    mesh, axes = spread[0].mesh, spread[0].spec[0]
+    specs = jax.tree.map(lambda mark: PartitionSpec(axes) if mark else PartitionSpec(), batched)
+    places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    args = jax.tree.map(reshard, args, places)
+    names = {axes} if isinstance(axes, str) else set(axes)
+    local = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=PartitionSpec(axes),
+        axis_names=names,
+        check_vma=False,
+    )
+    return local(*args)
 
 
 def is_whole(memory: Any) -> bool:

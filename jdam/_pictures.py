@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jdam._result import Recall, Trace
 from jdam.geometry.protocol import AnyMeasure
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
 from jdam.memory import Memory
-from jdam.recall import Recall, Trace
 
 
 def numpy(array: Any) -> np.ndarray:

@@ -11,6 +11,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._derivatives import full_precision
+from jdam._loops import scan, while_loop
 
 #: Scaling iterations before the first Newton step, and after each.
 FIRST_BURST, LATER_BURST = 40, 10
@@ -44,7 +45,7 @@ def half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Fl
         return total + (p[:, None] - q[None]) ** 2, None
 
     start = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
-    return jax.lax.scan(add, start, (x.T, y.T))[0] / 2
+    return scan(add, start, (x.T, y.T))[0] / 2
 
 
 @half_squared_distances.defjvp
@@ -157,7 +158,7 @@ def finish(solver: Solver, problem: tuple, first: State) -> State:
         newton = jnp.where(rounding | worse, 0, state.newton)
         return level, state._replace(iterations=iterations, newton=newton)
 
-    level, state = jax.lax.while_loop(pending, turn, (top, first))
+    level, state = while_loop(pending, turn, (top, first), problem)
     return state._replace(error=jnp.where(level > 1, jnp.inf, state.error))
 
 
@@ -201,7 +202,7 @@ def _round(
         length = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 0)
         plan = complete(jnp.exp(length * step))
 
-    def scale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
+    def rescale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
         plan = complete(jnp.where(on, b / jnp.maximum(plan.columns, least), 1))
         return count + 1, plan, missed(plan)
@@ -211,7 +212,7 @@ def _round(
         return (error > solver.tol) & (count < burst)
 
     start = (jnp.array(0, jnp.int32), plan, missed(plan))
-    count, plan, error = jax.lax.while_loop(unfinished, scale, start)
+    count, plan, error = while_loop(unfinished, rescale, start, kernel, a, b)
     return State(
         f=epsilon * (jnp.log(plan.u) - top),
         g=epsilon * (g + jnp.log(plan.v)),
@@ -269,7 +270,7 @@ def conjugate_gradients(
 
     scaled = inverse * right
     start = (jnp.array(0, jnp.int32), jnp.zeros_like(right), right, scaled, jnp.vdot(right, scaled))
-    count, solution, *_ = jax.lax.while_loop(unfinished, turn, start)
+    count, solution, *_ = while_loop(unfinished, turn, start, diagonal)
     return solution, count
 
 
@@ -307,7 +308,7 @@ def solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoupl
         return (missed(u, sums) > solver.tol) & (count < solver.max_iterations)
 
     start = (jnp.array(0, jnp.int32), jnp.ones_like(a), kernel @ a)
-    _, u, sums = jax.lax.while_loop(unfinished, average, start)
+    _, u, sums = while_loop(unfinished, average, start, kernel)
     error = missed(u, sums)
     # Where ε is large log u is all rounding, but not the answer to it, up to a constant.
     h = jnp.where(a > 0, jnp.log(u), 0)

@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.scipy.sparse.linalg import gmres
+from jax.flatten_util import ravel_pytree
 
 from jdam._batching import advance_where
 from jdam._derivatives import full_precision
-from jdam.geometry.protocol import AnyMeasure, norm
+from jdam._gmres import gmres
+from jdam._loops import scan
+from jdam.geometry.protocol import AnyMeasure
 
 
 class Loop(NamedTuple):
@@ -40,7 +42,7 @@ class Loop(NamedTuple):
             state = advance_where(self.advance, self.at_once, pending, state, args)
             return state, self.observe(state)
 
-        return jax.lax.scan(body, state, None, self.length)
+        return scan(body, state, None, args, length=self.length)
 
 
 class Adjoint(ABC):
@@ -96,42 +98,23 @@ class Implicit(Adjoint):
         """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct from a
         start on, of which what is conserved stays."""
 
+        _, unravel = ravel_pytree(start)
+
         def residual(d: AnyMeasure) -> AnyMeasure:
             return jax.tree.map(jnp.subtract, d, contraction(d))
 
-        def regular(d: AnyMeasure) -> AnyMeasure:  # I − J, where it is not zero
-            return jax.tree.map(jnp.add, residual(d), conserved(d))
+        def regular(flat: Array) -> Array:  # I − J, where it is not zero
+            d = unravel(flat)
+            return ravel_pytree(jax.tree.map(jnp.add, residual(d), conserved(d)))[0]
 
-        def solve(matvec: Any, right: AnyMeasure) -> AnyMeasure:
-            eps = float(jnp.finfo(jax.tree.leaves(right)[0].dtype).eps)
-            return _gmres(matvec, right, eps**0.7 if self.tol is None else self.tol)
+        def solve(matvec: Any, right: Array) -> Array:
+            eps = float(jnp.finfo(right.dtype).eps)
+            return gmres(matvec, right, eps**0.7 if self.tol is None else self.tol)
 
-        right = jax.tree.map(jnp.subtract, direct, residual(start))
+        # In one array: a leaf that a step leaves as it is would have no derivative to transpose.
+        right, _ = ravel_pytree(jax.tree.map(jnp.subtract, direct, residual(start)))
         found = jax.lax.custom_linear_solve(regular, right, solve, transpose_solve=solve)
-        return jax.tree.map(jnp.add, start, found)
-
-
-def _gmres(matvec: Any, right: AnyMeasure, tol: float) -> AnyMeasure:
-    """The solution of a linear system to a relative residual `tol`, or as near as some cycles of
-    32 iterations come, each of which has to halve the residual."""
-    size = min(32, sum(leaf.size for leaf in jax.tree.leaves(right)))
-
-    def turn(carry: tuple) -> tuple:
-        count, solution, last, _ = carry
-        # Users may have set JAX to be stricter than its own solver is.
-        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-            cycle = {"restart": size, "maxiter": 1, "solve_method": "incremental"}
-            solution, _ = gmres(matvec, right, solution, tol=tol, **cycle)
-        left = norm(jax.tree.map(jnp.subtract, right, matvec(solution)))
-        return count + 1, solution, left, last
-
-    def unfinished(carry: tuple) -> Array:
-        count, _, left, last = carry
-        return (left > tol * norm(right)) & (left < last / 2) & (count < 32)
-
-    size_of_right, nothing = norm(right), jax.tree.map(jnp.zeros_like, right)
-    start = (jnp.array(0, jnp.int32), nothing, size_of_right, jnp.full_like(size_of_right, jnp.inf))
-    return jax.lax.while_loop(unfinished, turn, start)[1]
+        return jax.tree.map(jnp.add, start, unravel(found))
 
 
 @dataclass(frozen=True)

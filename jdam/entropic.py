@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from jdam._batching import compute_if, in_chunks
 from jdam._derivatives import ITERATED, full_precision, jvp, moves, vdot
+from jdam._loops import repeat
 from jdam._scaling import (
     SelfCoupling,
     Solver,
@@ -290,8 +291,8 @@ def _couple_with_itself_jvp(
 
     def solve(matvec: Any, right: Array) -> Array:
         rounds = math.ceil(-math.log(float(jnp.finfo(right.dtype).eps)) / math.log(3))
-        return jax.lax.fori_loop(
-            0, rounds, lambda _, d: d + (right - matvec(d)) * (2 / 3), jnp.zeros_like(right)
+        return repeat(
+            rounds, lambda d: d + (right - matvec(d)) * (2 / 3), jnp.zeros_like(right), right
         )
 
     dh = jax.lax.custom_linear_solve(plus_plan, right, solve, transpose_solve=solve)

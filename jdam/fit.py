@@ -17,11 +17,13 @@ from tqdm import trange
 from jdam import _checks, _descent
 from jdam._compile import compiled, working_dtype
 from jdam._coordinates import from_free, to_free
+from jdam._loops import scan
+from jdam._result import Recall, report
 from jdam.energy import divergences, energy, fit_query, inverse_temperature
 from jdam.geometry.protocol import AnyMeasure
 from jdam.geometry.protocol import batch_size as length_of
 from jdam.memory import Memory, store
-from jdam.recall import Recall, check_tolerance, default_tolerance, recall, report
+from jdam.recall import check_tolerance, default_tolerance, recall
 from jdam.search import Exhaustive
 from jdam.separation import LogSumExp, Separation
 from jdam.separation import check as check_separation
@@ -262,7 +264,8 @@ def _descend(
         return _moved(optimizer, jax.grad(height)(free), optimizer_state, free), None
 
     free = to_free(query)
-    (free, _), _ = jax.lax.scan(turn, (free, optimizer.init(free)), None, num_steps)
+    start = (free, optimizer.init(free))
+    (free, _), _ = scan(turn, start, None, memory, query, beta, length=num_steps)
     measure = from_free(query, free)
     found, neglected = Exhaustive().look(memory, measure, beta, separation=separation)
     residual = jax.lax.stop_gradient(memory.geometry.residual(found.view, found.pull))

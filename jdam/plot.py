@@ -12,11 +12,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jdam import _pictures as pictures
+from jdam._result import Recall, Trace
 from jdam.energy import energy, inverse_temperature
 from jdam.geometry.protocol import AnyMeasure
 from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
 from jdam.memory import Memory, check_against
-from jdam.recall import Recall, Trace, step
+from jdam.recall import step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,20 +1,18 @@
-"""One step of recall, the loop, and its result."""
+"""One step of recall, and the loop."""
 
-import enum
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 
 from jdam import _checks, _descent
 from jdam._batching import compute_if, in_tiles, map_in_chunks
 from jdam._compile import compiled, working_dtype
+from jdam._result import Recall, Trace, report
 from jdam.adjoint import Adjoint, Loop, Unrolled
 from jdam.energy import fit_query, inverse_temperature, queries_at_once
 from jdam.geometry.protocol import AnyMeasure, Geometry, any_of
@@ -22,94 +20,6 @@ from jdam.memory import Memory
 from jdam.search import Exhaustive, Search
 from jdam.separation import LogSumExp, Separation
 from jdam.separation import check as check_separation
-
-
-class Status(enum.IntEnum):
-    """How a recall ended; int32 under jit. Of several that apply the last one listed counts.
-
-    CONVERGED:    a fixed point, residual ≤ tol, at which one pattern has more than half the weight.
-    MIXTURE:      a fixed point between patterns: raise beta to recall one.
-    MAX_STEPS:    residual > tol after max_steps: raise max_steps, beta or tol.
-    STALLED:      residual > tol, and no step lowers the energy by more than its rounding: raise
-                  tol, or compute in float64; where an inner solver is involved, lower its tol.
-    SOLVER:       an inner solver missed its tolerance: raise its max_iterations, tol or epsilon.
-    UNCERTIFIED:  the search cannot bound what it left out: raise its max_candidates, or beta.
-    NONFINITE:    NaN or infinity in query, memory or on the way; beta, step_size ≤ 0 or tol < 0.
-    OUT_OF_REACH: no pattern within reach of an `Epanechnikov` separation: lower beta.
-
-    Whether a recall ended between patterns can be read from `Recall.mixture` in any case.
-    """
-
-    CONVERGED = 0
-    MIXTURE = 1
-    MAX_STEPS = 2
-    STALLED = 7
-    SOLVER = 3
-    UNCERTIFIED = 4
-    NONFINITE = 5
-    OUT_OF_REACH = 6
-
-
-class Trace(eqx.Module):
-    """What recall saw after each step; after convergence entries repeat the last.
-
-    energy:   (T,), E of the measure, a squared distance.
-    residual: (T,), a distance.
-    measure:  (T, …).
-    """
-
-    energy: Float[Array, " T"]
-    residual: Float[Array, " T"]
-    measure: AnyMeasure
-
-
-class Recall(eqx.Module):
-    """The result of `jdam.recall`.
-
-    measure:   what was recalled, of the query's type.
-    nearest:   index of the heaviest pattern.
-    weight:    its Gibbs weight.
-    energy:    E(measure), a squared distance.
-    residual:  how far a full step would go, a distance (W₂ for `Bures`).
-    num_steps: steps taken.
-    status:    a `jdam.Status`.
-    neglected: bound on the Gibbs mass left out by the search, over all steps.
-    trace:     a `Trace` of all steps, if it was asked for.
-    mixture:   whether no pattern has more than half of the weight, whatever the status.
-
-    All numbers belong to `measure`, not to a step before it; in half precision to the measure
-    before it was rounded, for the work is done in float32.
-    """
-
-    measure: AnyMeasure
-    nearest: Int[Array, ""]
-    weight: Float[Array, ""]
-    energy: Float[Array, ""]
-    residual: Float[Array, ""]
-    num_steps: Int[Array, ""]
-    status: Int[Array, ""]
-    neglected: Float[Array, ""]
-    trace: Trace | None = None
-
-    @property
-    def mixture(self) -> Bool[Array, ""]:
-        """Whether no pattern has more than half of the weight."""
-        return _is_mixture(self.weight)
-
-    def __repr__(self) -> str:
-        if not _checks.is_concrete(self.status):
-            return super().__repr__()
-        codes, counts = np.unique(np.asarray(self.status), return_counts=True)
-        names = [Status(code).name for code in codes]
-        if self.status.ndim == 0:
-            if self.mixture and Status.MIXTURE.name not in names:
-                names = [f"{names[0]}, {Status.MIXTURE.name}"]
-            return (
-                f"Recall({names[0]} after {self.num_steps} steps: nearest={self.nearest}, "
-                f"weight={self.weight:.4g}, energy={self.energy:.4g}, residual={self.residual:.1e})"
-            )
-        listed = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
-        return f"Recall(batch of {self.status.shape}: {listed})"
 
 
 def step(
@@ -295,7 +205,8 @@ def _recall_batch(
     def one(query: AnyMeasure) -> Recall:
         return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
 
-    return map_in_chunks(one, batch_size, queries)
+    # Differentiated, one batch at a time too.
+    return map_in_chunks(jax.checkpoint(one), batch_size, queries)
 
 
 def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
@@ -351,8 +262,32 @@ def _recall(
     separation: Separation,
     save_trace: bool,
 ) -> Recall:
-    look = partial(search.look, separation=separation)
     tol = default_tolerance(memory) if tol is None else tol
+    run = partial(
+        _run,
+        max_steps=max_steps,
+        search=search,
+        adjoint=adjoint,
+        separation=separation,
+        save_trace=save_trace,
+    )
+    return in_tiles(run, None, memory, query, beta, step_size, tol)
+
+
+def _run(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    tol: Array,
+    *,
+    max_steps: int,
+    search: Search,
+    adjoint: Adjoint,
+    separation: Separation,
+    save_trace: bool,
+) -> Recall:
+    look = partial(search.look, separation=separation)
     resolution = _resolution(memory, beta, search)
 
     def advance(state: _State, args: tuple) -> _State:
@@ -421,54 +356,3 @@ def _recall(
         valid=jnp.isfinite(tol) & (step_size > 0) & ~jnp.isnan(end.neglected),
         trace=jax.tree.map(lambda leaf: leaf[1:], trace),
     )
-
-
-def report(
-    place: _descent.Place,
-    *,
-    residual: Array,
-    tol: Array,
-    num_steps: Array,
-    stalled: Array,
-    unsolved: Array,
-    neglected: Array,
-    certified: Array,
-    valid: Array,
-    trace: Trace | None,
-) -> Recall:
-    """The `Recall` of a descent that ended at a place."""
-    measure, found, _ = place
-    out_of_reach = (found.weight == 0) & (found.energy == jnp.inf)
-    finite = (jnp.isfinite(found.energy) | out_of_reach) & jnp.isfinite(residual) & valid
-    rounding = float(jnp.finfo(found.energy.dtype).eps) ** 0.5
-    return Recall(
-        measure=measure,
-        nearest=found.nearest,
-        weight=found.weight,
-        energy=found.energy,
-        residual=residual,
-        num_steps=num_steps,
-        status=_status(
-            (_is_mixture(found.weight), Status.MIXTURE),
-            (residual > tol, Status.MAX_STEPS),
-            ((residual > tol) & stalled, Status.STALLED),
-            (unsolved > rounding, Status.SOLVER),
-            (~certified, Status.UNCERTIFIED),
-            (~finite, Status.NONFINITE),
-            (out_of_reach & valid, Status.OUT_OF_REACH),
-        ),
-        neglected=neglected,
-        trace=trace,
-    )
-
-
-def _is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
-    return weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
-
-
-def _status(*findings: tuple[Array, Status]) -> Int[Array, ""]:
-    """The last status whose finding is true; CONVERGED if none is."""
-    status = jnp.array(Status.CONVERGED, jnp.int32)
-    for found, code in findings:
-        status = jnp.where(found, jnp.int32(code), status)
-    return status

@@ -24,6 +24,7 @@ from jdam._average import (
 from jdam._batching import advance_where
 from jdam._derivatives import full_precision, jvp
 from jdam._layout import Layout, first_index, total
+from jdam._loops import while_loop
 from jdam.geometry.protocol import AnyMeasure, AnyView
 from jdam.memory import Memory
 from jdam.separation import LogSumExp, Separation, levels, mass
@@ -218,16 +219,15 @@ def _hunt(
 def _look_jvp(search: Certified, primals: tuple, tangents: tuple) -> Any:
     found, neglected, picked = _look(search, *primals)
 
-    def average(memory: Memory, query: AnyMeasure, beta: Array) -> GibbsAverage:
+    def average(memory: Memory, query: AnyMeasure, beta: Array) -> tuple:
         part = _take(memory, picked, picked >= 0)
         candidates = replace(
             memory, patterns=part.patterns, log_prior=part.log_prior, prepared=part.prepared
         )
-        return gibbs_average(candidates, query, beta)._replace(guess=None)
+        found = gibbs_average(candidates, query, beta)._replace(guess=None)
+        return found, neglected, picked
 
-    dfound = jvp(average, primals, tangents)[1]
-    constant = jnp.zeros_like(neglected), jnp.zeros(picked.shape, jax.dtypes.float0)
-    return (found, neglected, picked), (dfound, *constant)
+    return (found, neglected, picked), jvp(average, primals, tangents)[1]
 
 
 def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
@@ -249,13 +249,13 @@ def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) 
             def sharpen(hunt: _Hunt, level: int = level) -> _Hunt:
                 return _sharpen(search, level, hunt, args)
 
-            hunt = jax.lax.while_loop(blunt, sharpen, hunt)
+            hunt = while_loop(blunt, sharpen, hunt, args)
         return _compare(search, hunt, args)
 
     def unproved(hunt: _Hunt) -> Array:
         return (_left_out(hunt, beta) > goal) & (hunt.turns < most)
 
-    return jax.lax.while_loop(unproved, turn, hunt)
+    return while_loop(unproved, turn, hunt, args)
 
 
 def _goal(search: Certified, layout: Layout | None) -> float:

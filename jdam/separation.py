@@ -15,6 +15,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdam._derivatives import full_precision
+from jdam._loops import repeat
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
     def unnormalised(threshold: Array) -> Array:
         return jnp.maximum(scaled - threshold, 0) ** (1 / power)
 
-    def halve(_: int, bracket: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bracket
         middle = (low + high) / 2
         above = unnormalised(middle).sum() >= 1
@@ -170,7 +171,7 @@ def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
 
     # One weight alone is 1 at τ = −1, and all of them at most 1/N at the other end.
     ends = jnp.array(-1, scaled.dtype), jnp.array(-(scaled.size**-power), scaled.dtype)
-    weights = unnormalised(jax.lax.fori_loop(0, rounds, halve, ends)[0])
+    weights = unnormalised(repeat(rounds, halve, ends, scaled)[0])
     return weights / weights.sum()
 
 

@@ -23,6 +23,7 @@ if address:
 
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jdam
 from tests.helpers import clouds, diagonals, gaussians, near, vectors
@@ -88,6 +89,32 @@ def check_more(memory, sharded, query):
             change()
 
 
+def check_queries(kind, search):
+    """Queries spread over devices, patterns on each: in `shard_map` with its checks, and where the
+    mesh is part of the queries' type."""
+    make, geometry = KINDS[kind]
+    rng = np.random.default_rng(6)
+    memory = jdam.store(make(rng, 8, DIM), geometry)
+    queries = near(rng, memory.patterns, 0.1)
+    mesh = jax.make_mesh((8,), ("queries",), axis_types=(AxisType.Explicit,))
+    spread = jax.device_put(queries, NamedSharding(mesh, PartitionSpec("queries")))
+
+    def energy(query):
+        return jdam.recall(memory, query, BETA, max_steps=3, search=search).energy
+
+    for function, everywhere in ((energy, True), (jax.grad(energy), False)):
+        batch = jax.vmap(function)
+        wanted = batch(queries)
+        mapped = jax.shard_map(batch, mesh=mesh, in_specs=PartitionSpec("queries"),
+                               out_specs=PartitionSpec("queries"))  # fmt: skip
+        runs = [mapped, jax.jit(batch), batch] if everywhere else [mapped]
+        for run in runs:
+            found = run(spread)
+            same(wanted, found, 1e-8)
+            for leaf in jax.tree.leaves(found):
+                assert leaf.sharding.spec[0] == "queries"
+
+
 if address:
     mesh = jax.make_mesh((2 * int(address[1]),), ("patterns",))
     for kind in ("Gaussians", "vectors", "clouds"):
@@ -101,4 +128,6 @@ else:
         )
         if kind == "Gaussians":
             check_more(*held)
+    check_queries("Gaussians", SEARCHES[1])
+    check_queries("clouds", SEARCHES[0])
 print("the same")

@@ -172,3 +172,56 @@ def test_bad_adjoints(rng):
         jdam.recall(memory, memory[0], 1.0, adjoint="implicit")
     with pytest.raises(ValueError, match="tol must be None or > 0; got 0"):
         jdam.Implicit(tol=0)
+
+
+class Marked(jdam.Euclidean):
+    """Vectors with a label that steps leave as it is."""
+
+    def check(self, name, measure, batch_ndim):
+        return measure
+
+    def compare(self, view, patterns, prepared, guess, exact):
+        found = super().compare(view["x"], patterns["x"], prepared, guess, exact)
+        return found._replace(pull={"x": found.pull, "label": 0 * patterns["label"]})
+
+    def bound(self, view, patterns, prepared):
+        return super().bound(view["x"], patterns["x"], prepared)
+
+    def approximation_errs(self, query, patterns, beta):
+        return None
+
+    def move(self, view, pull, step_size, attempt=0):
+        return {"x": super().move(view["x"], pull["x"], step_size), "label": view["label"]}
+
+    def residual(self, view, pull):
+        return super().residual(view["x"], pull["x"])
+
+    def conserved(self, measure, tangent):
+        return {"x": jnp.zeros_like(tangent["x"]), "label": tangent["label"]}
+
+
+def test_implicit_where_a_step_leaves_a_leaf_as_it_is(rng):
+    points = rng.normal(size=(4, 2))
+
+    def recalled(points, adjoint):
+        memory = jdam.store({"x": points, "label": np.arange(4.0)[:, None]}, Marked())
+        query = {"x": points[0] + 0.1, "label": np.ones(1)}
+        return jdam.recall(memory, query, 1.0, max_steps=200, adjoint=adjoint).measure["x"].sum()
+
+    found = [jax.grad(recalled)(points, adjoint) for adjoint in ADJOINTS[:2]]
+    np.testing.assert_allclose(found[1], found[0], atol=1e-9)
+
+
+def test_memory_of_derivatives_of_clouds(rng):
+    """A few n×n arrays for each query, however many patterns there are."""
+    size, queries = 30, 16
+    patterns = clouds(rng, 12, 2, n=size, dtype=np.float32)
+    query = near(rng, clouds(rng, queries, 2, n=size, dtype=np.float32), 0.1)
+
+    def loss(points):
+        memory = jdam.store(jdam.PointCloud(points, patterns.weights), jdam.Sinkhorn(0.3))
+        return jax.vmap(jdam.step, (None, 0, None))(memory, query, 5.0).points.sum()
+
+    program = jax.jit(jax.grad(loss)).lower(patterns.points).compile()
+    matrices = program.memory_analysis().temp_size_in_bytes / (4 * queries * size**2)
+    assert matrices < 12 * 3  # where 12 patterns at once took more than 8 each

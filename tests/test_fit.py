@@ -1,5 +1,6 @@
 """Learning, and descent of the energy by optimizers."""
 
+import sys
 from functools import partial
 
 import jax
@@ -122,8 +123,10 @@ def test_batches_are_drawn_by_key(rng):
     assert not np.array_equal(first, other)
 
 
-def test_own_loss_and_targets(rng, capsys):
-    """Labels by attention: a classifier with learned prototypes; and the bar is drawn."""
+def test_own_loss_and_targets(rng, capsys, monkeypatch):
+    """Labels by attention: a classifier with learned prototypes; and the bar is drawn, on a
+    terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     memory = jdam.store(diagonals(rng, 4, 2))
     queries, labels = diagonals(rng, 30, 2), rng.integers(2, size=30)
     values = jnp.asarray(np.eye(2)[[0, 0, 1, 1]])

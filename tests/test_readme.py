@@ -5,6 +5,8 @@ from pathlib import Path
 
 import jax
 
+import jdam
+
 README = Path(__file__).parent.parent / "README.md"
 
 
@@ -20,11 +22,14 @@ def test_example(capsys):
     assert int(scope["proof"].index) == 3
     assert scope["theory"].basin_radius(scope["memory"], scope["beta"]).min() > 0
     assert scope["batch"].nearest.tolist() == list(range(100))
+    points = jax.numpy.asarray(scope["shapes"][0])[None].repeat(2, 0)
+    zeros = jax.numpy.zeros((2, 20), points.dtype)
+    params = {"points": points, "logits": zeros, "log_beta": zeros[0, 0], "values": zeros[:, :3]}
+    slope = jax.grad(scope["loss"])(params, jdam.PointCloud(scope["shapes"][0]), 1)
+    assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
 
 
 def test_every_public_name_is_in_the_table():
-    import jdam
-
     text = README.read_text()
     public = [
         n for n in vars(jdam) if not n.startswith("_") and not hasattr(vars(jdam)[n], "__path__")
