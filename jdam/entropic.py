@@ -220,13 +220,18 @@ def _sharpened(args: tuple[tuple, State]) -> State:
 
     def answers(state: State, problem: tuple) -> State:
         x, a, y, b, epsilon, _ = problem
-        cost = half_squared_distances(x, y)
-        f, g = state.f, jnp.where(b > 0, state.g, 0)
+        cost = half_squared_distances(x, y) / epsilon
+        g = jnp.where(b > 0, state.g, 0)
         g = (g - jnp.vdot(b, g)) / epsilon  # a constant, free to choose, may be large
-        for _ in range(2):  # what one leaves of the rounding is a constant
-            f = soft_minimum(g[None] - cost / epsilon, b[None])
-            g = soft_minimum(f[None] - cost.T / epsilon, a[None])
-        f = soft_minimum(g[None] - cost / epsilon, b[None])
+
+        def answer(g: Array) -> Array:
+            return soft_minimum(g[None] - cost, b[None])
+
+        def turn(g: Array) -> Array:
+            return soft_minimum(answer(g)[None] - cost.T, a[None])
+
+        g = repeat(2, turn, g, cost)  # what one turn leaves of the rounding is a constant
+        f = answer(g)
         return state._replace(f=epsilon * f, g=epsilon * g)
 
     return compute_if(large, answers, state, state, problem)

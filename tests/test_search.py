@@ -252,3 +252,26 @@ def test_other_separations_are_refused(rng):
     memory = jdam.store(vectors(rng, 4, 2))
     with pytest.raises(ValueError, match="needs separation=LogSumExp"):
         jdam.recall(memory, memory[0], 1.0, search=jdam.Certified(), separation=jdam.Entmax())
+
+
+class Patient(jdam.Euclidean):
+    """Bounds that take three levels to be of use."""
+
+    def bound(self, view, patterns, prepared):
+        return jnp.zeros(len(patterns), patterns.dtype)
+
+    def sharpenings(self, patterns):
+        return 3
+
+    def sharpen(self, view, patterns, prepared, level):
+        share = jnp.asarray(level / 3, patterns.dtype)
+        return share * super().bound(view, patterns, prepared)
+
+
+def test_any_number_of_levels(rng):
+    patterns = vectors(rng, 300, 3)
+    query = patterns[0] + 0.1
+    found = jdam.recall(jdam.store(patterns, Patient()), query, 30.0, search=jdam.Certified(4))
+    wanted = jdam.recall(jdam.store(patterns), query, 30.0)
+    assert int(found.status) == int(wanted.status)
+    np.testing.assert_allclose(found.measure, wanted.measure, atol=1e-6)
