@@ -132,7 +132,7 @@ def test_pairs(measure, rng, d, contender):
 
 @pytest.mark.parametrize("contender", ["gemms", "step", "recall, 5 steps"])
 def test_diagonal(measure, rng, contender):
-    """A step is two matrix products, (Q, 2d)(2d, N) and (Q, N)(N, 2d); 5 steps look 6 times."""
+    """A step is two matrix products, (Q, 2d)(2d, N) and (Q, N)(N, 2d); 5 steps take 6."""
     queries, num, d = 1024, 65536, 64
     row = f"diagonal: Q = {queries}, N = {num}, d = {d}, float32"
     mean, scale = rng.normal(size=(num, d)), rng.uniform(0.5, 1.5, (num, d))

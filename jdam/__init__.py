@@ -1,45 +1,78 @@
-"""jdam: dense associative memory over probability measures."""
+"""jdam: dense associative memory over probability measures.
+
+A memory stores measures X₁ … X_N. Everything follows from one divergence D between measures and
+one way to move a measure: the energy E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), and recall, which
+steps down it.
+
+    memory = jdam.store(patterns)              # measures with one batch axis, or an array (N, d)
+    result = jdam.recall(memory, query, beta)  # result.measure, result.nearest, result.status, …
+
+The folders, from the bottom up; each uses only those above it in this list:
+
+    _core       what JAX lacks: batching, collectives, decompositions, checks
+    _measures   the kinds of measures: `Gaussian`, `DiagonalGaussian`, `PointCloud`
+    _entropic   entropic transport between point clouds
+    geometry    D and how to move: `Bures`, `EntropicBures`, `Sinkhorn`, `Euclidean`, `DotProduct`
+    _memory     `Memory`, `store`, `shard`
+    _energy     the average over the patterns; separations and searches
+    _recall     `step`, `recall`, their results and derivatives; `attend`
+    _learning   `fit`, `descend`
+    theory, random, plot, demo
+
+The way of one recall: `_recall/recall.py` checks what is asked, `_recall/flow.py` is the loop of
+steps and evaluations, `_energy/average.py` goes through the patterns for an evaluation, and the
+geometry's file, as `geometry/bures.py`, has the formulas: `compare` a query with patterns, `move`
+it. A geometry of one's own is a class with `check` and `compare`: see `jdam.Geometry`.
+"""
 
 from importlib.metadata import version as _version
 
+from jdam import geometry as geometry
 from jdam import plot as plot
 from jdam import random as random
 from jdam import theory as theory
-from jdam._result import Recall as Recall
-from jdam._result import Status as Status
-from jdam._result import Trace as Trace
-from jdam.adjoint import Implicit as Implicit
-from jdam.adjoint import OneStep as OneStep
-from jdam.adjoint import Unrolled as Unrolled
-from jdam.attention import attend as attend
-from jdam.energy import divergences as divergences
-from jdam.energy import energy as energy
-from jdam.energy import gibbs_weights as gibbs_weights
-from jdam.fit import Fit as Fit
-from jdam.fit import FitState as FitState
-from jdam.fit import Learner as Learner
-from jdam.fit import descend as descend
-from jdam.fit import fit as fit
-from jdam.fit import recall_error as recall_error
+from jdam._energy.certified import Certified as Certified
+from jdam._energy.energy import divergences as divergences
+from jdam._energy.energy import energy as energy
+from jdam._energy.energy import gibbs_weights as gibbs_weights
+from jdam._energy.search import Exhaustive as Exhaustive
+from jdam._energy.search import Search as Search
+from jdam._energy.separation import Entmax as Entmax
+from jdam._energy.separation import Epanechnikov as Epanechnikov
+from jdam._energy.separation import LogSumExp as LogSumExp
+from jdam._energy.separation import Separation as Separation
+from jdam._learning.fit import Fit as Fit
+from jdam._learning.fit import FitState as FitState
+from jdam._learning.fit import Learner as Learner
+from jdam._learning.fit import descend as descend
+from jdam._learning.fit import fit as fit
+from jdam._learning.fit import recall_error as recall_error
+from jdam._measures.base import Measure as Measure
+from jdam._measures.gaussian import DiagonalGaussian as DiagonalGaussian
+from jdam._measures.gaussian import Gaussian as Gaussian
+from jdam._measures.point_cloud import PointCloud as PointCloud
+from jdam._memory.memory import Memory as Memory
+from jdam._memory.memory import store as store
+from jdam._memory.sharding import shard as shard
+from jdam._recall.adjoint import Adjoint as Adjoint
+from jdam._recall.adjoint import Implicit as Implicit
+from jdam._recall.adjoint import OneStep as OneStep
+from jdam._recall.adjoint import Unrolled as Unrolled
+from jdam._recall.attention import attend as attend
+from jdam._recall.recall import recall as recall
+from jdam._recall.recall import recall_batch as recall_batch
+from jdam._recall.recall import step as step
+from jdam._recall.result import Recall as Recall
+from jdam._recall.result import Status as Status
+from jdam._recall.result import Trace as Trace
+from jdam.geometry import BatchSizes as BatchSizes
 from jdam.geometry import Bures as Bures
+from jdam.geometry import Comparison as Comparison
 from jdam.geometry import DotProduct as DotProduct
 from jdam.geometry import EntropicBures as EntropicBures
 from jdam.geometry import Euclidean as Euclidean
 from jdam.geometry import Geometry as Geometry
+from jdam.geometry import Patterns as Patterns
 from jdam.geometry import Sinkhorn as Sinkhorn
-from jdam.measures import DiagonalGaussian as DiagonalGaussian
-from jdam.measures import Gaussian as Gaussian
-from jdam.measures import PointCloud as PointCloud
-from jdam.memory import Memory as Memory
-from jdam.memory import store as store
-from jdam.recall import recall as recall
-from jdam.recall import recall_batch as recall_batch
-from jdam.recall import step as step
-from jdam.search import Certified as Certified
-from jdam.search import Exhaustive as Exhaustive
-from jdam.separation import Entmax as Entmax
-from jdam.separation import Epanechnikov as Epanechnikov
-from jdam.separation import LogSumExp as LogSumExp
-from jdam.sharding import shard as shard
 
 __version__ = _version("jdam")

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdam._result import Recall, Trace
-from jdam.geometry.protocol import AnyMeasure
-from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
-from jdam.memory import Memory
+from jdam._measures.base import AnyMeasure, Measure
+from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.point_cloud import PointCloud
+from jdam._memory.memory import Memory
+from jdam._recall.result import Recall, Trace
 
 
 def numpy(array: Any) -> np.ndarray:
@@ -42,14 +43,16 @@ def outlines(
     angles = np.linspace(0, 2 * np.pi, num_points, endpoint=False)
     circle = num_std * np.stack([np.cos(angles), np.sin(angles)])
     mean = numpy(gaussian.mean)[..., pair].reshape(-1, 1, 2)
-    return mean + ((u * s[:, None]) @ circle).swapaxes(-1, -2)
+    result: np.ndarray = mean + ((u * s[:, None]) @ circle).swapaxes(-1, -2)
+    return result
 
 
 def deviation(gaussian: Gaussian | DiagonalGaussian) -> np.ndarray:
     """The standard deviation of Gaussians in one dimension."""
     if isinstance(gaussian, DiagonalGaussian):
         return numpy(gaussian.scale)[..., 0]
-    return np.linalg.norm(numpy(gaussian.factor)[..., 0, :], axis=-1)
+    result: np.ndarray = np.linalg.norm(numpy(gaussian.factor)[..., 0, :], axis=-1)
+    return result
 
 
 def places(measures: AnyMeasure) -> np.ndarray:
@@ -156,4 +159,5 @@ def transported(
     if np.linalg.matrix_rank(before) < len(before):
         raise ValueError("query must have a covariance of full rank; got a singular one")
     along = after @ np.linalg.pinv(before)
-    return numpy(moved.mean) + (points - numpy(query.mean)) @ along.T
+    result: np.ndarray = numpy(moved.mean) + (points - numpy(query.mean)) @ along.T
+    return result

@@ -12,12 +12,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jdam import _pictures as pictures
-from jdam._result import Recall, Trace
-from jdam.energy import energy, inverse_temperature
-from jdam.geometry.protocol import AnyMeasure
-from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
-from jdam.memory import Memory, check_against
-from jdam.recall import step
+from jdam._energy.energy import energy, inverse_temperature
+from jdam._measures.base import AnyMeasure
+from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.point_cloud import PointCloud
+from jdam._memory.memory import Memory, check_against
+from jdam._recall.recall import step
+from jdam._recall.result import Recall, Trace
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,7 +135,8 @@ def trajectory(
     of the coordinates.
     """
     stages = pictures.stages(trace, start)
-    plane = isinstance(stages, Gaussian | DiagonalGaussian) and stages.dim == 1
+    gaussian = isinstance(stages, Gaussian | DiagonalGaussian)
+    plane = gaussian and stages.dim == 1
     dim = jax.tree.leaves(stages)[0].shape[-1]
     pair = [0, 1] if plane else pictures.coordinates("trace.measure", dim, axes)
     ax = _axes(ax)
@@ -143,10 +145,9 @@ def trajectory(
     from matplotlib.colors import to_rgba
     from matplotlib.lines import Line2D
 
-    points = stages.mean if isinstance(stages, Measure) and not plane else stages
-    path = pictures.places(points)[:, pair]
+    path = pictures.places(stages.mean if gaussian and not plane else stages)[:, pair]
     (line,) = ax.plot(*path.T, **_styled(style, Line2D, marker=".", linewidth=1.2))
-    if isinstance(stages, Gaussian | DiagonalGaussian) and not plane:
+    if gaussian and not plane:
         last = len(stages) - 1
         shown = sorted({0, last} | {2**k for k in range(last.bit_length()) if 2**k < last})
         fading = [to_rgba(line.get_color(), a) for a in np.linspace(0.25, 1, len(shown))]

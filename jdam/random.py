@@ -11,12 +11,13 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Float
 
-from jdam import _checks
-from jdam._derivatives import full_precision
-from jdam._lapack import cholesky, qr
-from jdam.geometry.protocol import AnyMeasure, with_leaves
-from jdam.linalg import squared_norm
-from jdam.measures import DiagonalGaussian, Gaussian, Measure, PointCloud
+from jdam._core import checks
+from jdam._core.derivatives import full_precision
+from jdam._core.lapack import cholesky, qr
+from jdam._core.linalg import squared_norm
+from jdam._measures.base import AnyMeasure, Measure, with_leaves
+from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.point_cloud import PointCloud
 
 #: How often to try to place an atom at its distance from the others.
 TRIES = 1000
@@ -49,22 +50,27 @@ def wasserstein_sphere(
 
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
-    num, dim = _checks.positive_int("num", num), _checks.positive_int("dim", dim)
+    num, dim = checks.positive_int("num", num), checks.positive_int("dim", dim)
     dtype = _float_dtype(dtype)
     if bounds is None:
         if commuting:
             raise ValueError("bounds must be given where commuting=True; got None")
-        return _wishart_sphere(key, num, dim, dtype)
+        result: Gaussian = _wishart_sphere(key, num, dim, dtype)
+        return result
     low, high = (np.asarray(bound) for bound in bounds)
     if not (0 <= low <= high < math.inf and high > 0):
         raise ValueError(f"bounds must be 0 ≤ λ_min ≤ λ_max, λ_max > 0, finite; got {bounds}")
-    return _sphere(key, jnp.asarray(low, dtype), jnp.asarray(high, dtype), num, dim, commuting)
+    ends = jnp.asarray(low, dtype), jnp.asarray(high, dtype)
+    sphere: Gaussian = _sphere(key, ends, num, dim, commuting)
+    return sphere
 
 
-@partial(jax.jit, static_argnums=(3, 4, 5))
-def _sphere(key: Array, low: Array, high: Array, num: int, dim: int, commuting: bool) -> Gaussian:
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _sphere(
+    key: Array, bounds: tuple[Array, Array], num: int, dim: int, commuting: bool
+) -> Gaussian:
     for_means, for_spectra, for_bases = jax.random.split(key, 3)
-    dtype = low.dtype
+    (low, high), dtype = bounds, bounds[0].dtype
     spectra = low + (high - low) * _middle_of_cube(for_spectra, num, dim, dtype)
     shape = (1,) if commuting else (num,)
     bases = _orthogonal(for_bases, (*shape, dim), dtype)
@@ -95,7 +101,7 @@ def _middle_of_cube(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Float[A
     choices = jax.random.uniform(for_facets, (dim - 1, num), dtype)
     shares = jax.random.uniform(for_shares, (dim - 1, num), dtype)
 
-    def descend(carry: tuple, level: tuple) -> tuple[tuple, Array]:
+    def descend(carry: tuple[Any, ...], level: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
         # A point of the slice reached so far is shift + scale·(point of the slice).
         ones, shift, scale = carry
         size, chances, choice, share = level
@@ -161,8 +167,8 @@ def separated_clouds(
     `ValueError` where atoms found no place at their distance in 1000 tries. Under a trace, those
     are NaN.
     """
-    num, dim = _checks.positive_int("num", num), _checks.positive_int("dim", dim)
-    num_atoms = _checks.positive_int("num_atoms", num_atoms)
+    num, dim = checks.positive_int("num", num), checks.positive_int("dim", dim)
+    num_atoms = checks.positive_int("num_atoms", num_atoms)
     lengths = {
         "radius": radius,
         "shape_radius": shape_radius,
@@ -183,7 +189,7 @@ def separated_clouds(
     dtype = _float_dtype(dtype)
     settings = {name: jnp.asarray(value, dtype) for name, value in lengths.items()}
     points, weights = _clouds(key, settings, num, num_atoms, dim)
-    if _checks.is_concrete(points) and bool(jnp.isnan(points).any()):
+    if checks.is_concrete(points) and bool(jnp.isnan(points).any()):
         raise ValueError(
             f"min_separation must leave room for {num_atoms} atoms in a ball of radius "
             f"{shape_radius:g}; got {min_separation:g}"
@@ -219,11 +225,12 @@ def _scatter(
     def place(atoms: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
         number, key = item
 
-        def unfit(carry: tuple) -> Array:
+        def unfit(carry: tuple[Any, ...]) -> Array:
             tries, _, fits = carry
-            return ~fits & (tries < TRIES)
+            result: Array = ~fits & (tries < TRIES)
+            return result
 
-        def draw(carry: tuple) -> tuple:
+        def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             tries, _, _ = carry
             atom = radius * jax.random.ball(jax.random.fold_in(key, tries), dim, dtype=atoms.dtype)
             gap = atom[None] - atoms
@@ -268,7 +275,7 @@ def perturb(
     if isinstance(measure, Measure):
         allowed += ["covariance"]
     else:
-        measure = _checks.float_array("measure", measure)
+        measure = checks.float_array("measure", measure)
     if isinstance(measure, PointCloud):
         allowed += ["atoms"]
     if where not in allowed:
@@ -278,15 +285,15 @@ def perturb(
     radius = jnp.asarray(radius, dtype)
     if radius.shape not in ((), batch):
         raise ValueError(f"radius must be a scalar or of shape {batch}; got {radius.shape}")
-    _checks.finite("radius", radius)
-    _checks.nonnegative("radius", radius)
+    checks.finite("radius", radius)
+    checks.nonnegative("radius", radius)
     found = _perturb(key, measure, jnp.broadcast_to(radius, batch), where)
     first = jax.tree.leaves(found)[0]
     wanted = {
         "atoms": "at most half the distance between two atoms",
         "covariance": "0 for a cloud that is one point",
     }.get(where)
-    if wanted and _checks.is_concrete(first) and bool(jnp.isnan(first).any()):
+    if wanted and checks.is_concrete(first) and bool(jnp.isnan(first).any()):
         raise ValueError(f"radius must be {wanted} with where={where!r}; got {radius}")
     return found
 
@@ -365,13 +372,15 @@ def _orthogonal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Orthogonal matrices (…, d, d), uniform: `jax.random.orthogonal`, but safe among threads."""
     normal = jax.random.normal(key, (*shape, shape[-1]), dtype)
     basis, triangle = qr(normal)
-    return basis * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
+    result: Array = basis * jnp.sign(jnp.diagonal(triangle, axis1=-2, axis2=-1))[..., None, :]
+    return result
 
 
 def _directions(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     """Unit vectors (…, d), uniform."""
     normal = jax.random.normal(key, shape, dtype)
-    return normal / jnp.linalg.norm(normal, axis=-1, keepdims=True)
+    result: Array = normal / jnp.linalg.norm(normal, axis=-1, keepdims=True)
+    return result
 
 
 def _float_dtype(dtype: DTypeLike | None) -> jnp.dtype:

@@ -88,7 +88,8 @@ def draw_pixels(cloud: jdam.PointCloud) -> jax.Array:
     near = jnp.maximum(1 - jnp.abs(cloud.points[..., None] - grid), 0)  # (…, n, 2, side)
     canvas = jnp.einsum("...n,...ni,...nj->...ij", cloud.weights, near[..., 0, :], near[..., 1, :])
     vectors = canvas.reshape(*canvas.shape[:-2], -1)
-    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    result: jax.Array = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    return result
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Outcome:
     seconds: float
 
 
-def _recall(memory, query, beta):
+def _recall(memory: jdam.Memory, query: Any, beta: Any) -> tuple[jdam.Recall, jax.Array]:
     """What is recalled, and the nearest pattern of the query itself."""
     first = jnp.argmin(jdam.divergences(memory, query))
     return jdam.recall(memory, query, beta, max_steps=6), first

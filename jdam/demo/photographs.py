@@ -59,7 +59,7 @@ def occlude(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 #: What is done to which photograph.
-DAMAGES: dict[str, tuple[int, Callable]] = {
+DAMAGES: dict[str, tuple[int, Callable[..., Any]]] = {
     "noise": (0, add_noise),
     "blur": (1, blur),
     "dim": (1, dim),
@@ -144,11 +144,12 @@ class Outcome:
 
 def measure(
     method: Method,
-    stored: jdam.Gaussian,
     memory: jdam.Memory,
     query: jdam.Gaussian,
-    truth: np.ndarray,
     beta: float,
+    *,
+    stored: jdam.Gaussian,
+    truth: np.ndarray,
 ) -> Outcome:
     queries = method.see(query)
     recall = jax.jit(jax.vmap(jdam.recall, (None, 0, None)))
@@ -182,7 +183,8 @@ def recolour(blocks: np.ndarray, query: jdam.Gaussian, recalled: jdam.Gaussian) 
     inverse = np.linalg.pinv(np.asarray(query.factor), rcond=1e-5)
     whitened = (blocks - np.asarray(query.mean)[:, None]) @ inverse.swapaxes(-1, -2)
     moved = whitened @ np.asarray(recalled.factor).swapaxes(-1, -2)
-    return np.clip(moved + np.asarray(recalled.mean)[:, None], 0, 1)[..., :3]
+    result: np.ndarray = np.clip(moved + np.asarray(recalled.mean)[:, None], 0, 1)[..., :3]
+    return result
 
 
 def table(outcomes: dict[tuple[str, str], Outcome], before: dict[str, np.ndarray]) -> str:
@@ -260,7 +262,7 @@ def run(rng: np.random.Generator, beta: float, out: Path, tick: Callable[[str], 
         for method in METHODS:
             tick(f"{damage}, {method.name}")
             memory, scaled = memories[method.name], betas[method.name]
-            outcome = measure(method, stored, memory, query, truth, scaled)
+            outcome = measure(method, memory, query, scaled, stored=stored, truth=truth)
             outcomes[method.name, damage] = outcome
             if method.name != "Hopfield on (mean, vec Σ)":
                 blocks = recolour(pixels, query, outcome.recalled)

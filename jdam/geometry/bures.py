@@ -1,32 +1,44 @@
 """Gaussians under the 2-Wasserstein distance: the Bures–Wasserstein space."""
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._batching import map_in_chunks
-from jdam._derivatives import full_precision
-from jdam._lapack import cholesky, full_svd, singular_values, solve_lower, svd
+from jdam._core.batching import map_in_chunks
+from jdam._core.derivatives import full_precision
+from jdam._core.lapack import cholesky, full_svd, singular_values, solve_lower, svd
+from jdam._core.linalg import polar, rounding, squared_norm
+from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam.geometry.euclidean import (
-    VECTOR_TILE,
+    VECTOR_BATCH_SIZES,
     fast_squared_distances,
     products_err,
     squared_distances,
     squared_distances_less_rounding,
 )
-from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
-from jdam.linalg import polar, rotation_part, rounding, squared_norm
-from jdam.measures import DiagonalGaussian, Gaussian
+from jdam.geometry.protocol import (
+    AnyView,
+    BatchSizes,
+    Bound,
+    Comparison,
+    Geometry,
+    Patterns,
+    check_batch_ndim,
+    norm,
+)
 
 
 class Gaussians(Geometry):
     """What geometries of Gaussians share: patterns are all `Gaussian` or all `DiagonalGaussian`,
     queries of the same type."""
 
-    def check(self, name, measure, batch_ndim):
+    max_backtracks: ClassVar[int] = 0
+
+    def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, Gaussian | DiagonalGaussian):
             raise TypeError(
                 f"{name} must be a jdam.Gaussian or jdam.DiagonalGaussian for {self}; "
@@ -35,19 +47,12 @@ class Gaussians(Geometry):
         check_batch_ndim(name, measure, batch_ndim)
         return measure
 
-    def match(self, query, patterns):
+    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         if isinstance(query, Gaussian):
             # Polar factors R of MᵀL are of matrices with no more rows than columns: with fewer
             # columns of L than of M, R Rᵀ would be a projection, not I.
             query = query.pad(patterns.rank)
         return query
-
-    def conserved(self, measure, tangent):
-        """Rotations L Ω of the factor, Ω skew, which leave the measure as it is."""
-        still = super().conserved(measure, tangent)
-        if isinstance(measure, DiagonalGaussian):
-            return still
-        return with_leaves(still, still.mean, rotation_part(measure.factor, tangent.factor))
 
 
 class Bures(Gaussians):
@@ -70,97 +75,94 @@ class Bures(Gaussians):
     cost_scale: ClassVar[float | None] = 1.0
     is_squared_metric: ClassVar[bool] = True
 
-    def view(self, query):
-        if isinstance(query, DiagonalGaussian):
-            return _stacked(query)
-        factor, axes = principal(query.factor)
-        return View(with_leaves(query, query.mean, factor), axes)
+    def view(self, query: AnyMeasure) -> AnyView:
+        return _kernel(query).view(query)
 
-    def compare(self, view, patterns, prepared, guess, exact):
-        if isinstance(patterns, DiagonalGaussian):
-            stacked = _stacked(patterns)
-            distances = squared_distances if exact else fast_squared_distances
-            return Comparison(distances(view, stacked), stacked)
-        query = view.query
-        rotations = polar(patterns.factor.mT @ query.factor[None])
-        divergences = squared_distances(query.mean, patterns.mean) + _aligned_gap(
-            query.factor, patterns.factor, rotations
-        )
-        aligned = with_leaves(patterns, patterns.mean, patterns.factor @ rotations)
-        return Comparison(divergences, aligned)
+    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+        return _kernel(view).compare(view, patterns, exact)
 
-    def prepare(self, patterns):
-        if isinstance(patterns, DiagonalGaussian):
-            return None
-        factor = jax.lax.stop_gradient(patterns.factor)
-        # In batches: decompositions copy what they are given.
-        return Prepared(
-            spread=jnp.linalg.norm(factor, axis=-1),
-            spectrum=map_in_chunks(singular_values, 1024, factor),
-        )
+    def prepare(self, patterns: AnyMeasure) -> Any:
+        return _kernel(patterns).prepare(patterns)
 
-    def bound(self, view, patterns, prepared):
-        """|m − μ|² plus the larger of two sums of squared differences of standard deviations:
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        return _kernel(patterns.measures).bounds()
 
-        along the coordinate axes, Σₖ (√Ωₖₖ − √Σₖₖ)², since for any plan and any orthonormal
-        basis E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ;
+    def approximation_errs(
+        self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
+    ) -> Array | None:
+        return products_err(query, patterns, beta) if _kernel(query) is Diagonal else None
 
-        of the sorted spectra, Σₖ (σₖ(L) − σₖ(M))², since W₂² = |m−μ|² + |L|² + |M|² − 2|MᵀL|_*
-        and the nuclear norm |MᵀL|_* ≤ Σₖ σₖ(M) σₖ(L) (von Neumann).
-        """
-        if isinstance(patterns, DiagonalGaussian):
-            return squared_distances_less_rounding(view, _stacked(patterns))
-        query = view.query
-        spread = jnp.linalg.norm(query.factor, axis=-1)
-        sizes = jnp.linalg.norm(query.factor, axis=-2)[: query.dim]
-        missing = sizes.size - prepared.spectrum.shape[-1]
-        spectrum = jnp.pad(prepared.spectrum, [(0, 0), (0, missing)])
-        marginal = _gaps(spread, prepared.spread)
-        return _shifts(query.mean, patterns.mean) + jnp.maximum(marginal, _gaps(sizes, spectrum))
+    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
+        return _kernel(view).move(view, pull, step_size)
 
-    def sharpenings(self, patterns):
-        return 0 if isinstance(patterns, DiagonalGaussian) else 2
+    def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
+        return _kernel(view).residual(view, pull)
 
-    def sharpen(self, view, patterns, prepared, level):
-        """Level 1: |m − μ|² plus the sum over the principal axes uₖ of the query, L = U S Vᵀ, of
-        squared differences of standard deviations:
+    def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
+        diagonal = _kernel(patterns) is Diagonal
+        return VECTOR_BATCH_SIZES if diagonal else super().batch_sizes(patterns)
 
-            Σₖ (sₖ − |Mᵀuₖ|)² + |M|² − Σₖ |Mᵀuₖ|²,
 
-        the bound by marginals in that basis, its last terms those along axes on which L vanishes.
-        It is exact where the covariances commute.
+def _kernel(of: Any) -> "type[Full | Diagonal]":
+    return Diagonal if isinstance(of, DiagonalGaussian | DiagonalView) else Full
 
-        Level 2: |m − μ|² + |L|² + |M|² − tr H − tr(H⁻¹KᵀK), K = MᵀL V, for an H ≻ 0 near
-        (KᵀK)^½, since 2|K|_* is the least value of tr H + tr(H⁻¹KᵀK) over all H ≻ 0.
-        """
-        query = view.query
-        if level == 2:
-            return _shifts(query.mean, patterns.mean) + _gap_from_below(query, patterns)
-        sizes = jnp.linalg.norm(query.factor, axis=-2)
-        axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
-        along = jnp.linalg.norm(patterns.factor.mT @ axes[None], axis=-2)
-        whole = squared_norm(patterns.factor)
-        rest = whole * (1 - rounding(patterns.factor[0].size, whole.dtype))
-        rest = jnp.maximum(rest - jnp.vecdot(along, along), 0)
-        return _shifts(query.mean, patterns.mean) + _gaps(sizes, along) + rest
 
-    def approximation_errs(self, query, patterns, beta):
-        diagonal = isinstance(patterns, DiagonalGaussian)
-        return products_err(query, patterns, beta) if diagonal else None
+# ------------------------------------------------------------------ diagonal covariances
 
-    def move(self, view, pull, step_size, attempt=0):
-        if isinstance(view, View):
-            moved = super().move(view.query, pull, step_size)
-            return with_leaves(moved, moved.mean, moved.factor @ view.axes)
-        mean, scale = jnp.split(super().move(view, pull, step_size), 2)
+
+class DiagonalView(NamedTuple):
+    """A diagonal Gaussian as the vector (m, σ), as which it takes part in everything."""
+
+    vector: Float[Array, " 2d"]
+
+
+class Diagonal:
+    """W₂² = |m − μ|² + |σ − s|²."""
+
+    @staticmethod
+    def view(query: DiagonalGaussian) -> DiagonalView:
+        return DiagonalView(_stacked(query))
+
+    @staticmethod
+    def compare(view: DiagonalView, patterns: Patterns, exact: bool) -> Comparison:
+        stacked = _stacked(patterns.measures)
+        distances = squared_distances if exact else fast_squared_distances
+        return Comparison(distances(view.vector, stacked), stacked)
+
+    @staticmethod
+    def prepare(patterns: DiagonalGaussian) -> None:
+        return None
+
+    @staticmethod
+    def bounds() -> tuple[Any, ...]:
+        def bound(view: DiagonalView, patterns: Patterns) -> Float[Array, " B"]:
+            return squared_distances_less_rounding(view.vector, _stacked(patterns.measures))
+
+        return (bound,)
+
+    @staticmethod
+    def move(view: DiagonalView, pull: Array, step_size: Array) -> DiagonalGaussian:
+        mean, scale = jnp.split(view.vector + step_size * (pull - view.vector), 2)
         # A map that overshoots (τ > 1) may turn an axis round.
         return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
 
-    def residual(self, view, pull):
-        return super().residual(view.query if isinstance(view, View) else view, pull)
+    @staticmethod
+    def residual(view: DiagonalView, pull: Array) -> Float[Array, ""]:
+        return norm(pull - view.vector)
 
-    def tile(self, patterns):
-        return VECTOR_TILE if isinstance(patterns, DiagonalGaussian) else super().tile(patterns)
+
+def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch 2d"]:
+    return jnp.concatenate([measure.mean, measure.scale], axis=-1)
+
+
+# ------------------------------------------------------------------ full covariances
+
+
+class View(NamedTuple):
+    """A Gaussian query with its factor turned to its principal axes, L V, and Vᵀ."""
+
+    query: Gaussian
+    axes: Float[Array, "r r"]
 
 
 class Prepared(NamedTuple):
@@ -170,11 +172,89 @@ class Prepared(NamedTuple):
     spectrum: Float[Array, "N k"]
 
 
-class View(NamedTuple):
-    """A Gaussian query with its factor turned to its principal axes, L V, and Vᵀ."""
+class Full:
+    """W₂² = |m − μ|² + |L − MR|², R the polar factor of MᵀL."""
 
-    query: Gaussian
-    axes: Float[Array, "r r"]
+    @staticmethod
+    def view(query: Gaussian) -> View:
+        factor, axes = principal(query.factor)
+        return View(with_leaves(query, query.mean, factor), axes)
+
+    @staticmethod
+    def compare(view: View, patterns: Patterns, exact: bool) -> Comparison:
+        query, measures = view.query, patterns.measures
+        rotations = polar(measures.factor.mT @ query.factor[None])
+        shifts = squared_distances(query.mean, measures.mean)
+        gaps = _aligned_gap(query.factor, measures.factor, rotations)
+        aligned = with_leaves(measures, measures.mean, measures.factor @ rotations)
+        return Comparison(shifts + gaps, aligned)
+
+    @staticmethod
+    def prepare(patterns: Gaussian) -> Prepared:
+        factor = jax.lax.stop_gradient(patterns.factor)
+        # In batches: decompositions copy what they are given.
+        return Prepared(
+            spread=jnp.linalg.norm(factor, axis=-1),
+            spectrum=map_in_chunks(singular_values, 1024, factor),
+        )
+
+    @staticmethod
+    def bounds() -> tuple[Any, ...]:
+        return _by_spreads, _by_principal_axes, _by_nuclear_norm
+
+    @staticmethod
+    def move(view: View, pull: Gaussian, step_size: Array) -> Gaussian:
+        moved = jax.tree.map(lambda x, y: x + step_size * (y - x), view.query, pull)
+        result: Gaussian = with_leaves(moved, moved.mean, moved.factor @ view.axes)
+        return result
+
+    @staticmethod
+    def residual(view: View, pull: Gaussian) -> Float[Array, ""]:
+        return norm(jax.tree.map(jnp.subtract, pull, view.query))
+
+
+def _by_spreads(view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """|m − μ|² plus the larger of two sums of squared differences of standard deviations:
+
+    along the coordinate axes, Σₖ (√Ωₖₖ − √Σₖₖ)², since for any plan and any orthonormal
+    basis E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ;
+
+    of the sorted spectra, Σₖ (σₖ(L) − σₖ(M))², since W₂² = |m−μ|² + |L|² + |M|² − 2|MᵀL|_*
+    and the nuclear norm |MᵀL|_* ≤ Σₖ σₖ(M) σₖ(L) (von Neumann).
+    """
+    query, prepared = view.query, patterns.prepared
+    spread = jnp.linalg.norm(query.factor, axis=-1)
+    sizes = jnp.linalg.norm(query.factor, axis=-2)[: query.dim]
+    missing = sizes.size - prepared.spectrum.shape[-1]
+    spectrum = jnp.pad(prepared.spectrum, [(0, 0), (0, missing)])
+    gaps = jnp.maximum(_gaps(spread, prepared.spread), _gaps(sizes, spectrum))
+    return _shifts(query.mean, patterns.measures.mean) + gaps
+
+
+def _by_principal_axes(view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """|m − μ|² plus the sum over the principal axes uₖ of the query, L = U S Vᵀ, of squared
+    differences of standard deviations:
+
+        Σₖ (sₖ − |Mᵀuₖ|)² + |M|² − Σₖ |Mᵀuₖ|²,
+
+    the bound by marginals in that basis, its last terms those along axes on which L vanishes.
+    It is exact where the covariances commute.
+    """
+    query, measures = view.query, patterns.measures
+    sizes = jnp.linalg.norm(query.factor, axis=-2)
+    axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
+    along = jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2)
+    whole = squared_norm(measures.factor)
+    rest = whole * (1 - rounding(measures.factor[0].size, whole.dtype))
+    rest = jnp.maximum(rest - jnp.vecdot(along, along), 0)
+    return _shifts(query.mean, measures.mean) + _gaps(sizes, along) + rest
+
+
+def _by_nuclear_norm(view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """|m − μ|² + |L|² + |M|² − tr H − tr(H⁻¹KᵀK), K = MᵀL V, for an H ≻ 0 near (KᵀK)^½, since
+    2|K|_* is the least value of tr H + tr(H⁻¹KᵀK) over all H ≻ 0."""
+    query, measures = view.query, patterns.measures
+    return _shifts(query.mean, measures.mean) + _gap_from_below(query, measures)
 
 
 def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[Array, "r r"]]:
@@ -202,7 +282,7 @@ def _aligned_gap(
 
 @_aligned_gap.defjvp
 @full_precision
-def _aligned_gap_jvp(primals, tangents):
+def _aligned_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     factor, factors, rotations = primals
     dfactor, dfactors, _ = tangents
     gap = factor[None] - factors @ rotations
@@ -241,8 +321,3 @@ def _gaps(first: Float[Array, " k"], second: Float[Array, "B k"]) -> Float[Array
     gap = jnp.abs(first[None] - second) - error * (first[None] + second)
     gap = jnp.maximum(gap, 0)
     return jnp.vecdot(gap, gap) * (1 - error)
-
-
-def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch 2d"]:
-    """(m, σ), the vector as which a diagonal Gaussian takes part in everything."""
-    return jnp.concatenate([measure.mean, measure.scale], axis=-1)

@@ -1,7 +1,7 @@
 """Gaussians under the debiased Sinkhorn divergence, in closed form."""
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jdam import _checks
-from jdam._batching import map_in_chunks
-from jdam._derivatives import full_precision, moves
-from jdam._lapack import full_svd, svd
+from jdam._core import checks
+from jdam._core.batching import map_in_chunks
+from jdam._core.derivatives import full_precision, moves
+from jdam._core.lapack import full_svd, svd
+from jdam._core.linalg import ShrunkPolar, rounding, shrink, shrunk_polar
+from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam.geometry.bures import Gaussians, principal
 from jdam.geometry.euclidean import squared_distances
-from jdam.geometry.protocol import Comparison, norm, with_leaves
-from jdam.linalg import ShrunkPolar, rounding, shrink, shrunk_polar
-from jdam.measures import DiagonalGaussian, Gaussian
-
-AnyGaussian: TypeAlias = Gaussian | DiagonalGaussian
+from jdam.geometry.protocol import AnyView, Bound, Comparison, Patterns, norm
 
 
 class EntropicBures(Gaussians):
@@ -64,103 +63,109 @@ class EntropicBures(Gaussians):
     cost_scale: ClassVar[float | None] = 0.5
 
     def __init__(self, epsilon: ArrayLike):
-        self.epsilon = _checks.positive("epsilon", epsilon, _checks.scalar_dtype(epsilon))
+        self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
 
-    def prepare(self, patterns):
-        if isinstance(patterns, DiagonalGaussian):
-            return None
-        factor = jax.lax.stop_gradient(patterns.factor)
-        # In batches: decompositions copy what they are given.
-        return Prepared(*map_in_chunks(_axes, 1024, factor))
+    def view(self, query: AnyMeasure) -> AnyView:
+        return self._kernel(query).view(query)
 
-    def view(self, query):
-        if isinstance(query, DiagonalGaussian):
-            own = query.scale * shrink(self._scaled(query.scale) ** 2)
-            return View(query, with_leaves(query, query.mean, own))
-        factor, axes = principal(query.factor)
-        turned = with_leaves(query, query.mean, factor)
-        scaled = self._scaled(factor)
-        shrunk = shrunk_polar(scaled.mT @ scaled).factor
-        return View(turned, with_leaves(query, query.mean, factor @ shrunk), shrunk, axes)
+    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+        return self._kernel(view).compare(view, patterns)
 
-    def compare(self, view, patterns, prepared, guess, exact):
-        query, shift = view.query, squared_distances(view.query.mean, patterns.mean)
-        if isinstance(patterns, DiagonalGaussian):
-            first, second = self._scaled(query.scale)[None], self._scaled(patterns.scale)
-            gaps = _scalar_gap(first, second).sum(-1)
-            aligned = patterns.scale * shrink(first * second)
-        else:
-            factor, factors = self._scaled(query.factor), self._scaled(patterns.factor)
-            found = shrunk_polar(factors.mT @ factor[None])
-            spectra = Prepared(prepared.axes, self._scaled(prepared.sizes))
-            gaps = _gap(factor, factors, view.shrunk, found, spectra)
-            aligned = patterns.factor @ found.factor
-        divergences = (shift + self.epsilon * gaps) / 2
-        return Comparison(divergences, with_leaves(patterns, patterns.mean, aligned))
+    def prepare(self, patterns: AnyMeasure) -> Any:
+        return self._kernel(patterns).prepare(patterns)
 
-    def bound(self, view, patterns, prepared):
-        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)), α and β the falling standard deviations
-        along principal axes: φ(eˣ) is convex and increasing, and the singular values of MᵀL are
-        weakly log-majorised by the products of those of M and L (Horn)."""
-        if isinstance(patterns, DiagonalGaussian):
-            first, second = self._scaled(view.query.scale)[None], self._scaled(patterns.scale)
-            error = rounding(1, first.dtype) * (first + second)
-        else:
-            first, second = self._sizes(view.query)[None], self._scaled(prepared.sizes)
-            second = jnp.pad(second, [(0, 0), (0, first.size - second.shape[-1])])
-            error = _size_error(first, second, patterns)
-        gaps = _gap_less_rounding(first, second, error).sum(-1)
-        return self._with_shift(view.query, patterns, gaps)
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        return self._kernel(patterns.measures).bounds()
 
-    def sharpenings(self, patterns):
-        return 0 if isinstance(patterns, DiagonalGaussian) else 1
+    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
+        return self._kernel(view).move(view, pull, step_size)
 
-    def sharpen(self, view, patterns, prepared, level):
-        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)), nₖ = |Mᵀuₖ| the standard deviations along
-        the principal axes uₖ of the query, L = U diag(α) Vᵀ: φ(√x) is concave, so that
-        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). It is exact where the covariances commute."""
-        query = view.query
-        sizes = jnp.linalg.norm(query.factor, axis=-2)
-        axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
-        first = self._sizes(query)[None]
-        along = self._scaled(jnp.linalg.norm(patterns.factor.mT @ axes[None], axis=-2))
-        second = self._scaled(prepared.sizes)
-        error = _size_error(first, second, patterns)
-        gaps = _gap_less_rounding(first, along, error).sum(-1)
-        # Σφ(βₖ²) ≥ Σφ(nₖ²), for φ is convex.
-        whole, part = _phi(second**2).sum(-1), _phi(along**2).sum(-1)
-        error = 2 * rounding(patterns.factor[0].size, whole.dtype) * (whole + part)
-        rest = jnp.maximum(whole - part - error, 0)
-        return self._with_shift(query, patterns, gaps + rest / 2)
-
-    def move(self, view, pull, step_size, attempt=0):
-        moved = jax.tree.map(lambda x, y, z: x + step_size * (y - z), view.query, pull, view.own)
-        if isinstance(moved, DiagonalGaussian):
-            # A map that overshoots (τ > 1) may turn an axis round.
-            return DiagonalGaussian(
-                moved.mean, jnp.where(moved.scale < 0, -moved.scale, moved.scale)
-            )
-        return with_leaves(moved, moved.mean, moved.factor @ view.axes)
-
-    def residual(self, view, pull):
+    def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """|v| = √(|Σ wᵢμᵢ − m|² + |Σ wᵢMᵢRᵢ − LR₀|²)."""
         return norm(jax.tree.map(jnp.subtract, pull, view.own))
 
-    def __repr__(self):
-        shown = _checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
+    def __repr__(self) -> str:
+        shown = checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
         return f"EntropicBures(epsilon={f'{float(self.epsilon):.4g}' if shown else '…'})"
 
-    def _scaled(self, lengths):
-        """In units of √ε, in which ε = 1."""
-        return lengths / jnp.sqrt(self.epsilon)
+    def _kernel(self, of: Any) -> "Full | Diagonal":
+        diagonal = isinstance(of, DiagonalGaussian | DiagonalView)
+        return Diagonal(self.epsilon) if diagonal else Full(self.epsilon)
 
-    def _sizes(self, query):
-        return self._scaled(jnp.linalg.norm(query.factor, axis=-2))
 
-    def _with_shift(self, query, patterns, gaps):
-        shift = squared_distances(query.mean, patterns.mean)
-        error = rounding(query.dim, shift.dtype)
-        return (shift + self.epsilon * gaps) * ((1 - error) / 2)
+def _toward(query: Any, pull: Any, own: Any, step_size: Array) -> Any:
+    """ξ + τ(pull − own)."""
+    return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, own)
+
+
+def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Float[Array, " B"]:
+    """½|m − μ|² + ½ε·gaps, less its rounding."""
+    shifts = squared_distances(mean, means)
+    return (shifts + epsilon * gaps) * ((1 - rounding(mean.size, shifts.dtype)) / 2)
+
+
+# ------------------------------------------------------------------ diagonal covariances
+
+
+class DiagonalView(NamedTuple):
+    """A query, and what it asks of itself."""
+
+    query: DiagonalGaussian
+    own: DiagonalGaussian
+
+
+class Diagonal(NamedTuple):
+    """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)) of standard deviations α and β."""
+
+    epsilon: Float[Array, ""]
+
+    def view(self, query: DiagonalGaussian) -> DiagonalView:
+        own = query.scale * shrink(query.scale**2 / self.epsilon)
+        return DiagonalView(query, with_leaves(query, query.mean, own))
+
+    def compare(self, view: DiagonalView, patterns: Patterns) -> Comparison:
+        query, measures = view.query, patterns.measures
+        first, second = self._scales(view, measures)
+        gaps = _scalar_gap(first, second).sum(-1)
+        shifts = squared_distances(query.mean, measures.mean)
+        aligned = measures.scale * shrink(first * second)
+        divergence = (shifts + self.epsilon * gaps) / 2
+        return Comparison(divergence, with_leaves(measures, measures.mean, aligned))
+
+    def prepare(self, patterns: DiagonalGaussian) -> None:
+        return None
+
+    def bounds(self) -> tuple[Bound, ...]:
+        return (self._less_rounding,)
+
+    def _less_rounding(self, view: DiagonalView, patterns: Patterns) -> Float[Array, " B"]:
+        first, second = self._scales(view, patterns.measures)
+        error = rounding(1, first.dtype) * (first + second)
+        gaps = _gap_less_rounding(first, second, error).sum(-1)
+        return _with_shifts(view.query.mean, patterns.measures.mean, self.epsilon, gaps)
+
+    def move(self, view: DiagonalView, pull: Any, step_size: Array) -> DiagonalGaussian:
+        moved = _toward(view.query, pull, view.own, step_size)
+        # A map that overshoots (τ > 1) may turn an axis round.
+        return DiagonalGaussian(moved.mean, jnp.where(moved.scale < 0, -moved.scale, moved.scale))
+
+    def _scales(self, view: DiagonalView, measures: DiagonalGaussian) -> tuple[Array, Array]:
+        """α and β in units of √ε, in which ε = 1."""
+        root = jnp.sqrt(self.epsilon)
+        return (view.query.scale / root)[None], measures.scale / root
+
+
+# ------------------------------------------------------------------ full covariances
+
+
+class View(NamedTuple):
+    """A query with its factor turned to its principal axes, L V, and Vᵀ; and what it asks of
+    itself, (m, LR₀)."""
+
+    query: Gaussian
+    own: Gaussian
+    shrunk: Float[Array, "r r"]  # R₀
+    axes: Float[Array, "r r"]
 
 
 class Prepared(NamedTuple):
@@ -170,14 +175,77 @@ class Prepared(NamedTuple):
     sizes: Float[Array, "N r"]
 
 
-class View(NamedTuple):
-    """A query and what it asks of itself, (m, LR₀); a Gaussian with its factor turned to its
-    principal axes, L V, and Vᵀ."""
+class Full(NamedTuple):
+    """½|m − μ|² + ½Σ(½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)))."""
 
-    query: AnyGaussian
-    own: AnyGaussian
-    shrunk: Float[Array, "r r"] | None = None  # R₀
-    axes: Float[Array, "r r"] | None = None
+    epsilon: Float[Array, ""]
+
+    def view(self, query: Gaussian) -> View:
+        factor, axes = principal(query.factor)
+        turned = with_leaves(query, query.mean, factor)
+        scaled = self._scaled(factor)
+        shrunk = shrunk_polar(scaled.mT @ scaled).factor
+        return View(turned, with_leaves(query, query.mean, factor @ shrunk), shrunk, axes)
+
+    def compare(self, view: View, patterns: Patterns) -> Comparison:
+        query, measures, prepared = view.query, patterns.measures, patterns.prepared
+        factor, factors = self._scaled(query.factor), self._scaled(measures.factor)
+        found = shrunk_polar(factors.mT @ factor[None])
+        spectra = Prepared(prepared.axes, self._scaled(prepared.sizes))
+        gaps = _gap(factor, factors, view.shrunk, found, spectra)
+        shifts = squared_distances(query.mean, measures.mean)
+        aligned = measures.factor @ found.factor
+        divergence = (shifts + self.epsilon * gaps) / 2
+        return Comparison(divergence, with_leaves(measures, measures.mean, aligned))
+
+    def prepare(self, patterns: Gaussian) -> Prepared:
+        factor = jax.lax.stop_gradient(patterns.factor)
+        # In batches: decompositions copy what they are given.
+        return Prepared(*map_in_chunks(_axes, 1024, factor))
+
+    def bounds(self) -> tuple[Bound, ...]:
+        return self._by_spectra, self._by_principal_axes
+
+    def _by_spectra(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
+        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)), α and β the falling standard deviations
+        along principal axes: φ(eˣ) is convex and increasing, and the singular values of MᵀL are
+        weakly log-majorised by the products of those of M and L (Horn)."""
+        query, measures = view.query, patterns.measures
+        first, second = self._sizes(query)[None], self._scaled(patterns.prepared.sizes)
+        second = jnp.pad(second, [(0, 0), (0, first.size - second.shape[-1])])
+        error = _size_error(first, second, measures)
+        gaps = _gap_less_rounding(first, second, error).sum(-1)
+        return _with_shifts(query.mean, measures.mean, self.epsilon, gaps)
+
+    def _by_principal_axes(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
+        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)), nₖ = |Mᵀuₖ| the standard deviations along
+        the principal axes uₖ of the query, L = U diag(α) Vᵀ: φ(√x) is concave, so that
+        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). It is exact where the covariances commute."""
+        query, measures = view.query, patterns.measures
+        sizes = jnp.linalg.norm(query.factor, axis=-2)
+        axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
+        first = self._sizes(query)[None]
+        along = self._scaled(jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2))
+        second = self._scaled(patterns.prepared.sizes)
+        gaps = _gap_less_rounding(first, along, _size_error(first, second, measures)).sum(-1)
+        # Σφ(βₖ²) ≥ Σφ(nₖ²), for φ is convex.
+        whole, part = _phi(second**2).sum(-1), _phi(along**2).sum(-1)
+        error = 2 * rounding(measures.factor[0].size, whole.dtype) * (whole + part)
+        rest = jnp.maximum(whole - part - error, 0)
+        return _with_shifts(query.mean, measures.mean, self.epsilon, gaps + rest / 2)
+
+    def move(self, view: View, pull: Any, step_size: Array) -> Gaussian:
+        moved = _toward(view.query, pull, view.own, step_size)
+        result: Gaussian = with_leaves(moved, moved.mean, moved.factor @ view.axes)
+        return result
+
+    def _scaled(self, lengths: Array) -> Array:
+        """In units of √ε, in which ε = 1."""
+        return lengths / jnp.sqrt(self.epsilon)
+
+    def _sizes(self, query: Gaussian) -> Array:
+        """The standard deviations of a query along its principal axes."""
+        return self._scaled(jnp.linalg.norm(query.factor, axis=-2))
 
 
 def _axes(factor: Float[Array, "d r"]) -> tuple[Float[Array, "r r"], Float[Array, " r"]]:
@@ -219,7 +287,7 @@ def _gap(
 
 @partial(_gap.defjvp, symbolic_zeros=True)
 @full_precision
-def _gap_jvp(primals: tuple, tangents: tuple) -> Any:
+def _gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     """By the envelope theorem dΣφ(σ(K)) = 2⟨R, dK⟩."""
     factor, factors, shrunk, found, _ = primals
     dfactor, dfactors, *_ = tangents
@@ -244,7 +312,7 @@ def _scalar_gap(first: Array, second: Array) -> Array:
 
 @_scalar_gap.defjvp
 @full_precision
-def _scalar_gap_jvp(primals, tangents):
+def _scalar_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     (first, second), (dfirst, dsecond) = primals, tangents
     shrunk = shrink(first * second)
     slope = first * shrink(first**2) - second * shrunk

@@ -8,29 +8,31 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jdam import _checks
-from jdam.geometry.protocol import Comparison, Geometry
-from jdam.linalg import PIECE, long_products, long_vecdot, rounding
-from jdam.measures import Measure
+from jdam._core import checks
+from jdam._core.linalg import PIECE, long_products, long_vecdot, rounding
+from jdam._measures.base import AnyMeasure, Measure
+from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 
-#: Queries and patterns to compare at once: large enough for matrix products to be efficient.
-VECTOR_TILE = 512, 2048
+#: Large enough for matrix products to be efficient.
+VECTOR_BATCH_SIZES = BatchSizes(queries=512, patterns=2048, differentiated=2048)
 
 
 class Vectors(Geometry):
     """What `Euclidean` and `DotProduct` share: measures are arrays (d,), pulls the patterns."""
 
-    def check(self, name, measure, batch_ndim):
+    max_backtracks: ClassVar[int] = 0
+
+    def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if isinstance(measure, Measure):
             raise TypeError(f"{name} must be an array for {self}; got {type(measure).__name__}")
-        array = _checks.float_array(name, measure)
+        array = checks.float_array(name, measure)
         if array.ndim != batch_ndim + 1 or array.shape[-1] == 0:
             wanted = "(N, d)" if batch_ndim else "(d,)"
             raise ValueError(f"{name} must have shape {wanted}, d ≥ 1; got {array.shape}")
         return array
 
-    def tile(self, patterns):
-        return VECTOR_TILE
+    def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
+        return VECTOR_BATCH_SIZES
 
 
 class Euclidean(Vectors):
@@ -43,15 +45,16 @@ class Euclidean(Vectors):
     cost_scale: ClassVar[float | None] = 1.0
     is_squared_metric: ClassVar[bool] = True
 
-    def compare(self, view, patterns, prepared, guess, exact):
+    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         distances = squared_distances if exact else fast_squared_distances
-        return Comparison(distances(view, patterns), patterns)
+        return Comparison(distances(view, patterns.measures), patterns.measures)
 
-    def bound(self, view, patterns, prepared):
-        """|x − y|² by a matrix product, less its rounding."""
-        return squared_distances_less_rounding(view, patterns)
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        return (lambda view, held: squared_distances_less_rounding(view, held.measures),)
 
-    def approximation_errs(self, query, patterns, beta):
+    def approximation_errs(
+        self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
+    ) -> Array | None:
         return products_err(query, patterns, beta)
 
 
@@ -63,15 +66,22 @@ class DotProduct(Vectors):
     divergence: it may be negative, and a pattern need not be its own nearest.
     """
 
-    def compare(self, view, patterns, prepared, guess, exact):
-        products = long_products(view, patterns)
-        return Comparison(long_vecdot(view, view) / 2 - products, patterns)
+    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+        return Comparison(_energies(view, patterns.measures), patterns.measures)
 
-    def bound(self, view, patterns, prepared):
-        """D less its rounding."""
-        square, squares = long_vecdot(view, view), long_vecdot(patterns, patterns)
-        error = rounding(view.size, view.dtype) * (square + squares)
-        return square / 2 - long_products(view, patterns) - error
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        return (_energies_less_rounding,)
+
+
+def _energies(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
+    """½|x|² − ⟨x, yᵢ⟩."""
+    return long_vecdot(x, x) / 2 - long_products(x, ys)
+
+
+def _energies_less_rounding(x: Float[Array, " d"], patterns: Patterns) -> Float[Array, " B"]:
+    ys = patterns.measures
+    size = long_vecdot(x, x) + long_vecdot(ys, ys)
+    return _energies(x, ys) - rounding(x.size, x.dtype) * size
 
 
 def squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:

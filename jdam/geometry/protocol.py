@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -10,12 +11,19 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jdam.linalg import safe_sqrt
+from jdam._core.linalg import safe_sqrt
+from jdam._measures.base import AnyMeasure, Measure, batch_size, dtype_of
 
-#: A measure: an array (…, d) or a `jdam.Gaussian`, `jdam.DiagonalGaussian`, …
-AnyMeasure: TypeAlias = Any
 #: What a geometry makes of a query before it is compared: by default the query itself.
 AnyView: TypeAlias = Any
+
+
+class Patterns(NamedTuple):
+    """Some patterns of a memory, (B,) of them; all leaves lead with (B,)."""
+
+    measures: AnyMeasure
+    prepared: Any = None  # what `Geometry.prepare` made of them
+    guess: Any = None  # `Comparison.guess` of an earlier comparison with a query close by
 
 
 class Comparison(NamedTuple):
@@ -27,24 +35,41 @@ class Comparison(NamedTuple):
     missed: Bool[Array, " B"] | None = None  # did an inner solver miss its tolerance?
 
 
+class BatchSizes(NamedTuple):
+    """How many queries of a batch, and patterns, to compare at once; and with how many patterns to
+    differentiate the comparison at once, for each query."""
+
+    queries: int
+    patterns: int
+    differentiated: int
+
+
+#: Lower bounds on the divergences between the query of a view and some patterns, (B,).
+Bound: TypeAlias = Callable[[AnyView, Patterns], Float[Array, " B"]]
+
+
 class Geometry(eqx.Module):
     """A divergence D between measures and a way to move a measure along −grad E.
 
-    To add a geometry, subclass and implement `check` and `compare`; override
-    the rest where the default does not fit. `patterns` always carries one leading axis (B,)
-    of patterns, `query` none. Methods are pure, traced, and never see batches of queries.
+    A geometry is a class with two methods, `check` and `compare`. With these alone everything of
+    jdam works: energy, weights, steps that never raise the energy (by trying shorter ones),
+    recall, derivatives, learning, sharding. Each of the other methods says what it buys.
+
+    Methods are pure and traced, and never see batches of queries. Fields are arrays of floats,
+    which are traced and cast to the memory's dtype, or `equinox.field(static=True)`.
     """
 
-    #: How many ever more cautious steps to try until one does not raise the energy: 1 where the
-    #: full step never raises it.
-    attempts: ClassVar[int] = 1
+    #: How many ever more cautious steps to try, after the full one, until one does not raise the
+    #: energy: 0 where it is proved that the full step never does.
+    max_backtracks: ClassVar[int] = 12
     #: For `jdam.theory`, the c for which D ≥ c·|difference of means|²; None if nothing is known.
     cost_scale: ClassVar[float | None] = None
     #: Whether D is c times the square of a metric.
     is_squared_metric: ClassVar[bool] = False
-
     #: Fields that `prepare` does not read, and which may change without preparing again.
     unprepared: ClassVar[tuple[str, ...]] = ()
+
+    # ------------------------------------------------------------- required
 
     @abstractmethod
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
@@ -52,6 +77,62 @@ class Geometry(eqx.Module):
 
         Raises `TypeError` or `ValueError` naming the argument `name` otherwise.
         """
+
+    @abstractmethod
+    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+        """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
+        Gibbs average Σ wᵢ·pullᵢ is all that `move` needs.
+
+        Unless `exact`, D may be approximated where `approximation_errs` allows it."""
+
+    # ------------------------------------------------------------- steps
+
+    def move(self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
+        """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step.
+
+        Override it unless pulls are measures of the query's kind and `view` is the query."""
+        change = self._change(view, pull)
+        return jax.tree.map(lambda x, dx: x + step_size * dx, view, change)
+
+    def backtrack(
+        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], times: Any
+    ) -> AnyMeasure:
+        """A more cautious `move`, after this many attempts that raised the energy: half the step
+        each time. Override it where something else than the length is to blame."""
+        return self.move(view, pull, step_size * 0.5 ** jnp.asarray(times, step_size.dtype))
+
+    def surely_descends(
+        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], moved: AnyMeasure
+    ) -> Bool[Array, ""]:
+        """Whether it is proved that the first attempt, `moved`, does not raise the energy: saves
+        `jdam.step` a second comparison."""
+        return jnp.array(self.max_backtracks == 0)
+
+    def residual(self, view: AnyView, pull: AnyMeasure) -> Float[Array, ""]:
+        """How far the full step goes, in units of distance: zero at fixed points only. By default
+        the norm of its change; override it with `move`."""
+        return norm(self._change(view, pull))
+
+    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+        """Of a tangent at a measure, the part that steps leave as it is, by a projection: that of
+        `Measure.redundant`. `Implicit` derivatives need it where that is not all."""
+        if isinstance(measure, Measure):
+            return measure.redundant(tangent)
+        return jax.tree.map(jnp.zeros_like, tangent)
+
+    def scale(self, patterns: AnyMeasure) -> Float[Array, ""]:
+        """The root mean square size of the patterns, in the units of `residual`: that of the
+        default tolerance."""
+        return norm(patterns) / math.sqrt(batch_size(patterns))
+
+    def resolution(self, patterns: AnyMeasure) -> Float[Array, ""]:
+        """The smallest change of energy that says anything, where steps need attempts: by default
+        the rounding of the square of `scale`."""
+        if self.max_backtracks == 0:
+            return jnp.zeros((), dtype_of(patterns))
+        return 4 * float(jnp.finfo(dtype_of(patterns)).eps) * self.scale(patterns) ** 2
+
+    # ------------------------------------------------------------- what is computed once
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         """The query, padded to array shapes that go together with these patterns'."""
@@ -72,35 +153,16 @@ class Geometry(eqx.Module):
         return None
 
     def view(self, query: AnyMeasure) -> AnyView:
-        """What `compare`, `move` and `residual` need of the query, computed once a look."""
+        """What `compare`, `move` and `residual` need of the query, computed once an evaluation."""
         return query
 
-    @abstractmethod
-    def compare(
-        self, view: AnyView, patterns: AnyMeasure, prepared: Any, guess: Any, exact: bool
-    ) -> Comparison:
-        """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
-        Gibbs average Σ wᵢ·pullᵢ is all that `move` needs.
+    # ------------------------------------------------------------- speed
 
-        `prepared` and `guess` are what `prepare` and the last comparison said of the patterns.
-        Unless `exact`, D may be approximated where `approximation_errs` allows it."""
-
-    def bound(self, view: AnyView, patterns: AnyMeasure, prepared: Any) -> Float[Array, " B"]:
-        """Lower bounds on D(ξ, Xᵢ), rounding included, cheap enough for all patterns: by default
-        D itself."""
-        guess = self.first_guess(prepared)
-        return self.compare(view, patterns, prepared, guess, True).divergence
-
-    def sharpenings(self, patterns: AnyMeasure) -> int:
-        """How many levels of closer bounds there are."""
-        return 0
-
-    def sharpen(
-        self, view: AnyView, patterns: AnyMeasure, prepared: Any, level: int
-    ) -> Float[Array, " B"]:
-        """Closer lower bounds at greater cost, for patterns that earlier ones do not settle:
-        of level 1, 2, …, `sharpenings`."""
-        raise NotImplementedError
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        """Functions (view, patterns) ↦ lower bounds on D, rounding included: the first cheap enough
+        for all patterns, each next one closer and dearer, for patterns that those before do not
+        settle. With them `Certified` need not compare all patterns."""
+        return ()
 
     def approximation_errs(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]
@@ -108,47 +170,22 @@ class Geometry(eqx.Module):
         """Whether an approximate D would show in exp(−βD); None if only the exact one will do."""
         return None
 
-    def move(
-        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], attempt: Any = 0
-    ) -> AnyMeasure:
-        """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step.
-
-        `attempt`, below `attempts`, counts how often more caution was asked for."""
-        return jax.tree.map(lambda x, y: x + step_size * (y - x), view, pull)
-
-    def surely_descends(
-        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], moved: AnyMeasure
-    ) -> Bool[Array, ""]:
-        """Whether it is proved that the first attempt, `moved`, does not raise the energy."""
-        return jnp.array(self.attempts == 1)
-
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """Of a tangent at a measure, the part that steps leave as it is, by a projection."""
-        return jax.tree.map(jnp.zeros_like, tangent)
-
-    def resolution(self, patterns: AnyMeasure) -> Float[Array, ""]:
-        """The smallest change of energy that says anything, where steps need attempts."""
-        return jnp.zeros((), jax.tree.leaves(patterns)[0].dtype)
-
-    def residual(self, view: AnyView, pull: AnyMeasure) -> Float[Array, ""]:
-        """How far the full step goes, in units of distance: zero at fixed points only."""
-        return norm(jax.tree.map(lambda x, y: y - x, view, pull))
-
-    def scale(self, patterns: AnyMeasure) -> Float[Array, ""]:
-        """The root mean square size of the patterns, in the units of `residual`."""
-        return norm(patterns) / math.sqrt(batch_size(patterns))
-
-    def tile(self, patterns: AnyMeasure) -> tuple[int, int]:
-        """How many queries of a batch, and how many patterns, to compare at once.
-
-        By default 16 and 2¹⁶ numbers' worth, which keep two cores or a GPU busy.
-        """
+    def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
+        """How much to compare at once: by default 16 queries and 2¹⁶ numbers' worth of patterns,
+        which keep two cores busy."""
         numbers = sum(leaf.size for leaf in jax.tree.leaves(patterns)) // batch_size(patterns)
-        return 16, max(1, 2**16 // numbers)
+        at_once = max(1, 2**16 // numbers)
+        return BatchSizes(16, at_once, at_once)
 
-    def derivatives_at_once(self, patterns: AnyMeasure) -> int:
-        """How many patterns to differentiate the comparison with at once, for each query."""
-        return self.tile(patterns)[1]
+    def _change(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
+        """pull − ξ, where that makes sense."""
+        wanted, got = (jax.tree.map(jnp.shape, tree) for tree in (view, pull))
+        if not eqx.tree_equal(wanted, got):
+            raise TypeError(
+                f"pulls of {type(self).__name__} must be measures like the query for the default "
+                f"`move` and `residual`; got {pull} for {view}: override both"
+            )
+        return jax.tree.map(jnp.subtract, pull, view)
 
 
 def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
@@ -156,21 +193,6 @@ def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
     if len(measure.batch_shape) != batch_ndim:
         wanted = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
         raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
-
-
-def any_of(measures: AnyMeasure) -> AnyMeasure:
-    """A single measure of the shape of those of a batch, which may be empty, for checks of it."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), measures)
-
-
-def batch_size(patterns: AnyMeasure) -> int:
-    """The length of the leading axis that all leaves share."""
-    return jax.tree.leaves(patterns)[0].shape[0]
-
-
-def with_leaves(measure: AnyMeasure, *leaves: Array) -> AnyMeasure:
-    """A measure like `measure` of other arrays, unchecked: for values that need no check."""
-    return jax.tree.unflatten(jax.tree.structure(measure), leaves)
 
 
 def norm(tree: AnyMeasure) -> Float[Array, ""]:

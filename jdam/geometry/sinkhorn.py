@@ -1,8 +1,9 @@
 """Weighted point clouds under the debiased Sinkhorn divergence, moved by spherical
 Hellinger–Kantorovich (SHK) gradient flow."""
 
+from collections.abc import Callable
 from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,19 +12,24 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jdam import _checks
-from jdam._batching import map_in_chunks
-from jdam._scaling import SelfCoupling, Solver, log
-from jdam.entropic import (
-    couple,
-    couple_with_itself,
-    dual_after_half_iteration,
-    dual_after_some_iterations,
-    respond,
+from jdam._core import checks
+from jdam._core.batching import map_in_chunks
+from jdam._core.linalg import rounding, safe_sqrt
+from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
+from jdam._entropic.itself import couple_with_itself
+from jdam._entropic.problem import Coupling, Pair, SelfCoupling, Solver, log
+from jdam._entropic.transport import couple, respond
+from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.point_cloud import PointCloud
+from jdam.geometry.protocol import (
+    AnyView,
+    BatchSizes,
+    Bound,
+    Comparison,
+    Geometry,
+    Patterns,
+    check_batch_ndim,
 )
-from jdam.geometry.protocol import Comparison, Geometry, check_batch_ndim, with_leaves
-from jdam.linalg import rounding, safe_sqrt
-from jdam.measures import PointCloud
 
 #: How much more cautious each further attempt at a weight step is, and how many there are
 #: before the support step is shortened too.
@@ -72,7 +78,7 @@ class Sinkhorn(Geometry):
     max_iterations: int = eqx.field(static=True)
     solver: str = eqx.field(static=True)
 
-    attempts: ClassVar[int] = 16
+    max_backtracks: ClassVar[int] = 15
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
     cost_scale: ClassVar[float | None] = 0.5
 
@@ -85,18 +91,18 @@ class Sinkhorn(Geometry):
         max_iterations: int = 2000,
         solver: str = "stabilised",
     ):
-        self.epsilon = _checks.positive("epsilon", epsilon, _checks.scalar_dtype(epsilon))
-        dtype = _checks.scalar_dtype(hellinger_scale)
-        self.hellinger_scale = _checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
+        self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
+        dtype = checks.scalar_dtype(hellinger_scale)
+        self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
         if tol is not None:
-            _checks.positive("tol", tol, jnp.dtype(jnp.float32))
+            checks.positive("tol", tol, jnp.dtype(jnp.float32))
         self.tol = None if tol is None else float(tol)
-        self.max_iterations = _checks.positive_int("max_iterations", max_iterations)
+        self.max_iterations = checks.positive_int("max_iterations", max_iterations)
         if solver not in ("stabilised", "ott"):
             raise ValueError(f"solver must be 'stabilised' or 'ott'; got {solver!r}")
         self.solver = solver
 
-    def check(self, name, measure, batch_ndim):
+    def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, PointCloud):
             raise TypeError(
                 f"{name} must be a jdam.PointCloud for {self}; got {type(measure).__name__}"
@@ -104,45 +110,48 @@ class Sinkhorn(Geometry):
         check_batch_ndim(name, measure, batch_ndim)
         return measure
 
-    def join(self, first, second):
+    def join(self, first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
         atoms = max(first.num_atoms, second.num_atoms)
         return super().join(first.pad(atoms), second.pad(atoms))
 
-    def prepare(self, patterns):
+    def prepare(self, patterns: AnyMeasure) -> Any:
         centre = jax.lax.stop_gradient(patterns.mean)
         centred = self._about(centre, patterns)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
         offset = jnp.vecmat(patterns.weights, centred)
         return Prepared(centre, *jax.lax.stop_gradient((offset, known)))
 
-    def first_guess(self, prepared):
+    def first_guess(self, prepared: Any) -> Any:
         return prepared.known.potential
 
-    def view(self, query):
+    def view(self, query: AnyMeasure) -> AnyView:
         centre = jax.lax.stop_gradient(query.mean)
         centred = self._about(centre, query)
         known = self._couple_with_itself(centred, query.weights)
-        answer = respond(known.potential, centred, query.weights, centred, self.epsilon)
+        itself = Pair(centred, query.weights, centred, query.weights, self.epsilon)
+        answer = respond(known.potential, itself)
         return View(query, centre, centred, known, answer.barycentre)
 
-    def compare(self, view, patterns, prepared, guess, exact):
-        query = view.query
+    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+        query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
         centres = jax.lax.stop_gradient(prepared.centre)
-        centred = self._about(centres, patterns)
-        known = jax.vmap(self._couple_with_itself)(centred, patterns.weights, prepared.known)
-        one = partial(couple, self._solver)
-        found = jax.vmap(one, (None, None, 0, 0, None, 0))(
-            view.centred, query.weights, centred, patterns.weights, self.epsilon, guess
-        )
+        centred = self._about(centres, patterns.measures)
+        known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
+
+        def one(points: Array, weights: Array, guess: Array) -> Coupling:
+            pair = Pair(view.centred, query.weights, points, weights, self.epsilon)
+            return couple(self._solver, pair, guess)
+
+        found = jax.vmap(one)(centred, weights, patterns.guess)
         # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
         # centres, and without the digits that large coordinates lose.
         shift = view.centre[None] - centres
         offset = query.weights @ view.centred
-        offsets = jnp.vecmat(patterns.weights, centred)
+        offsets = jnp.vecmat(weights, centred)
         means = jnp.vecdot(shift, shift / 2 + offset[None] - offsets)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
-        missed |= self._rounding(view, centred, patterns.weights) > jnp.abs(divergence) / 32
+        missed |= self._rounding(view, centred, weights) > jnp.abs(divergence) / 32
         return Comparison(
             divergence,
             Pull(
@@ -153,42 +162,51 @@ class Sinkhorn(Geometry):
             missed=missed | (view.known.error > self._tol),
         )
 
-    def bound(self, view, patterns, prepared):
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        """By means, and by dual values after half an iteration from the potential of the pattern
+        with itself and after some more."""
+        more = partial(dual_after_some_iterations, self._solver)
+        half = dual_after_half_iteration
+        return self._by_means, partial(self._by_dual, half), partial(self._by_dual, more)
+
+    def _by_means(self, view: "View", patterns: Patterns) -> Float[Array, " B"]:
         """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
-        offset = view.query.weights @ view.centred
+        offset, prepared = view.query.weights @ view.centred, patterns.prepared
         shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
         return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
 
-    def sharpenings(self, patterns):
-        return 2
+    def _by_dual(
+        self, dual_value: Callable[..., Array], view: "View", patterns: Patterns
+    ) -> Float[Array, " B"]:
+        """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value."""
+        prepared, clouds = patterns.prepared, patterns.measures
 
-    def sharpen(self, view, patterns, prepared, level):
-        """½|m_q − m_X|² and that of the centred clouds, with OT_ε(q, X) bounded by a dual value:
-        of level 1 after half an iteration from the potential of the pattern with itself, of
-        level 2 after some more."""
-
-        def dual(cloud: tuple) -> Array:
+        def dual(cloud: tuple[Array, Array, Array]) -> Array:
             points, weights, potential = cloud
-            half = dual_after_half_iteration
-            value = half if level == 1 else partial(dual_after_some_iterations, self._solver)
             query = view.centred, view.query.weights
-            return value(*query, points, weights, self.epsilon, potential)
+            return dual_value(Pair(*query, points, weights, self.epsilon), potential)
 
-        centred = self._about(prepared.centre, patterns)
-        clouds = centred, patterns.weights, prepared.known.potential
-        at_once = max(1, 2**20 // (view.query.num_atoms * patterns.num_atoms))
-        duals = map_in_chunks(dual, at_once, clouds)
+        centred = self._about(prepared.centre, clouds), clouds.weights, prepared.known.potential
+        at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
+        duals = map_in_chunks(dual, at_once, centred)
         selves = (view.known.cost + prepared.known.cost) / 2
         shift = view.centre[None] - prepared.centre
         offset = view.query.weights @ view.centred
         means = jnp.vecdot(shift, shift / 2 + offset[None] - prepared.offset)
-        error = rounding(patterns.num_atoms, duals.dtype) * (selves + jnp.abs(means))
-        return means + duals - selves - error
+        error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
+        result: Array = means + duals - selves - error
+        return result
 
-    def move(self, view, pull, step_size, attempt=0):
+    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
+        return self.backtrack(view, pull, step_size, 0)
+
+    def backtrack(
+        self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
+    ) -> AnyMeasure:
+        """Less reweighting, and only after that a shorter step of the support."""
         query, log_weights = view.query, log(view.query.weights)
         length = step_size * self._shortening(query.weights, pull.variation, step_size)
-        caution = jnp.asarray(attempt, step_size.dtype)
+        caution = jnp.asarray(times, step_size.dtype)
         rate = length * self.hellinger_scale * CAUTION**-caution
         # The support step is shortened too where weight steps are not to blame.
         tried = jnp.where(self.hellinger_scale > 0, WEIGHT_ATTEMPTS, 0)
@@ -201,7 +219,7 @@ class Sinkhorn(Geometry):
         weights = jnp.where(moves, weights, query.weights)
         return PointCloud(query.points + length * pull.velocity, weights)
 
-    def _shortening(self, weights, variation, step_size):
+    def _shortening(self, weights: Array, variation: Array, step_size: Array) -> Array:
         """By how much to shorten a step whose reweighting would leave the linear regime.
 
         Reweighting by exp(−s(F−F̄))/Z, s = τκ, promises log Z/s of energy, which for small s
@@ -217,7 +235,9 @@ class Sinkhorn(Geometry):
         linear = gains >= jnp.square(tilts) @ weights / 4
         return factors[jnp.argmax(linear)]
 
-    def surely_descends(self, view, pull, step_size, moved):
+    def surely_descends(
+        self, view: AnyView, pull: AnyMeasure, step_size: Array, moved: AnyMeasure
+    ) -> Array:
         """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 |vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
         − ½(OT_ε(q⁺, q⁺) − OT_ε(q, q)): E is concave in the Sₓ, and the old plans move along."""
         velocity, weights = pull.velocity, view.query.weights
@@ -226,15 +246,16 @@ class Sinkhorn(Geometry):
         centred = view.centred + step_size * velocity
         known = self._couple_with_itself(centred, weights)
         bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
-        return (self.hellinger_scale == 0) & (bound <= 0)
+        result: Array = (self.hellinger_scale == 0) & (bound <= 0)
+        return result
 
-    def conserved(self, measure, tangent):
+    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """The weights if κ = 0, and always those that are 0."""
         still = super().conserved(measure, tangent)
         fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
         return with_leaves(still, still.points, jnp.where(fixed, tangent.weights, 0))
 
-    def residual(self, view, pull):
+    def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
         weights = view.query.weights
         speed = jnp.vdot(weights, jnp.vecdot(pull.velocity, pull.velocity))
@@ -243,33 +264,33 @@ class Sinkhorn(Geometry):
         reaction = safe_sqrt(self.hellinger_scale) * centred
         return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
 
-    def scale(self, patterns):
+    def scale(self, patterns: AnyMeasure) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
         distance to the origin, where coordinates round."""
         mean = patterns.mean.mean(0)
         centred = _without_padding(patterns.points - mean[None, None], patterns.weights)
         spread = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)).mean()
         eps = float(jnp.finfo(patterns.dtype).eps)
-        return jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
+        result: Array = jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
+        return result
 
-    def resolution(self, patterns):
+    def resolution(self, patterns: AnyMeasure) -> Array:
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
         eps = float(jnp.finfo(patterns.dtype).eps)
         centred = _without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
         return max(eps, self._tol**2) * variances.mean() / 2
 
-    def tile(self, patterns):
+    def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull
         budget = 2**14 if jax.default_backend() == "cpu" else 2**24
         at_once = min(len(patterns), max(1, budget // numbers))
-        return max(1, budget // (numbers * at_once)), at_once
+        # Derivatives hold plans, n² numbers a pair and some of them at a time.
+        plans = max(1, budget // 8 // patterns.num_atoms**2)
+        queries = max(1, budget // (numbers * at_once))
+        return BatchSizes(queries, at_once, min(at_once, plans))
 
-    def derivatives_at_once(self, patterns):
-        budget = 2**11 if jax.default_backend() == "cpu" else 2**21
-        return min(self.tile(patterns)[1], max(1, budget // patterns.num_atoms**2))
-
-    def __repr__(self):
+    def __repr__(self) -> str:
         settings = [f"epsilon={_shown(self.epsilon)}"]
         settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
@@ -280,7 +301,8 @@ class Sinkhorn(Geometry):
     def _tol(self) -> float:
         if self.tol is not None:
             return self.tol
-        return float(jnp.finfo(self.epsilon.dtype).eps) ** 0.7
+        result: float = float(jnp.finfo(self.epsilon.dtype).eps) ** 0.7
+        return result
 
     @property
     def _solver(self) -> Solver:
@@ -307,7 +329,9 @@ class Sinkhorn(Geometry):
         error = float(jnp.finfo(sizes.dtype).eps) * (size + sizes)
         return jax.lax.stop_gradient(jnp.where(error > self.epsilon, error, 0))
 
-    def _couple_with_itself(self, points, weights, known=None):
+    def _couple_with_itself(
+        self, points: Array, weights: Array, known: SelfCoupling | None = None
+    ) -> SelfCoupling:
         return couple_with_itself(self._solver, points, weights, self.epsilon, known)
 
 
@@ -342,4 +366,4 @@ def _without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]
 
 
 def _shown(value: Array) -> str:
-    return f"{float(value):.4g}" if _checks.is_concrete(value) and value.ndim == 0 else "…"
+    return f"{float(value):.4g}" if checks.is_concrete(value) and value.ndim == 0 else "…"

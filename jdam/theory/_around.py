@@ -3,20 +3,21 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jdam._batching import map_in_chunks
+from jdam._core.batching import map_in_chunks
+from jdam._core.linalg import rounding
+from jdam._energy.certified import Certified, explore
+from jdam._measures.base import AnyMeasure
+from jdam._memory.memory import Memory
 from jdam.geometry.euclidean import squared_distances
-from jdam.geometry.protocol import AnyMeasure
-from jdam.linalg import rounding
-from jdam.memory import Memory
-from jdam.search import Certified, explore
 
+T = TypeVar("T")
 #: Few comparisons, for there are as many searches as patterns.
 SEARCH = Certified(num_candidates=4, max_candidates=64, tol=1e-3)
 #: How many of the nearest patterns to keep one by one, and in how many shells the others.
@@ -107,15 +108,15 @@ def condensed(patterns: Around) -> Around:
 
 def over_patterns(
     memory: Memory,
-    learn: Callable[[Around], Any],
+    learn: Callable[[Around], T],
     beta: Float[Array, "*N"] | None = None,
     *,
     triangle: bool = True,
-) -> Any:
+) -> T:
     """`learn` of what is around each pattern, (N, …), at one β or one for each; if None, at one at
     which only the nearest matters."""
 
-    def one(item: tuple[Array, Array]) -> Any:
+    def one(item: tuple[Array, Array]) -> T:
         return learn(around(memory, *item, triangle=triangle))
 
     indices = jnp.arange(len(memory), dtype=jnp.int32)

@@ -19,11 +19,11 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jdam import _checks
-from jdam._compile import compiled, working_dtype
-from jdam.energy import inverse_temperature
-from jdam.measures import Gaussian
-from jdam.memory import Memory
+from jdam._core import checks
+from jdam._core.compile import compiled, working_dtype
+from jdam._energy.energy import inverse_temperature
+from jdam._measures.gaussian import Gaussian
+from jdam._memory.memory import Memory
 from jdam.theory._around import (
     Around,
     around,
@@ -104,7 +104,7 @@ def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
     **Arguments:** `level` > 0.
     """
     check_memory(memory)
-    return _transition_beta(memory, _checks.positive("level", level, working_dtype(memory.dtype)))
+    return _transition_beta(memory, checks.positive("level", level, working_dtype(memory.dtype)))
 
 
 @compiled()
@@ -243,7 +243,7 @@ def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
     **Arguments:** `error` > 0, a W₂ distance, or √(2S_ε) for clouds and `EntropicBures`.
     """
     check_memory(memory)
-    error = _checks.positive("error", error, working_dtype(memory.dtype))
+    error = checks.positive("error", error, working_dtype(memory.dtype))
     return _minimum_beta(memory, error)
 
 
@@ -342,7 +342,8 @@ def _halve(holds: Callable[[Array], Array], low: Array, high: Array) -> tuple[Ar
         so = holds(middle)
         return jnp.where(so, middle, low), jnp.where(so, high, middle)
 
-    return jax.lax.fori_loop(0, HALVINGS, turn, (low, high))
+    result: tuple[Array, Array] = jax.lax.fori_loop(0, HALVINGS, turn, (low, high))
+    return result
 
 
 def _log_mass(others: Around, b: Float[Array, ""]) -> Float[Array, ""]:
@@ -377,8 +378,8 @@ def _one_of(
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
         raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
-    if _checks.is_concrete(index):
-        _checks.index(int(index), len(memory), "a memory")
+    if checks.is_concrete(index):
+        checks.index(int(index), len(memory), "a memory")
     index = index.astype(jnp.int32)
     return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 
@@ -388,6 +389,6 @@ def _radius(memory: Memory, radius: ArrayLike, shapes: tuple[tuple[int, ...], ..
     if array.shape not in shapes:
         wanted = " or ".join(map(str, shapes))
         raise ValueError(f"radius must have shape {wanted}; got {array.shape}")
-    _checks.finite("radius", array)
-    _checks.nonnegative("radius", array)
+    checks.finite("radius", array)
+    checks.nonnegative("radius", array)
     return array

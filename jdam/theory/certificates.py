@@ -8,12 +8,12 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
-from jdam._compile import compiled
-from jdam.energy import fit_query, inverse_temperature
-from jdam.geometry.protocol import AnyMeasure
-from jdam.memory import Memory
-from jdam.recall import default_tolerance, units
-from jdam.search import Certified, Explored, explore
+from jdam._core.compile import compiled
+from jdam._energy.certified import Certified, Explored, explore
+from jdam._energy.energy import fit_query, inverse_temperature
+from jdam._measures.base import AnyMeasure
+from jdam._memory.memory import Memory
+from jdam._recall.recall import default_tolerance
 from jdam.theory._around import around, check_memory, condensed, cost_scale, distances_of_means
 from jdam.theory.basins import stable_radii, step_bound
 
@@ -102,7 +102,7 @@ def _by_means(
     shift = query.mean - nearest.mean
     tol = default_tolerance(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
-    highest = seen.energy + STEPS * units(memory)[1]
+    highest = seen.energy + STEPS * memory.units_of_patterns()[1]
     prior = jnp.zeros(len(memory), memory.dtype) if memory.log_prior is None else memory.log_prior
 
     def logs(a: Array) -> Array:

@@ -4,7 +4,7 @@ The SHK metric at q = Σ pⱼδ(xⱼ) is Σ pⱼ|vⱼ|² + κ⁻¹ Σ uⱼ²/p�
 u; for κ = 0 weights do not change. Distances d_SHK are lengths in it.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,16 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from jdam import _checks
-from jdam._compile import compiled, working_dtype
-from jdam._lapack import eigenvalues
-from jdam.energy import inverse_temperature
-from jdam.entropic import respond
+from jdam._core import checks
+from jdam._core.compile import compiled, working_dtype
+from jdam._core.lapack import eigenvalues
+from jdam._energy.energy import inverse_temperature
+from jdam._entropic.problem import Pair
+from jdam._entropic.transport import respond
+from jdam._measures.point_cloud import PointCloud
+from jdam._memory.memory import Memory
 from jdam.geometry import Sinkhorn
-from jdam.measures import PointCloud
-from jdam.memory import Memory
+from jdam.geometry.protocol import Patterns
 from jdam.theory._around import check_memory
 from jdam.theory.basins import interference
 
@@ -54,10 +56,10 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
     """
     _check_clouds(memory)
     index = jnp.asarray(index, jnp.int32)
-    if _checks.is_concrete(index):
-        _checks.index(int(index), len(memory), "a memory")
+    if checks.is_concrete(index):
+        checks.index(int(index), len(memory), "a memory")
     return _constants(
-        memory, index, _checks.positive("step_size", step_size, working_dtype(memory.dtype))
+        memory, index, checks.positive("step_size", step_size, working_dtype(memory.dtype))
     )
 
 
@@ -91,7 +93,10 @@ def _constants(memory: Memory, index: Array, step_size: Array) -> ShkConstants:
 def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
     """Of Hess S_ε(·, X) at X, in coordinates orthonormal in the SHK metric."""
     cloud, kappa = memory[index], memory.geometry.hellinger_scale  # type: ignore[attr-defined]
-    alone = jax.tree.map(lambda leaf: leaf[index][None], (memory.patterns, memory.prepared))
+    alone, prepared = jax.tree.map(
+        lambda leaf: leaf[index][None], (memory.patterns, memory.prepared)
+    )
+    pattern = Patterns(alone, prepared, memory.geometry.first_guess(prepared))
     root = jnp.sqrt(cloud.weights)
     stretch = jnp.where(root > 0, 1 / jnp.where(root > 0, root, 1), 0)
     size, dim = cloud.points.shape
@@ -103,10 +108,7 @@ def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
             cloud.points + stretch[:, None] * moved,
             cloud.weights + jnp.sqrt(kappa) * root * weighed,
         )
-        geometry = memory.geometry
-        view = geometry.view(query)
-        guess = geometry.first_guess(alone[1])
-        return geometry.compare(view, alone[0], alone[1], guess, True).divergence[0]
+        return memory.geometry.compare(memory.geometry.view(query), pattern).divergence[0]
 
     hessian = jax.hessian(divergence)(jnp.zeros(size * (dim + 1), memory.dtype))
     # Mass is conserved, and atoms of weight 0 do not count.
@@ -141,16 +143,19 @@ def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
 def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
     epsilon = memory.geometry.epsilon  # type: ignore[attr-defined]
 
-    def one(pattern: tuple) -> Array:
+    def one(pattern: tuple[Any, ...]) -> Array:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
-        plan = respond(prepared.known.potential, centred, cloud.weights, centred, epsilon)
+        itself = Pair(centred, cloud.weights, centred, cloud.weights, epsilon)
+        plan = respond(prepared.known.potential, itself)
         root = jnp.sqrt(cloud.weights)
         values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)
-        return epsilon * second / ((1 - second) * (1 + second))
+        result: Array = epsilon * second / ((1 - second) * (1 + second))
+        return result
 
-    return jax.lax.map(one, (memory.patterns, memory.prepared))
+    result: Array = jax.lax.map(one, (memory.patterns, memory.prepared))
+    return result
 
 
 def shk_drift_bound(

@@ -1,0 +1,1 @@
+"""What JAX lacks: batching, collectives, decompositions, checks. It knows no measures."""

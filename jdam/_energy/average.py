@@ -1,0 +1,237 @@
+"""The average of the pulls: of all comparisons with patterns only some exist at a time."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core.batching import compute_where
+from jdam._core.derivatives import ITERATED, full_precision, jvp
+from jdam._core.loops import scan
+from jdam._core.mesh import all_rows, first_index, local_rows, psum
+from jdam._energy.evaluation import Block, Evaluation, Start
+from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
+from jdam._measures.base import AnyMeasure, batch_size
+from jdam._memory.memory import Memory
+from jdam.geometry.protocol import AnyView, Comparison, Patterns
+
+
+class Settings(NamedTuple):
+    """What of an evaluation is not traced."""
+
+    separation: Separation = LogSumExp()
+    block_size: int | None = None
+    exact: bool = True
+
+
+def start(memory: Memory, query: AnyMeasure) -> Start:
+    """A start without knowledge: the shape of a pull, and first guesses."""
+
+    def pulls(memory: Memory, query: AnyMeasure) -> AnyMeasure:
+        one, prepared = jax.tree.map(lambda leaf: leaf[:1], (memory.patterns, memory.prepared))
+        patterns = Patterns(one, prepared, memory.geometry.first_guess(prepared))
+        return memory.geometry.compare(memory.geometry.view(query), patterns).pull
+
+    shapes = jax.eval_shape(pulls, memory, query)
+    pull = jax.tree.map(lambda shape: jnp.zeros(shape.shape[1:], shape.dtype), shapes)
+    return Start(pull, memory.geometry.first_guess(memory.prepared))
+
+
+def evaluate(
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+) -> Evaluation:
+    """The energy and the average of the pulls: from approximate divergences where they are good
+    enough, from exact ones if not."""
+    if type(settings.separation) is not LogSumExp:  # a subclass may weigh otherwise
+        return _evaluate(settings, memory, query, beta, start)
+    doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
+    if doubtful is None:
+        return _evaluate(settings, memory, query, beta, start)
+
+    def exactly(query: AnyMeasure, others: tuple[Memory, Array, Start]) -> Evaluation:
+        memory, beta, start = others
+        return _evaluate(settings, memory, query, beta, start)
+
+    doubtful = psum(doubtful.astype(jnp.int32), memory.layout) > 0  # for one, for all
+    approximate = _evaluate(settings._replace(exact=False), memory, query, beta, start)
+    return compute_where(doubtful, exactly, approximate, query, (memory, beta, start))
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _evaluate(
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+) -> Evaluation:
+    streams = type(settings.separation) is LogSumExp
+    return (_in_one_sweep if streams else _in_two_sweeps)(settings, memory, query, beta, start)
+
+
+@partial(_evaluate.defjvp, symbolic_zeros=True)
+@full_precision
+def _evaluate_jvp(settings: Settings, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    # Derivatives of a block hold more than its comparisons, and tiles of queries end here.
+    memory, *_ = primals
+    most = memory.geometry.batch_sizes(memory.patterns).differentiated
+    size = most if settings.block_size is None else min(most, settings.block_size)
+    return jvp(partial(_evaluate.fun, settings._replace(block_size=size)), primals, tangents)
+
+
+def _in_one_sweep(
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+) -> Evaluation:
+    """By sums that are accumulated pattern after pattern."""
+    separation, view = LogSumExp(), memory.geometry.view(query)
+
+    def accumulate(sums: Any, found: Comparison, block: Block) -> tuple[Any, Any]:
+        return separation.accumulate(sums, found, block, beta), found.guess
+
+    sweep = Sweep(accumulate, settings.exact)
+    blocks = cut_into_blocks(memory, settings.block_size, start.guess)
+    nothing = separation.empty(start.pull, memory.dtype)
+    sums, guesses = sweep.over(memory, view, blocks, nothing, beta)
+    sums = separation.merge(sums, beta, memory.layout)
+    return separation.finish(sums, beta, view, _in_a_row(guesses, len(memory)))
+
+
+def _in_two_sweeps(
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+) -> Evaluation:
+    """By weights that are known only when all divergences are: a sweep for these, and one for the
+    pulls unless one block is all."""
+    view, layout, num = memory.geometry.view(query), memory.layout, len(memory)
+    blocks = cut_into_blocks(memory, settings.block_size, start.guess)
+    at_once = start.pull is not None and batch_size(blocks) == 1  # all pulls fit in memory
+
+    def keep(_: None, found: Comparison, block: Block) -> tuple[None, Comparison]:
+        return None, found if at_once else found._replace(pull=None)
+
+    def add(total: AnyMeasure, found: Comparison, block: Any) -> tuple[AnyMeasure, None]:
+        return jax.tree.map(partial(_add, block.weights), total, found.pull), None
+
+    found = _in_a_row(Sweep(keep).over(memory, view, blocks, None)[1], num)
+    everything = all_rows(found.divergence, layout), all_rows(memory.log_prior, layout)
+    all_weights = settings.separation.weights(*everything, beta)
+    weights = local_rows(all_weights, num, layout)
+    pull = None
+    if at_once:
+        pull = jax.tree.map(partial(_add, weights), start.pull, found.pull)
+    elif start.pull is not None:
+        blocks = cut_into_blocks(memory, settings.block_size, found.guess)
+        count, size = blocks.indices.shape
+        padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
+        pull, _ = Sweep(add).over(memory, view, _Weighted(*blocks, padded), start.pull)
+    unsolved = psum(unsolved_mass(found, weights), layout)
+    return Evaluation(
+        view=view,
+        energy=settings.separation.energy(*everything, beta),
+        pull=psum(pull, layout),
+        nearest=heaviest(all_weights, everything[0]),
+        weight=all_weights.max(),
+        unsolved=jax.lax.stop_gradient(unsolved),
+        neglected=jnp.zeros_like(beta),
+        guess=found.guess,
+    )
+
+
+class _Weighted(NamedTuple):
+    """A `Block` with weights."""
+
+    indices: Array
+    patterns: Patterns
+    log_prior: Array | None
+    weights: Array
+
+
+def _add(weights: Float[Array, " B"], total: Array, pulls: Array) -> Array:
+    return total + jnp.tensordot(weights, pulls, 1)
+
+
+def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+    """D(ξ, Xᵢ) to every pattern."""
+
+    def keep(_: None, found: Comparison, block: Block) -> tuple[None, Array]:
+        return None, found.divergence
+
+    blocks, view = cut_into_blocks(memory, None, None), memory.geometry.view(query)
+    divergences = Sweep(keep).over(memory, view, blocks, None)[1]
+    result: Array = all_rows(_in_a_row(divergences, len(memory)), memory.layout)
+    return result
+
+
+class Sweep(NamedTuple):
+    """Comparisons of a query with block after block of the patterns.
+
+    `accumulate(carry, comparison, block)` gives the next carry and what to keep of the block."""
+
+    accumulate: Callable[[Any, Comparison, Any], tuple[Any, Any]]
+    exact: bool = True
+
+    def over(self, memory: Memory, view: AnyView, blocks: Any, start: Any, *others: Any) -> Any:
+        """The last carry, and what was kept, stacked. `others` is what `accumulate` closes over.
+
+        The derivative compares again instead of remembering, but for what took iterations to find.
+        """
+
+        def turn(carry: Any, block: Any) -> tuple[Any, Any]:
+            found = memory.geometry.compare(view, block.patterns, exact=self.exact)
+            _check_comparison(memory, found, block)
+            return self.accumulate(carry, found, block)
+
+        if batch_size(blocks) == 1:
+            carry, kept = turn(start, jax.tree.map(lambda leaf: leaf[0], blocks))
+            return carry, jax.tree.map(lambda leaf: leaf[None], kept)
+        policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
+        again = jax.checkpoint(turn, prevent_cse=False, policy=policy)
+        return scan(again, start, blocks, view, memory.geometry, *others)
+
+
+def _check_comparison(memory: Memory, found: Comparison, block: Block) -> None:
+    """Geometries are written by others too."""
+    wanted, got = block.indices.shape, found.divergence.shape
+    if got != wanted or any(leaf.shape[:1] != wanted for leaf in jax.tree.leaves(found.pull)):
+        raise ValueError(
+            f"compare of {type(memory.geometry).__name__} must return divergences of shape (B,) = "
+            f"{wanted} and pulls that lead with it; got {got} and "
+            f"{jax.tree.map(jnp.shape, found.pull)}"
+        )
+
+
+def _in_a_row(blocks: Any, num: int) -> Any:
+    """What was kept of blocks of patterns, (blocks, B, …), as (N, …)."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], blocks)
+
+
+def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block:
+    """The memory cut into equal blocks along a new leading axis.
+
+    The last block is filled up with copies of the last pattern, switched off by the prior.
+    """
+    num = len(memory)
+    size = block_size or memory.geometry.batch_sizes(memory.patterns).patterns
+    # Blocks that N is a multiple of need no filling, and so no copy of the memory.
+    size = next((s for s in range(min(size, num), size // 2, -1) if num % s == 0), size)
+    count = math.ceil(num / size)
+    size = math.ceil(num / count)
+    missing = count * size - num
+
+    def cut(leaf: Array, **fill: Any) -> Array:
+        if missing:
+            leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), **fill)
+        return leaf.reshape(count, size, *leaf.shape[1:])
+
+    prior = memory.log_prior
+    if missing and prior is None:
+        prior = jnp.zeros(num, memory.dtype)
+    if guess is None:
+        guess = memory.geometry.first_guess(memory.prepared)
+    patterns = Patterns(memory.patterns, memory.prepared, guess)
+    index = jnp.arange(count * size, dtype=jnp.int32).reshape(count, size)
+    return Block(
+        indices=index + first_index(num, memory.layout),
+        patterns=jax.tree.map(lambda leaf: cut(leaf, mode="edge"), patterns),
+        log_prior=None if prior is None else cut(prior, constant_values=-jnp.inf),
+    )

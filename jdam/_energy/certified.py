@@ -1,0 +1,309 @@
+"""Comparing with few patterns, and proving that the others do not matter."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdam._core import checks
+from jdam._core.batching import compute_where
+from jdam._core.derivatives import full_precision, jvp
+from jdam._core.loops import while_loop
+from jdam._core.mesh import Layout, first_index, psum
+from jdam._energy.average import Settings, evaluate, start
+from jdam._energy.evaluation import Block, Evaluation, Start
+from jdam._energy.search import Search
+from jdam._energy.separation import LogSumExp, Separation, Sums, mass, with_prior
+from jdam._measures.base import AnyMeasure
+from jdam._memory.memory import Memory
+from jdam.geometry.protocol import AnyView, Bound, Patterns
+
+#: How many patterns to bound more closely at a time, by the second bound and by those after it.
+SHARPENED = 256, 64
+#: Above the number of any bound.
+COMPARED = 127
+
+
+@dataclass(frozen=True)
+class Certified(Search):
+    """Compare a query with few patterns, and prove that the others do not matter.
+
+    Every evaluation bounds D from below for all patterns, by the first of `Geometry.bounds`, which
+    is cheap, compares the query with the `num_candidates` of least bound, and so knows how much
+    Gibbs mass the others can have at most:
+
+        neglected ≤ Σ_out πᵢ exp(−β boundᵢ) / (Σ_in πᵢ exp(−βDᵢ) + Σ_out πᵢ exp(−β boundᵢ)).
+
+    While that is more than `tol`, patterns that might still matter are bounded more closely
+    (by the next of the bounds) and then compared, `num_candidates` at a time in order of their
+    bounds, at most `max_candidates` in all: 32 times `num_candidates` unless given. Easy queries
+    are cheap, hard ones take as long as they need. `Recall.neglected` is the largest bound of all
+    steps; where it is more than `tol`, the status is `UNCERTIFIED`: β is too small for few
+    patterns to hold the Gibbs mass, or bounds are too loose. Otherwise a recall is that of
+    `Exhaustive` up to `tol` in every weight. Bounds include their rounding; that of the D of the
+    candidates is as in `Exhaustive`. With a geometry that has no bounds all patterns are compared.
+
+    **Choosing.** `num_candidates` about the number of patterns that matter to an ordinary query;
+    16 is good for most. Time grows with it, and derivatives compare `max_candidates` patterns in
+    any case, so that for learning it should be small.
+
+    **Raises:** `TypeError` or `ValueError` for counts that are no ints ≥ 1, `max_candidates`
+    below `num_candidates`, or a `tol` outside (0, 1). `recall` raises `ValueError` for it with a
+    separation other than `LogSumExp`.
+    """
+
+    num_candidates: int = 16
+    max_candidates: int | None = None
+    tol: float = 1e-8
+
+    def __post_init__(self) -> None:
+        checks.positive_int("num_candidates", self.num_candidates)
+        if self.max_candidates is not None:
+            checks.positive_int("max_candidates", self.max_candidates)
+            if self.max_candidates < self.num_candidates:
+                raise ValueError(
+                    f"max_candidates must be ≥ num_candidates = {self.num_candidates}; "
+                    f"got {self.max_candidates}"
+                )
+        if not isinstance(self.tol, int | float) or isinstance(self.tol, bool):
+            raise TypeError(f"tol must be a number; got {self.tol!r}")
+        if not 0 < self.tol < 1:
+            raise ValueError(f"tol must be in (0, 1); got {self.tol}")
+
+    @property
+    def tolerance(self) -> float:
+        return self.tol
+
+    def queries_at_once(self, memory: Memory) -> int:
+        # Bounds of all patterns, a few numbers for each, stay within some tens of megabytes.
+        most = 64 if jax.default_backend() == "cpu" else 1024
+        return max(1, min(most, 2**22 // len(memory)))
+
+    def start(self, memory: Memory, query: AnyMeasure) -> Start:
+        first = start(memory, query)
+        return first if _compares_all(memory) else first._replace(guess=None)
+
+    def evaluate(
+        self,
+        memory: Memory,
+        query: AnyMeasure,
+        beta: Array,
+        start: Start,
+        *,
+        separation: Separation,
+    ) -> Evaluation:
+        if type(separation) is not LogSumExp:
+            raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
+        if _compares_all(memory):
+            return evaluate(Settings(), memory, query, beta, start)
+        return _evaluate(self, memory, query, beta, start)[0]
+
+    def sizes(self, num: int) -> tuple[int, int]:
+        """How many of N patterns to compare at a time, and in how many turns at most."""
+        size = min(num, self.num_candidates)
+        most = 32 * size if self.max_candidates is None else self.max_candidates
+        return size, most // size if most < num else -(-num // size)
+
+
+def _bounds(memory: Memory) -> tuple[Bound, ...]:
+    """Those of the geometry; where it has none, D itself."""
+    geometry, patterns = memory.geometry, Patterns(memory.patterns, memory.prepared)
+
+    def exact(view: AnyView, patterns: Patterns) -> Float[Array, " B"]:
+        guess = geometry.first_guess(patterns.prepared)
+        return geometry.compare(view, patterns._replace(guess=guess)).divergence
+
+    return geometry.bounds(patterns) or (exact,)
+
+
+def _compares_all(memory: Memory) -> bool:
+    return not memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
+
+
+class _Hunt(NamedTuple):
+    """How far a search has come."""
+
+    floor: Float[Array, " N"]  # lower bounds on D̃ = D − β⁻¹ log π
+    bounded: Int[Array, " N"]  # by which of the bounds, from 0; `COMPARED` where floor is D̃ itself
+    sums: Sums  # over the candidates
+    others: Sums | None  # over the first ones on all devices, of a memory on several
+    picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
+    turns: Int[Array, ""]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _evaluate(
+    search: Certified, memory: Memory, query: AnyMeasure, beta: Array, start: Start
+) -> tuple[Evaluation, Int[Array, " C"]]:
+    """The average over the candidates, with what the others can weigh, and the candidates."""
+    view = memory.geometry.view(query)
+    hunt = _hunt(search, memory, view, beta, start.pull)
+    whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
+    out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
+    neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
+    found = LogSumExp().finish(whole, beta, view, None)
+    return found._replace(neglected=neglected), hunt.picked.reshape(-1)
+
+
+def _hunt(
+    search: Certified, memory: Memory, view: AnyView, beta: Array, no_pull: AnyMeasure
+) -> _Hunt:
+    """Candidates compared until the rest is proved not to matter, or there are enough."""
+    num, layout = len(memory), memory.layout
+    size, turns = search.sizes(num)
+    cheapest, *_ = _bounds(memory)
+    bounds = cheapest(view, Patterns(memory.patterns, memory.prepared))
+    start = _Hunt(
+        floor=with_prior(bounds, memory.log_prior, beta),
+        bounded=jnp.zeros(num, jnp.int8),
+        sums=LogSumExp().empty(no_pull, memory.dtype),
+        others=None,
+        picked=jnp.full((turns, size), -1, jnp.int32),
+        turns=jnp.array(0, jnp.int32),
+    )
+    args = (memory, view, beta)
+    first = _compare(search, start, args)
+    if layout is not None:
+        here = first.sums._replace(pull=None)
+        first = first._replace(others=LogSumExp().merge(here, beta, layout))
+    at_once = 1 if jax.default_backend() == "cpu" else 64
+    again = _left_out(first, beta) > _goal(search, layout)
+    return compute_where(again, partial(_go_on, search), first, first, args, at_once=at_once)
+
+
+@partial(_evaluate.defjvp, symbolic_zeros=True)
+@full_precision
+def _evaluate_jvp(
+    search: Certified, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    found, picked = _evaluate(search, *primals)
+
+    def average(memory: Memory, query: AnyMeasure, beta: Array, start: Start) -> tuple[Any, ...]:
+        part = _take(memory, picked, picked >= 0)
+        measures, prepared, guess = part.patterns
+        few = replace(memory, patterns=measures, log_prior=part.log_prior, prepared=prepared)
+        again = evaluate(Settings(), few, query, beta, Start(start.pull, guess))
+        return again._replace(guess=None, neglected=found.neglected), picked
+
+    return (found, picked), jvp(average, primals, tangents)[1]
+
+
+def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+    """Bound more closely what may matter, and compare what still may, to the end.
+
+    Each bound waits for a turn with candidates of the bound before: the better these, the fewer
+    patterns need it."""
+    memory, _, beta = args
+    _, most = search.sizes(len(memory))
+    goal = _goal(search, memory.layout)
+
+    def turn(hunt: _Hunt) -> _Hunt:
+        for number in range(1, len(_bounds(memory))):
+
+            def blunt(hunt: _Hunt, number: int = number) -> Array:
+                matters = _left_out(hunt, beta, where=hunt.bounded < number) > goal / 2
+                return matters & (hunt.turns >= number)
+
+            def sharpen(hunt: _Hunt, number: int = number) -> _Hunt:
+                return _sharpen(number, hunt, args)
+
+            hunt = while_loop(blunt, sharpen, hunt, args)
+        return _compare(search, hunt, args)
+
+    def unproved(hunt: _Hunt) -> Array:
+        return (_left_out(hunt, beta) > goal) & (hunt.turns < most)
+
+    return while_loop(unproved, turn, hunt, args)
+
+
+def _goal(search: Certified, layout: Layout | None) -> float:
+    """What each device may leave out, so that together it is not more than `tol`."""
+    return search.tol / (1 if layout is None else layout.parts)
+
+
+def _left_out(hunt: _Hunt, beta: Array, where: Array | None = None) -> Float[Array, ""]:
+    """What the rest can weigh at most, relative to the candidates: on this device now, or on all
+    at first."""
+    floor = _open(hunt) if where is None else jnp.where(where, hunt.floor, jnp.inf)
+    here = _relative_mass(floor, hunt.sums, beta)
+    if hunt.others is None:
+        return here
+    return jnp.minimum(here, _relative_mass(floor, hunt.others, beta))
+
+
+def _open(hunt: _Hunt) -> Float[Array, " N"]:
+    """The bounds, ∞ for patterns that were compared."""
+    return jnp.where(hunt.bounded < COMPARED, hunt.floor, jnp.inf)
+
+
+def _relative_mass(floor: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
+    return mass(floor - sums.lowest, beta).sum() / sums.mass
+
+
+def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+    """One turn: the patterns of least bound are compared."""
+    memory, view, beta = args
+    size, _ = search.sizes(len(memory))
+    index, on = _least(_open(hunt), size)
+    block = _take(memory, index, on)
+    found = memory.geometry.compare(view, block.patterns)
+    exact = with_prior(found.divergence, block.log_prior, beta)
+    return hunt._replace(
+        floor=hunt.floor.at[index].set(jnp.where(on, exact, hunt.floor[index])),
+        bounded=hunt.bounded.at[index].set(jnp.int8(COMPARED)),
+        sums=LogSumExp().accumulate(hunt.sums, found, block, beta),
+        picked=hunt.picked.at[hunt.turns].set(jnp.where(on, index, -1)),
+        turns=hunt.turns + 1,
+    )
+
+
+def _sharpen(number: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+    """The patterns of least bound get the bound of this number."""
+    memory, view, beta = args
+    size = min(len(memory), SHARPENED[min(number, len(SHARPENED)) - 1])
+    index, _ = _least(jnp.where(hunt.bounded < number, hunt.floor, jnp.inf), size)
+    block = _take(memory, index, jnp.ones_like(index, bool))
+    bounds = _bounds(memory)[number](view, block.patterns)
+    return hunt._replace(
+        floor=hunt.floor.at[index].max(with_prior(bounds, block.log_prior, beta)),
+        bounded=hunt.bounded.at[index].max(jnp.int8(number)),
+    )
+
+
+def _least(floor: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+    """The indices of the least entries, and which of them are finite."""
+    # Selection is fast in single precision only, and order need not be exact.
+    shifted = (floor - jnp.where(jnp.isfinite(floor), floor, jnp.inf).min()).astype(jnp.float32)
+    _, index = jax.lax.top_k(-shifted, size)
+    return index, floor[index] < jnp.inf
+
+
+def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Block:
+    """The patterns at some indices, those that are not on switched off by the prior."""
+    rows = (memory.patterns, memory.prepared, memory.log_prior)
+    patterns, prepared, prior = jax.tree.map(lambda leaf: leaf[index], rows)
+    prior = jnp.zeros(index.shape, memory.dtype) if prior is None else prior
+    held = Patterns(patterns, prepared, memory.geometry.first_guess(prepared))
+    first = first_index(len(memory), memory.layout)
+    return Block(first + index, held, jnp.where(on, prior, -jnp.inf))
+
+
+class Explored(NamedTuple):
+    """What a search learns of all patterns, beside their average."""
+
+    nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
+    lowest: Float[Array, ""]  # its D̃
+    energy: Float[Array, ""]  # of the candidates: not below that of all patterns
+    floor: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
+
+
+def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
+    """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
+    view = memory.geometry.view(query)
+    sums = (hunt := _hunt(search, memory, view, beta, None)).sums
+    energy = sums.lowest - jnp.log(sums.mass) / beta
+    return Explored(sums.nearest, sums.lowest, energy, hunt.floor)

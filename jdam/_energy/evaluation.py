@@ -1,0 +1,37 @@
+"""What a query learns from the patterns, and the blocks in which it is shown them."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+from jaxtyping import Float, Int
+
+from jdam._measures.base import AnyMeasure
+from jdam.geometry.protocol import AnyView, Patterns
+
+
+class Evaluation(NamedTuple):
+    """The energy at a query and the average of the pulls, w being the weights of the separation."""
+
+    view: AnyView  # of the query, as `Geometry.move` wants it
+    energy: Float[Array, ""]  # E(ξ)
+    pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
+    nearest: Int[Array, ""]  # the heaviest pattern
+    weight: Float[Array, ""]  # its weight
+    unsolved: Float[Array, ""]  # weight of the patterns whose comparison missed its tolerance
+    neglected: Float[Array, ""]  # bound on the Gibbs mass of the patterns that were left out
+    guess: Any  # to start the next evaluation from
+
+
+class Start(NamedTuple):
+    """What an evaluation starts from."""
+
+    pull: AnyMeasure = None  # zeros in the shape of a pull; None if no pull is wanted
+    guess: Any = None  # of an evaluation close by; None for the patterns' own
+
+
+class Block(NamedTuple):
+    """Some patterns, and all that goes with them; leaves lead with (B,)."""
+
+    indices: Int[Array, " B"]  # in the memory
+    patterns: Patterns
+    log_prior: Float[Array, " B"] | None

@@ -1,0 +1,1 @@
+"""Entropic optimal transport between weighted point clouds."""

@@ -1,0 +1,1 @@
+"""Learning patterns from measures."""

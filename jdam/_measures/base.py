@@ -1,0 +1,149 @@
+"""What all measures share."""
+
+import functools
+from dataclasses import fields
+from typing import Any, Self, TypeAlias, TypeVar, get_type_hints
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdam._core import checks
+
+#: A `Measure`, an array (…, d) that is a vector, or whatever pytree of arrays a geometry takes.
+AnyMeasure: TypeAlias = Any
+M = TypeVar("M")
+
+
+class Measure(eqx.Module):
+    """A probability measure, or a batch of them: a frozen pytree.
+
+    A kind of measure declares the axes of its arrays by jaxtyping annotations, the batch first:
+
+        class Uniform(jdam.Measure):
+            centre: Float[Array, "*batch d"]
+            radius: Float[Array, "*batch"]
+
+    Every field so annotated leads with the same batch axes, and `d` is the dimension of the
+    space. `batch_shape`, `dim`, `dtype`, indexing and the repr follow from that.
+
+    To let an optimizer move a measure, override `to_free` and `from_free` where arrays are
+    constrained, and `redundant` where different arrays are the same measure.
+    """
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The shape of the batch: () for a single measure."""
+        name, axes = next(iter(_axes(type(self)).items()))
+        array = getattr(self, name)
+        return tuple(array.shape[: array.ndim - len(axes)])
+
+    @property
+    def dim(self) -> int:
+        """The dimension d of the space the measure lives on."""
+        if "d" not in self.sizes:
+            raise AttributeError(f"{type(self).__name__} declares no axis d")
+        return self.sizes["d"]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The lengths of the axes of a single measure, by name."""
+        found: dict[str, int] = {}
+        for name, axes in _axes(type(self)).items():
+            shape = getattr(self, name).shape
+            found |= dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+        return found
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The floating dtype of the arrays."""
+        name = next(iter(_axes(type(self))))
+        dtype: jnp.dtype = getattr(self, name).dtype
+        return dtype
+
+    def __len__(self) -> int:
+        if not self.batch_shape:
+            raise TypeError("a single measure has no length; its batch shape is ()")
+        return self.batch_shape[0]
+
+    def __getitem__(self, index: Any) -> Self:
+        """The measures at `index` of the leading batch axis."""
+        if not self.batch_shape:
+            raise TypeError("a single measure cannot be indexed; its batch shape is ()")
+        checks.index(index, len(self), "a batch")
+        picked: Self = jax.tree.map(lambda leaf: leaf[index], self)
+        return picked
+
+    def to_free(self) -> Self:
+        """Coordinates without constraints, in the same arrays: by default the arrays themselves."""
+        return self
+
+    def from_free(self, free: Self) -> Self:
+        """The measure at some free coordinates; of this one only what is not free stays."""
+        return free
+
+    def redundant(self, tangent: Self) -> Self:
+        """Of a tangent, the part along which the arrays move and the measure does not, by a
+        projection: by default none."""
+        none: Self = jax.tree.map(jnp.zeros_like, tangent)
+        return none
+
+    def describe(self) -> str:
+        """The kind of measure and its sizes, for a memory's repr."""
+        sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
+        return f"{type(self).__name__}({sizes})"
+
+
+@functools.cache
+def _axes(kind: type[Measure]) -> dict[str, tuple[str, ...]]:
+    """The names of the axes after the batch of each array of a kind of measure."""
+    hints = get_type_hints(kind)
+    strings = {x.name: getattr(hints[x.name], "dim_str", "").split() for x in fields(kind)}
+    axes = {name: tuple(names[1:]) for name, names in strings.items() if names[:1] == ["*batch"]}
+    if not axes:
+        raise TypeError(
+            f"{kind.__name__} must annotate its arrays as jaxtyping.Float[Array, '*batch d …']"
+        )
+    return axes
+
+
+def to_free(measure: AnyMeasure) -> AnyMeasure:
+    """`Measure.to_free`; vectors are free."""
+    return measure.to_free() if isinstance(measure, Measure) else measure
+
+
+def from_free(like: AnyMeasure, free: AnyMeasure) -> AnyMeasure:
+    """`Measure.from_free`."""
+    return like.from_free(free) if isinstance(like, Measure) else free
+
+
+def dim_of(measure: AnyMeasure) -> int | None:
+    """The dimension of the space on which a measure lives, or of a vector; None of others."""
+    if isinstance(measure, Measure):
+        return measure.sizes.get("d")
+    return int(measure.shape[-1]) if isinstance(measure, Array | np.ndarray) else None
+
+
+def dtype_of(measure: AnyMeasure) -> jnp.dtype:
+    """The floating dtype of a measure."""
+    measure = measure if isinstance(measure, Measure) else jax.tree.leaves(measure)[0]
+    dtype: jnp.dtype = measure.dtype
+    return dtype
+
+
+def batch_size(measures: AnyMeasure) -> int:
+    """The length of the leading axis, which all leaves share."""
+    return len(jax.tree.leaves(measures)[0])
+
+
+def any_of(measures: AnyMeasure) -> AnyMeasure:
+    """A single measure of the shape of those of a batch, which may be empty, for checks of it."""
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), measures)
+
+
+def with_leaves(measure: M, *leaves: Array) -> M:
+    """A measure like `measure` of other arrays, unchecked: for values that need no check."""
+    changed: M = jax.tree.unflatten(jax.tree.structure(measure), leaves)
+    return changed

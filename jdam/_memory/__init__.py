@@ -1,0 +1,1 @@
+"""The memory: patterns, their geometry and their prior, on one device or many."""

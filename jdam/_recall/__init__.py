@@ -1,0 +1,1 @@
+"""Recall: descent of the energy, its result and its derivatives."""

@@ -1,0 +1,140 @@
+"""How a recall is differentiated."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from jdam._core.derivatives import full_precision
+from jdam._core.gmres import gmres
+from jdam._measures.base import AnyMeasure
+from jdam._recall.flow import End, Flow, Problem, State
+
+#: A linear map of tangents of a measure.
+LinearMap: TypeAlias = Callable[[AnyMeasure], AnyMeasure]
+
+
+class Adjoint(ABC):
+    """How to differentiate a recall: a frozen dataclass."""
+
+    @abstractmethod
+    def run(self, flow: Flow, state: State, problem: Problem) -> End:
+        """`flow.run(state, problem)`, with derivatives."""
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Differentiate through the steps that were taken, in forward or reverse mode.
+
+    Reverse mode keeps one state a step and computes the rest again; its result is the exact
+    derivative of what `recall` returned, converged or not.
+    """
+
+    def run(self, flow: Flow, state: State, problem: Problem) -> End:
+        return flow.run(state, problem)
+
+
+@dataclass(frozen=True)
+class Implicit(Adjoint):
+    """Differentiate the fixed point ξ = Φ(ξ, θ) itself, by the implicit function theorem:
+
+        (I − ∂Φ/∂ξ) dξ = (∂Φ/∂θ) dθ.
+
+    Memory does not depend on the number of steps, and the cost is that of one linear solve, by
+    GMRES to a relative accuracy `tol` (eps^0.7 of the dtype if None, 1e-5 in float32 and 1e-11
+    in float64). Right where the recall has converged, and as near as it has; `Status.MAX_STEPS`
+    says that it has not.
+
+    Where I − ∂Φ/∂ξ is singular, because Φ conserves something of the query (rotations of a
+    factor, which are no part of the measure; the weights of a point cloud if κ = 0), that part of
+    dξ is the query's own, as it is with `Unrolled`. Entries of the trace have derivative zero.
+
+    **Raises:** `TypeError` or `ValueError` unless `tol` is None or a number > 0.
+    """
+
+    tol: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tol is not None and (isinstance(self.tol, bool) or not self.tol > 0):
+            raise ValueError(f"tol must be None or > 0; got {self.tol!r}")
+
+    def run(self, flow: Flow, state: State, problem: Problem) -> End:
+        return _at_fixed_point(self._solve, flow, state, problem)
+
+    def _solve(
+        self, contraction: LinearMap, conserved: LinearMap, direct: AnyMeasure, start: AnyMeasure
+    ) -> AnyMeasure:
+        """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct from a
+        start on, of which what is conserved stays."""
+
+        _, unravel = ravel_pytree(start)
+
+        def residual(d: AnyMeasure) -> AnyMeasure:
+            return jax.tree.map(jnp.subtract, d, contraction(d))
+
+        def regular(flat: Array) -> Array:  # I − J, where it is not zero
+            d = unravel(flat)
+            return ravel_pytree(jax.tree.map(jnp.add, residual(d), conserved(d)))[0]
+
+        def solve(matvec: Any, right: Array) -> Array:
+            eps = float(jnp.finfo(right.dtype).eps)
+            return gmres(matvec, right, eps**0.7 if self.tol is None else self.tol)
+
+        # In one array: a leaf that a step leaves as it is would have no derivative to transpose.
+        right, _ = ravel_pytree(jax.tree.map(jnp.subtract, direct, residual(start)))
+        found = jax.lax.custom_linear_solve(regular, right, solve, transpose_solve=solve)
+        return jax.tree.map(jnp.add, start, unravel(found))
+
+
+@dataclass(frozen=True)
+class OneStep(Adjoint):
+    """Differentiate the last step alone, as if it had started from a constant.
+
+    The cheapest derivative, dξ = (∂Φ/∂θ) dθ: off by about the contraction factor of Φ, which at
+    high β is tiny, and zero in the query (one-step differentiation: Bolte, Pauwels and Vaiter,
+    arXiv:2305.13768).
+    """
+
+    def run(self, flow: Flow, state: State, problem: Problem) -> End:
+        return _at_fixed_point(_directly, flow, state, problem)
+
+
+def _directly(
+    contraction: LinearMap, conserved: LinearMap, direct: AnyMeasure, start: AnyMeasure
+) -> AnyMeasure:
+    return direct
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _at_fixed_point(
+    solve: Callable[..., AnyMeasure], flow: Flow, state: State, problem: Problem
+) -> End:
+    return flow.run(state, problem)
+
+
+@_at_fixed_point.defjvp
+@full_precision
+def _at_fixed_point_jvp(
+    solve: Callable[..., AnyMeasure],
+    flow: Flow,
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+) -> tuple[End, End]:
+    end = _at_fixed_point(solve, flow, *primals)
+    (_, problem), (dstart, dproblem) = primals, tangents
+    measure = end.state.measure
+
+    _, contraction = jax.linearize(lambda measure: flow.step(measure, problem), measure)
+    direct = jax.jvp(partial(flow.step, measure), (problem,), (dproblem,))[1]
+    conserved = partial(problem.memory.geometry.conserved, measure)
+    dmeasure = solve(contraction, conserved, direct, dstart.measure)
+    settle = partial(flow.settle, end.state)
+    _, dstate = jax.jvp(settle, (measure, problem), (dmeasure, dproblem))
+    _, dtrace = jax.jvp(lambda: end.trace, (), ())
+    return end, End(dstate, dtrace)

@@ -1,0 +1,224 @@
+"""What is asked of a memory: one step of recall, a recall, a batch of them."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from jdam._core import checks
+from jdam._core.batching import in_tiles, map_in_chunks
+from jdam._core.compile import compiled, working_dtype
+from jdam._energy.energy import fit_query, inverse_temperature, queries_at_once
+from jdam._energy.search import Exhaustive, Search
+from jdam._energy.separation import LogSumExp, Separation
+from jdam._energy.separation import check as check_separation
+from jdam._measures.base import AnyMeasure, any_of
+from jdam._memory.memory import Memory
+from jdam._recall.adjoint import Adjoint, Unrolled
+from jdam._recall.flow import Flow
+from jdam._recall.result import Recall
+
+
+def step(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: ArrayLike,
+    step_size: ArrayLike = 1.0,
+    *,
+    separation: Separation = LogSumExp(),
+) -> AnyMeasure:
+    """One step of recall, ξ⁺ = Φ(ξ) for step size τ = 1.
+
+    For Gaussians Φ(ξ) = (Σ wᵢ(ξ) Tᵢ)_# ξ, Tᵢ the optimal transport map from ξ to Xᵢ
+    (the retrieval map of arXiv:2509.23162), and (1−τ)·id + τ·Σ wᵢTᵢ is pushed forward for
+    other τ; for vectors x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls, for `Bures` and
+    `Euclidean` by E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)).
+
+    **Arguments:** as in `energy`; the damping `step_size` τ > 0, descending for τ ≤ 1. Where a
+    `separation` gives no pattern any weight, the step stays where it is.
+
+    **Returns:** a measure of the query's type; its factor has as many columns as the larger
+    of the query's and the patterns'.
+
+    **Raises:** as `energy`; `ValueError` for a step size that is not positive.
+    """
+    query = fit_query(memory, query)
+    beta = inverse_temperature(memory, beta)
+    step_size = _positive(memory, "step_size", step_size)
+    check_separation(separation)
+    flow = Flow(Exhaustive(), separation)
+    return _step(memory, query, beta, step_size, flow=flow)
+
+
+@compiled(static=("flow",))
+def _step(
+    memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, flow: Flow
+) -> AnyMeasure:
+    return in_tiles(
+        partial(_descend, flow), queries_at_once(memory), memory, query, beta, step_size
+    )
+
+
+def _descend(
+    flow: Flow, memory: Memory, query: AnyMeasure, beta: Array, step_size: Array
+) -> AnyMeasure:
+    return flow.descend(query, flow.problem(memory, beta, step_size))
+
+
+def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
+    return checks.positive(name, value, working_dtype(memory.dtype))
+
+
+def recall(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: ArrayLike,
+    *,
+    max_steps: int = 50,
+    step_size: ArrayLike = 1.0,
+    tol: ArrayLike | None = None,
+    search: Search = Exhaustive(),
+    adjoint: Adjoint = Unrolled(),
+    separation: Separation = LogSumExp(),
+    save_trace: bool = False,
+) -> Recall:
+    """Steps from the query until a fixed point: what the memory holds nearest to it.
+
+    A fixed point ξ = Φ(ξ) is a barycentre of the patterns with its own Gibbs weights.
+    Where β is large enough, β min Dᵢⱼ ≳ log N + 5, there is one by each pattern; where it is
+    small, patterns share one, and the status says `MIXTURE`.
+
+    **Arguments:** `memory`, `query`, `beta`, `step_size` as in `step`. `max_steps` ≥ 1.
+    `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
+    `max_steps`; if None,
+    eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square size of the
+    patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step compares, all of them or
+    `Certified()`, for large memories. `adjoint`: how to
+    differentiate: `Unrolled()`, `Implicit()` or `OneStep()`. `separation`: the shape of the
+    energy. `save_trace`: keep energy, residual and measure after each step.
+    Changing β, step size, tol or values of the same shape does not recompile.
+
+    **Returns:** a `Recall`. `jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)`
+    recalls a batch; it ends when its last query does, and a query that fails says so in its
+    own status without touching the others.
+
+    **Raises:** as `step`, and for arguments that are not of these kinds.
+    """
+    query = fit_query(memory, query)
+    beta = inverse_temperature(memory, beta)
+    step_size = _positive(memory, "step_size", step_size)
+    tol = None if tol is None else check_tolerance(memory, tol)
+    max_steps = checks.positive_int("max_steps", max_steps)
+    for name, value, kind in (("search", search, Search), ("adjoint", adjoint, Adjoint)):
+        if not isinstance(value, kind):
+            example = "Unrolled" if kind is Adjoint else "Exhaustive"
+            raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
+    check_separation(separation)
+    if not isinstance(save_trace, bool):
+        raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
+    flow = Flow(search, separation, max_steps, save_trace)
+    return _recall(memory, query, beta, step_size, tol, flow=flow, adjoint=adjoint)
+
+
+def recall_batch(
+    memory: Memory,
+    queries: AnyMeasure,
+    beta: ArrayLike,
+    *,
+    batch_size: int = 256,
+    max_steps: int = 50,
+    step_size: ArrayLike = 1.0,
+    tol: ArrayLike | None = None,
+    search: Search = Exhaustive(),
+    adjoint: Adjoint = Unrolled(),
+    separation: Separation = LogSumExp(),
+    save_trace: bool = False,
+) -> Recall:
+    """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
+    `jax.vmap` could hold the state of.
+
+    **Arguments:** as of `recall`; `queries` with one batch axis, which may be empty; `batch_size`
+    ≥ 1.
+
+    **Returns:** a `Recall` whose leaves lead with (Q,).
+
+    **Raises:** as `recall`.
+    """
+    queries = memory.geometry.check("queries", queries, 1)
+    fit_query(memory, any_of(queries))
+    beta = inverse_temperature(memory, beta)
+    step_size = _positive(memory, "step_size", step_size)
+    tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
+    batch_size = checks.positive_int("batch_size", batch_size)
+    settings = (
+        ("max_steps", max_steps),
+        ("search", search),
+        ("adjoint", adjoint),
+        ("separation", separation),
+        ("save_trace", save_trace),
+    )
+    numbers = (beta, step_size, tol)
+    result: Recall = _recall_batch(
+        memory, queries, numbers, batch_size=batch_size, settings=settings
+    )
+    return result
+
+
+@partial(jax.jit, static_argnames=("batch_size", "settings"))
+def _recall_batch(
+    memory: Memory,
+    queries: AnyMeasure,
+    numbers: tuple[Array, Array, Array],
+    *,
+    batch_size: int,
+    settings: tuple[tuple[str, Any], ...],
+) -> Recall:
+    beta, step_size, tol = numbers
+
+    def one(query: AnyMeasure) -> Recall:
+        return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
+
+    # Differentiated, one batch at a time too.
+    result: Recall = map_in_chunks(jax.checkpoint(one), batch_size, queries)
+    return result
+
+
+def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
+    """`tol` as a checked scalar ≥ 0."""
+    return checks.nonnegative_scalar("tol", tol, working_dtype(memory.dtype))
+
+
+def default_tolerance(memory: Memory) -> Float[Array, ""]:
+    """eps^0.7 times the root mean square size of the patterns: a distance."""
+    eps = float(jnp.finfo(working_dtype(memory.dtype)).eps)
+    result: Array = eps**0.7 * jax.lax.stop_gradient(memory.units_of_patterns()[0])
+    return result
+
+
+@compiled(static=("flow", "adjoint"))
+def _recall(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    tol: Array | None,
+    *,
+    flow: Flow,
+    adjoint: Adjoint,
+) -> Recall:
+    tol = default_tolerance(memory) if tol is None else tol
+    settings = (flow, adjoint)
+    return in_tiles(partial(_run, settings), None, memory, query, beta, step_size, tol)
+
+
+def _run(
+    settings: tuple[Flow, Adjoint], memory: Memory, query: AnyMeasure, *numbers: Array
+) -> Recall:
+    flow, adjoint = settings
+    problem = flow.problem(memory, *numbers)
+    end = adjoint.run(flow, flow.start(query, problem), problem)
+    return flow.report(end, problem)

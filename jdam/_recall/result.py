@@ -1,0 +1,106 @@
+"""What a recall returns, and how it says how it ended."""
+
+import enum
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdam._core import checks
+from jdam._measures.base import AnyMeasure
+
+
+class Status(enum.IntEnum):
+    """How a recall ended; int32 under jit. Of several that apply the last one listed counts.
+
+    CONVERGED:    a fixed point, residual ≤ tol, at which one pattern has more than half the weight.
+    MIXTURE:      a fixed point between patterns: raise beta to recall one.
+    MAX_STEPS:    residual > tol after max_steps: raise max_steps, beta or tol.
+    STALLED:      residual > tol, and no step lowers the energy by more than its rounding: raise
+                  tol, or compute in float64; where an inner solver is involved, lower its tol.
+    SOLVER:       an inner solver missed its tolerance: raise its max_iterations, tol or epsilon.
+    UNCERTIFIED:  the search cannot bound what it left out: raise its max_candidates, or beta.
+    NONFINITE:    NaN or infinity in query, memory or on the way; beta, step_size ≤ 0 or tol < 0.
+    OUT_OF_REACH: no pattern within reach of an `Epanechnikov` separation: lower beta.
+
+    Whether a recall ended between patterns can be read from `Recall.mixture` in any case.
+    """
+
+    CONVERGED = 0
+    MIXTURE = 1
+    MAX_STEPS = 2
+    STALLED = 7
+    SOLVER = 3
+    UNCERTIFIED = 4
+    NONFINITE = 5
+    OUT_OF_REACH = 6
+
+
+class Trace(eqx.Module):
+    """What recall saw after each step; after convergence entries repeat the last.
+
+    energy:   (T,), E of the measure, a squared distance.
+    residual: (T,), a distance.
+    measure:  (T, …).
+    """
+
+    energy: Float[Array, " T"]
+    residual: Float[Array, " T"]
+    measure: AnyMeasure
+
+
+class Recall(eqx.Module):
+    """The result of `jdam.recall`.
+
+    measure:   what was recalled, of the query's type.
+    nearest:   index of the heaviest pattern.
+    weight:    its Gibbs weight.
+    energy:    E(measure), a squared distance.
+    residual:  how far a full step would go, a distance (W₂ for `Bures`).
+    num_steps: steps taken.
+    status:    a `jdam.Status`.
+    neglected: bound on the Gibbs mass left out by the search, over all steps.
+    trace:     a `Trace` of all steps, if it was asked for.
+    mixture:   whether no pattern has more than half of the weight, whatever the status.
+
+    All numbers belong to `measure`, not to a step before it; in half precision to the measure
+    before it was rounded, for the work is done in float32.
+    """
+
+    measure: AnyMeasure
+    nearest: Int[Array, ""]
+    weight: Float[Array, ""]
+    energy: Float[Array, ""]
+    residual: Float[Array, ""]
+    num_steps: Int[Array, ""]
+    status: Int[Array, ""]
+    neglected: Float[Array, ""]
+    trace: Trace | None = None
+
+    @property
+    def mixture(self) -> Bool[Array, ""]:
+        """Whether no pattern has more than half of the weight."""
+        return is_mixture(self.weight)
+
+    def __repr__(self) -> str:
+        if not checks.is_concrete(self.status):
+            return super().__repr__()
+        codes, counts = np.unique(np.asarray(self.status), return_counts=True)
+        names = [Status(code).name for code in codes]
+        if self.status.ndim == 0:
+            if self.mixture and Status.MIXTURE.name not in names:
+                names = [f"{names[0]}, {Status.MIXTURE.name}"]
+            return (
+                f"Recall({names[0]} after {self.num_steps} steps: nearest={self.nearest}, "
+                f"weight={self.weight:.4g}, energy={self.energy:.4g}, residual={self.residual:.1e})"
+            )
+        listed = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
+        return f"Recall(batch of {self.status.shape}: {listed})"
+
+
+def is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """Whether the heaviest pattern has no more than half of the weight, up to rounding."""
+    result: Array = weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
+    return result
