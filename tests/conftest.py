@@ -1,5 +1,6 @@
 """Strict settings: float64 available, no silent promotion of dtypes or ranks."""
 
+import gc
 import os
 
 import jaxlib.version
@@ -21,6 +22,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("jdam", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("jdam")
+# Tracing makes many objects that live on: a tenth of the time goes to looking through them.
+gc.set_threshold(100_000, 50, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)

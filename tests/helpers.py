@@ -1,10 +1,12 @@
 """Random problems, and oracles that share no code with jdam."""
 
 import jax
+import jax.numpy as jnp
 import mpmath
 import numpy as np
 
 import jdam
+from tests.outside import Histogram
 
 
 def orthogonal(rng, d):
@@ -47,10 +49,12 @@ def near(rng, measure, amount):
 
     if isinstance(measure, jdam.PointCloud):
         return jdam.PointCloud(shift(measure.points), measure.weights)
+    if isinstance(measure, Histogram):
+        return measure.from_free(Histogram(jnp.asarray(shift(measure.to_free().probabilities))))
     moved = jax.tree.map(shift, measure)
     if isinstance(moved, jdam.DiagonalGaussian):
         return jdam.DiagonalGaussian(moved.mean, np.abs(moved.scale))
-    return jax.tree.map(jax.numpy.asarray, moved)
+    return jax.tree.map(jnp.asarray, moved)
 
 
 def w2_squared(m, cov, n, other, digits=60):
@@ -169,3 +173,52 @@ def shk_step(x, p, clouds, epsilon, beta, step_size, kappa):
     velocity = sum(w * v for w, (_, _, v) in zip(weights, found, strict=True))
     p = np.asarray(p, np.longdouble) * np.exp(-step_size * kappa * (variation - p @ variation))
     return x + step_size * velocity, p / p.sum()
+
+
+# ------------------------------------------------------------------------ derivatives
+
+
+def check_derivatives(function, point, *, order=1, rtol=1e-5, atol=1e-5, eps=1e-5):
+    """In all arguments at once, forward and reverse, by central differences along a random
+    direction: in one program, where `jax.test_util.check_grads` compiles one for each."""
+    rng = np.random.default_rng(0)
+    point = jax.tree.map(jnp.asarray, tuple(point))
+
+    def draw(tree):
+        return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), tree)
+
+    def differentiated(function):
+        """The value, its derivative along a tangent, and the cotangents that a cotangent gives."""
+        tangent, cotangent = draw(point), draw(jax.eval_shape(function, *point))
+
+        def derived(*point):
+            value, forward = jax.jvp(function, point, tangent)
+            return value, forward, jax.vjp(function, *point)[1](cotangent)
+
+        return derived, tangent, cotangent
+
+    levels = []
+    for _ in range(order):
+        function, *directions = differentiated(function)
+        levels.append(directions)
+    run = jax.jit(function)
+
+    def at(h):
+        return run(*jax.tree.map(lambda x, d: x + h * d, point, tangent))
+
+    def inner(x, y):
+        return sum(map(np.vdot, jax.tree.leaves(x), jax.tree.leaves(y)))
+
+    found = run(*point)
+    while levels:
+        tangent, cotangent = levels.pop()
+        above, below = at(eps), at(-eps)
+        for _ in range(order - len(levels) - 1):
+            above, below = above[0], below[0]
+        value, forward, reverse = found
+        slope = jax.tree.map(lambda x, y: (x - y) / (2 * eps), above[0], below[0])
+        for x, y in zip(jax.tree.leaves(forward), jax.tree.leaves(slope), strict=True):
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=atol)
+        pulled, pushed = inner(reverse, tangent), inner(cotangent, slope)
+        np.testing.assert_allclose(pulled, pushed, rtol=rtol, atol=atol)
+        found = value

@@ -1,7 +1,7 @@
 """Compares memories in one piece with the same on several devices: a program of its own, because
 devices are counted and processes meet when JAX starts.
 
-    python -m tests.sharding_worker                        on 8 devices of one process
+    python -m tests.sharding_worker                        on 4 devices of one process
     python -m tests.sharding_worker address count index    one of several processes
 """
 
@@ -10,7 +10,7 @@ import sys
 from functools import partial
 
 address = sys.argv[1:]
-devices = 2 if address else 8
+devices = 2 if address else 4
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
 
@@ -45,7 +45,22 @@ def same(first, second, tolerance=1e-8):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), atol=tolerance)
 
 
-def check(kind, mesh, searches):
+def examine(memory, query, queries, functions, searches, axis=None):
+    """In one program, because each is compiled for all devices."""
+
+    def recall(search):
+        def one(query):
+            found = jdam.recall(memory, query, BETA, max_steps=3, search=search)
+            names = ("measure", "energy", "nearest", "weight", "status", "neglected")
+            return {name: getattr(found, name) for name in names}
+
+        return jax.vmap(one, spmd_axis_name=axis)(queries)
+
+    found = [function(memory, query, BETA) for function in functions]
+    return found, [recall(search) for search in searches]
+
+
+def check(kind, mesh, functions, searches, axes=(None,)):
     make, geometry = KINDS[kind]
     rng = np.random.default_rng(5)
     prior = rng.normal(size=NUM)
@@ -54,37 +69,39 @@ def check(kind, mesh, searches):
     assert len(sharded) == NUM
     queries = near(rng, jax.tree.map(lambda leaf: leaf[:4], memory.patterns), 0.1)
     query = jax.tree.map(lambda leaf: leaf[0], queries)
-    for function in (jdam.gibbs_weights, jdam.energy, jdam.step):
-        same(function(memory, query, BETA), function(sharded, query, BETA))
-    same(jdam.divergences(memory, query), jdam.divergences(sharded, query))
-    for search in searches:
-
-        def recall(memory, query, search=search):
-            return jdam.recall(memory, query, BETA, max_steps=3, search=search)
-
-        wanted = jax.vmap(recall, (None, 0))(memory, queries)
-        for axis in [None, *mesh.axis_names[1:]]:
-            found = jax.vmap(recall, (None, 0), spmd_axis_name=axis)(sharded, queries)
-            for name in ("measure", "energy", "nearest", "weight", "status"):
-                same(getattr(wanted, name), getattr(found, name), 1e-6)
-            assert (np.asarray(found.neglected) <= 1e-8).all()
+    run = jax.jit(examine, static_argnames=("functions", "searches", "axis"))
+    wanted = run(memory, query, queries, functions, searches)
+    for axis in axes:
+        found = run(sharded, query, queries, functions, searches, axis=axis)
+        same(wanted[0], found[0])
+        same(wanted[1], found[1], 1e-6)
+        for recalled in found[1]:
+            assert (np.asarray(recalled["neglected"]) <= 1e-8).all()
     return memory, sharded, query
 
 
 def check_more(memory, sharded, query):
-    """Derivatives, other separations, communication, and that what is fixed stays so."""
+    """Derivatives, other separations, communication, no `jax.jit` around, and that what is fixed
+    stays so."""
     for search in SEARCHES:
         recall = jax.jit(lambda m, q, s=search: jdam.recall(m, q, BETA, max_steps=1, search=s))
         program = recall.lower(sharded, query).compile().as_text()
         assert "all-reduce" in program
         assert "all-gather" not in program  # of N numbers
-    slopes = [jax.grad(lambda q, m=m: jdam.recall(m, q, BETA, max_steps=3).energy)(query)
-              for m in (memory, sharded)]  # fmt: skip
-    same(*slopes)
-    for separation in (jdam.Entmax(), jdam.Epanechnikov()):
-        same(*(jdam.step(m, query, 0.3, separation=separation) for m in (memory, sharded)))
-        same(*(jdam.energy(m, query, 0.3, separation=separation) for m in (memory, sharded)))
-    assert "4 shards" in repr(sharded)
+
+    @jax.jit
+    def more(memory, query):
+        slope = jax.grad(lambda q: jdam.recall(memory, q, BETA, max_steps=3).energy)(query)
+        others = [
+            function(memory, query, 0.3, separation=separation)
+            for separation in (jdam.Entmax(), jdam.Epanechnikov())
+            for function in (jdam.step, jdam.energy)
+        ]
+        return slope, others
+
+    same(more(memory, query), more(sharded, query))
+    same(jdam.energy(memory, query, BETA), jdam.energy(sharded, query, BETA))
+    assert "2 shards" in repr(sharded)
     for change in (lambda: sharded.append(query), lambda: sharded.remove(0)):
         with pytest.raises(ValueError, match="a sharded memory is fixed"):
             change()
@@ -97,46 +114,48 @@ def check_queries(kind, function, *, more=True):
     rng = np.random.default_rng(6)
     memory = jdam.store(make(rng, 8, DIM), geometry)
     queries = near(rng, memory.patterns, 0.1)
-    mesh = jax.make_mesh((8,), ("queries",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((4,), ("queries",), axis_types=(AxisType.Explicit,))
     rows = PartitionSpec("queries")
     spread = jax.device_put(queries, NamedSharding(mesh, rows))
 
-    def check(function, everywhere):
-        batch = jax.vmap(partial(function, memory))
-        wanted = batch(queries)
-        mapped = jax.shard_map(batch, mesh=mesh, in_specs=rows, out_specs=rows)
-        for run in [mapped, batch] if everywhere else [mapped]:
-            found = run(spread)
-            same(wanted, found)
-            for leaf in jax.tree.leaves(found):
-                assert leaf.sharding.spec[0] == "queries"
-
-    check(function, more)
+    batch = jax.vmap(partial(function, memory))
+    slopes = jax.vmap(partial(jax.value_and_grad(function, argnums=1), memory))
+    whole = slopes if more else batch
+    wanted = jax.jit(whole)(queries)
+    mapped = jax.shard_map(whole, mesh=mesh, in_specs=rows, out_specs=rows)
+    pairs = [(wanted, mapped(spread))]
     if more:
-        check(jax.grad(function, argnums=1), False)
+        pairs.append((wanted[0], batch(spread)))
+    for expected, found in pairs:
+        same(expected, found)
+        for leaf in jax.tree.leaves(found):
+            assert leaf.sharding.spec[0] == "queries"
 
 
 def certified(memory, query):
     return jdam.recall(memory, query, BETA, max_steps=3, search=SEARCHES[1]).energy
 
 
+def divergences(memory, query, beta):
+    return jdam.divergences(memory, query)
+
+
 def cold(memory, query):
     return jdam.energy(memory, query, BETA)
 
 
+ALL = (jdam.gibbs_weights, jdam.energy, jdam.step, divergences)
 if address:
     mesh = jax.make_mesh((2 * int(address[1]),), ("patterns",))
-    for kind in ("Gaussians", "vectors", "clouds"):
-        check(kind, mesh, SEARCHES if kind == "Gaussians" else SEARCHES[:1])
+    check("Gaussians", mesh, (jdam.energy,), SEARCHES[1:])
     jax.distributed.shutdown()
 else:
-    mesh = jax.make_mesh((4, 2), ("patterns", "queries"))
-    for kind in KINDS:
-        held = check(
-            kind, mesh, SEARCHES[:1] if kind in ("diagonal", "inner products") else SEARCHES
-        )
-        if kind == "Gaussians":
-            check_more(*held)
+    mesh = jax.make_mesh((2, 2), ("patterns", "queries"))
+    check_more(*check("Gaussians", mesh, ALL, SEARCHES, (None, "queries")))
+    check("vectors", mesh, ALL, SEARCHES, ("queries",))
+    for kind in ("diagonal", "inner products"):
+        check(kind, mesh, ALL, SEARCHES[:1])
+    check("clouds", mesh, (jdam.energy,), SEARCHES[:1], ("queries",))
     check_queries("Gaussians", certified)
     check_queries("clouds", cold, more=False)
 print("the same")

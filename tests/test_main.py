@@ -24,6 +24,7 @@ def rates(lines, names):
 def test_demo_draws_and_tabulates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DAMAGES", {"blur": demo.DAMAGES["blur"]})
     monkeypatch.setattr(digits, "DAMAGES", {"jitter": digits.jitter, "clutter": digits.clutter})
+    monkeypatch.setattr(digits, "STORED", 20)
     folder = tmp_path / "new" / "folder"
     main(["--out", str(folder), "--seed", "3"])
     assert (folder / "photographs.png").stat().st_size > 100_000

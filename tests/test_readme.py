@@ -22,10 +22,13 @@ def test_example(capsys):
     assert int(scope["proof"].index) == 3
     assert scope["theory"].basin_radius(scope["memory"], scope["beta"]).min() > 0
     assert scope["batch"].nearest.tolist() == list(range(100))
+    assert int(scope["found"].nearest) == 0
+    assert int(scope["found"].status) == jdam.Status.CONVERGED
     points = jax.numpy.asarray(scope["shapes"][0])[None].repeat(2, 0)
     zeros = jax.numpy.zeros((2, 20), points.dtype)
     params = {"points": points, "logits": zeros, "log_beta": zeros[0, 0], "values": zeros[:, :3]}
-    slope = jax.grad(scope["loss"])(params, jdam.PointCloud(scope["shapes"][0]), 1)
+    query = jdam.PointCloud(scope["shapes"][0])
+    slope = jax.jit(jax.grad(lambda params: scope["loss"](params, query, 1)))(params)
     assert all(jax.numpy.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
 
 

@@ -1,4 +1,4 @@
-"""What every geometry must do, run over every kind of memory: a new geometry adds a line."""
+"""What every geometry must do, run over every kind of memory."""
 
 from functools import partial
 
@@ -6,49 +6,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import jdam
-from tests.helpers import clouds, diagonals, gaussians, log_sum_exp_energy, near, vectors
-
-KINDS = {
-    "gaussian": (gaussians, jdam.Bures()),
-    "low rank": (partial(gaussians, rank=2), jdam.Bures()),
-    "diagonal": (diagonals, jdam.Bures()),
-    "entropic, low rank": (partial(gaussians, rank=2), jdam.EntropicBures(0.3)),
-    "entropic, diagonal": (diagonals, jdam.EntropicBures(0.3)),
-    "euclidean": (vectors, jdam.Euclidean()),
-    "dot product": (vectors, jdam.DotProduct()),
-    "clouds": (clouds, jdam.Sinkhorn(0.5, hellinger_scale=0.2)),
-}
-#: Those whose D vanishes between equals only, and whose full steps end at patterns.
-METRIC = ["gaussian", "low rank", "diagonal", "euclidean"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-#: Programs on clouds take seconds to compile, and their weights cannot be varied one by one:
-#: what these tests say of them is tested along the simplex in test_sinkhorn and test_entropic.
-quick_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "clouds"])
-metric_kinds = pytest.mark.parametrize("kind", METRIC)
-#: Those whose full step ends at a pattern that has all the weight.
-exact_kinds = pytest.mark.parametrize("kind", [*METRIC, "dot product"])
-
-
-def problem(rng, kind, num=7, d=3, dtype=np.float64, off=0.1):
-    """A memory, and a query near its third pattern."""
-    make, geometry = KINDS[kind]
-    memory = jdam.store(make(rng, num, d, dtype=dtype), geometry)
-    return memory, near(rng, memory[2], off)
-
-
-def close(first, second, **tolerance):
-    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(x, y, **tolerance)
-
-
-def alike(first, second, **tolerance):
-    """Equal as measures: factors up to rotation."""
-    if isinstance(first, jdam.Gaussian):
-        first, second = (first.mean, first.covariance), (second.mean, second.covariance)
-    close(first, second, **tolerance)
+from tests.cases import (
+    KINDS,
+    METRIC,
+    alike,
+    all_of,
+    close,
+    every_kind,
+    metric_kinds,
+    problem,
+    quick_kinds,
+    some_and_clouds,
+    some_kinds,
+)
+from tests.helpers import (
+    check_derivatives,
+    log_sum_exp_energy,
+    near,
+    vectors,
+)
 
 
 @every_kind
@@ -56,7 +34,7 @@ def test_energy_and_weights_are_the_log_sum_exp(rng, kind):
     memory, query = problem(rng, kind)
     prior = np.array([0, -1, 0.5, -np.inf, 2, 0, 0.0])
     divergences = [float(x) for x in jdam.divergences(memory, query)]
-    for log_prior in (None, prior):
+    for log_prior in (None, prior) if kind != "clouds" else (prior,):
         held = jdam.store(memory.patterns, memory.geometry, log_prior=log_prior)
         for beta in (1e-6, 1e-2, 1.0, 30.0, 1e6):
             energy, weights = log_sum_exp_energy(
@@ -68,16 +46,17 @@ def test_energy_and_weights_are_the_log_sum_exp(rng, kind):
             )
 
 
-@quick_kinds
+@some_kinds
 @pytest.mark.parametrize("beta", [1e-6, 1.0, 1e6])
 def test_duplicated_patterns_share_their_weight(rng, kind, beta):
     memory, query = problem(rng, kind)
     doubled = memory.append(memory.patterns)
-    once, twice = (jdam.gibbs_weights(m, query, beta) for m in (memory, doubled))
+    (_, _, once, stepped), (_, _, twice, other) = (
+        all_of(m, query, beta) for m in (memory, doubled)
+    )
     np.testing.assert_allclose(twice[:7], once / 2, rtol=1e-9)
     np.testing.assert_allclose(twice[7:], once / 2, rtol=1e-9)
-    steps = [jdam.step(m, query, beta) for m in (doubled, memory)]
-    alike(*steps, rtol=1e-9, atol=1e-12)
+    alike(other, stepped, rtol=1e-9, atol=1e-12)
 
 
 @metric_kinds
@@ -103,8 +82,9 @@ def test_far_query_is_recalled(rng, kind):
     alike(jdam.step(memory, query, 1e4), memory[int(far.argmin())], atol=1e-6)
 
 
-@metric_kinds
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(kind, np.float32) for kind in METRIC] + [("gaussian", np.float64)]
+)
 def test_softmax_of_huge_logits(rng, kind, dtype):
     """βD up to 1e20: the top must weigh 1 exactly, whatever the rounding of βD."""
     make, geometry = KINDS[kind]
@@ -113,17 +93,19 @@ def test_softmax_of_huge_logits(rng, kind, dtype):
     queries = jax.tree.map(
         lambda x: (offsets.reshape(3, *[1] * (x.ndim - 1)) + x[:3]).astype(dtype), memory.patterns
     )
+
+    def everything(memory, query, beta):
+        slope = jax.grad(jdam.energy, argnums=1)(memory, query, beta)
+        return *all_of(memory, query, beta), slope, jdam.recall(memory, query, beta).status
+
+    run = jax.jit(jax.vmap(everything, (None, 0, None)))
     for beta in (1e3, 1e6):
-        for function in (jdam.gibbs_weights, jdam.step, jax.grad(jdam.energy, argnums=1)):
-            found = jax.vmap(function, (None, 0, None))(memory, queries, beta)
-            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
-        weights = jax.vmap(jdam.gibbs_weights, (None, 0, None))(memory, queries, beta)
+        found = run(memory, queries, beta)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        distances, energies, weights, _, _, status = found
         assert (weights <= 1).all()
-        energies = jax.vmap(jdam.energy, (None, 0, None))(memory, queries, beta)
-        lowest = jax.vmap(jdam.divergences, (None, 0))(memory, queries).min(1)
-        np.testing.assert_allclose(energies, lowest, rtol=1e-5)
-        result = jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)
-        assert (result.status <= jdam.Status.MIXTURE).all()
+        np.testing.assert_allclose(energies, distances.min(1), rtol=1e-5)
+        assert (status <= jdam.Status.MIXTURE).all()
 
 
 @pytest.mark.parametrize("kind", ["diagonal", "euclidean"])
@@ -146,7 +128,7 @@ def test_distant_clusters_in_single_precision(rng, kind):
     np.testing.assert_allclose(jdam.energy(memory, query, 10.0), expected, rtol=1e-5)
 
 
-@quick_kinds
+@some_kinds
 def test_constants_inside_jit(rng, kind):
     """Concrete arrays closed over by a traced function are checked as usual."""
     memory, query = problem(rng, kind)
@@ -170,16 +152,16 @@ def test_batch_of_no_queries(rng, kind):
 def test_recall_reports_on_what_it_returns(rng, kind):
     memory, query = problem(rng, kind)
     result = jdam.recall(memory, query, 2.0, max_steps=3, save_trace=True)
-    weights = jdam.gibbs_weights(memory, result.measure, 2.0)
+    _, energy, weights, _ = all_of(memory, result.measure, 2.0)
     assert int(result.nearest) == int(weights.argmax())
     np.testing.assert_allclose(result.weight, weights.max(), rtol=1e-9)
-    np.testing.assert_allclose(result.energy, jdam.energy(memory, result.measure, 2.0), rtol=1e-9)
+    np.testing.assert_allclose(result.energy, energy, rtol=1e-9)
     stepped = query
     for t in range(3):
-        stepped = jdam.step(memory, stepped, 2.0)
+        stepped = all_of(memory, stepped, 2.0)[3]
         if t < int(result.num_steps):
             alike(jax.tree.map(lambda x, t=t: x[t], result.trace.measure), stepped, atol=1e-9)
-            expected = jdam.energy(memory, stepped, 2.0)
+            expected = all_of(memory, stepped, 2.0)[1]
             np.testing.assert_allclose(result.trace.energy[t], expected, rtol=1e-9, atol=1e-12)
     assert result.trace.energy[-1] == result.energy
     assert result.trace.residual[-1] == result.residual
@@ -191,20 +173,20 @@ def test_energy_falls_along_recall(rng, kind):
     memory, query = problem(rng, kind, off=1.0)
     for step_size in (0.3, 1.0):
         result = jdam.recall(memory, query, 0.7, step_size=step_size, save_trace=True)
-        energies = np.append(jdam.energy(memory, query, 0.7), result.trace.energy)
+        energies = np.append(all_of(memory, query, 0.7)[1], result.trace.energy)
         assert (np.diff(energies) <= 1e-12).all()
 
 
-@every_kind
+@some_and_clouds
 def test_vmap_over_queries_and_betas_is_a_loop(rng, kind):
     make, _ = KINDS[kind]
     memory, _ = problem(rng, kind)
-    queries = make(rng, 5, 3)
-    betas = np.array([0.2, 1.0, 5.0])
+    queries = make(rng, 3, 3)
+    betas = np.array([0.2, 5.0])
     over_queries = jax.vmap(jdam.recall, (None, 0, None))
     grid = jax.jit(jax.vmap(over_queries, (None, None, 0)))(memory, queries, betas)
     for b, beta in enumerate(betas):
-        for q in range(5):
+        for q in range(3):
             one = jdam.recall(memory, jax.tree.map(lambda x, q=q: x[q], queries), beta)
             batched = jax.tree.map(lambda x, b=b, q=q: x[b, q], grid)
             assert int(batched.status) == int(one.status)
@@ -212,13 +194,14 @@ def test_vmap_over_queries_and_betas_is_a_loop(rng, kind):
             assert int(batched.nearest) == int(one.nearest)
             close(batched.energy, one.energy, rtol=1e-9, atol=1e-11)
             alike(batched.measure, one.measure, rtol=1e-8, atol=1e-10)
-    for function in (jdam.energy, jdam.gibbs_weights, jdam.step):
+    functions = (jdam.energy, jdam.gibbs_weights, jdam.step)
+    for function in functions[2:] if kind == "clouds" else functions:
         many = jax.vmap(function, (None, 0, None))(memory, queries, 0.7)
-        one = function(memory, jax.tree.map(lambda x: x[3], queries), 0.7)
-        alike(jax.tree.map(lambda x: x[3], many), one, rtol=1e-9, atol=1e-12)
+        one = function(memory, jax.tree.map(lambda x: x[2], queries), 0.7)
+        alike(jax.tree.map(lambda x: x[2], many), one, rtol=1e-9, atol=1e-12)
 
 
-@quick_kinds
+@some_kinds
 def test_vmap_over_memories(rng, kind):
     make, geometry = KINDS[kind]
     patterns = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), make(rng, 8, 3))
@@ -229,7 +212,7 @@ def test_vmap_over_memories(rng, kind):
         np.testing.assert_allclose(energies[i], jdam.recall(memory, query, 1.0).energy, rtol=1e-9)
 
 
-@every_kind
+@some_and_clouds
 def test_one_bad_query_among_a_thousand(rng, kind):
     make, _ = KINDS[kind]
     memory, _ = problem(rng, kind)
@@ -246,12 +229,12 @@ def test_one_bad_query_among_a_thousand(rng, kind):
     )
 
 
-@quick_kinds
+@some_kinds
 def test_block_size_changes_nothing(rng, kind):
     memory, query = problem(rng, kind, num=7)
     results = [
         jdam.recall(memory, query, 0.8, search=jdam.Exhaustive(block_size=b))
-        for b in (None, 1, 2, 3, 7, 100)
+        for b in (None, 1, 3, 100)
     ]
     for other in results[1:]:
         assert int(other.nearest) == int(results[0].nearest)
@@ -270,12 +253,10 @@ def test_gradient_of_energy_by_differences(rng, kind):
     def energy(query, patterns, beta, log_prior):
         return jdam.energy(jdam.store(patterns, geometry, log_prior=log_prior), query, beta)
 
-    check_grads(
-        jax.jit(energy), arguments, order=2, modes=("fwd", "rev"), atol=1e-5, rtol=1e-5, eps=1e-5
-    )
+    check_derivatives(energy, arguments, order=2)
 
 
-@quick_kinds
+@some_kinds
 def test_gradient_of_recall_by_differences(rng, kind):
     """Of a loss of the measure recalled, through steps not yet converged, in query and β."""
     memory, query = problem(rng, kind, off=0.5)
@@ -288,19 +269,19 @@ def test_gradient_of_recall_by_differences(rng, kind):
             return jnp.sum(measure.covariance**2) + jnp.sum(measure.mean**3)
         return sum(jnp.sum(x**3) for x in jax.tree.leaves(measure))
 
-    check_grads(loss, (query, jnp.float64(0.5)), order=1, modes=("fwd", "rev"), rtol=1e-6, eps=1e-6)
+    check_derivatives(loss, (query, jnp.float64(0.5)), rtol=1e-6, eps=1e-6)
     batch = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), query)
-    batched = jax.jit(jax.grad(lambda qs: jax.vmap(loss, (0, None))(qs, 0.5).sum()))(batch)
-    single = jax.grad(loss)(jax.tree.map(lambda x: x[1], batch), 0.5)
-    close(jax.tree.map(lambda x: x[1], batched), single, rtol=1e-8, atol=1e-10)
+    summed = jax.grad(lambda qs: jax.vmap(loss, (0, None))(qs, 0.5).sum())
+    single = jax.jit(jax.grad(loss))(jax.tree.map(lambda x: x[1], batch), 0.5)
+    close(jax.tree.map(lambda x: x[1], jax.jit(summed)(batch)), single, rtol=1e-8, atol=1e-10)
 
 
 class Counting(jdam.Euclidean):
     """Counts how often it is traced."""
 
-    def compare(self, view, patterns, prepared, guess, exact):
+    def compare(self, view, patterns, *, exact=True):
         COUNT.append(1)
-        return super().compare(view, patterns, prepared, guess, exact)
+        return super().compare(view, patterns, exact=exact)
 
 
 COUNT: list[int] = []
@@ -327,7 +308,7 @@ def test_new_values_do_not_recompile(rng):
     assert len(COUNT) == traced
 
 
-@quick_kinds
+@some_kinds
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_dtype_is_kept(rng, kind, dtype):
     memory, query = problem(rng, kind)
@@ -351,12 +332,12 @@ def test_single_precision_follows_double(rng, kind):
     memory, query = problem(rng, kind, num=20, d=8)
     cast = partial(jax.tree.map, lambda x: jnp.asarray(x).astype(jnp.float32))
     low = jdam.store(cast(memory.patterns), memory.geometry)
-    for function in (jdam.energy, jdam.gibbs_weights, jdam.step):
-        single, double = function(low, cast(query), 1.5), function(memory, query, 1.5)
+    singles, doubles = all_of(low, cast(query), 1.5), all_of(memory, query, 1.5)
+    for single, double in zip(singles[1:], doubles[1:], strict=True):
         alike(single, double, rtol=2e-4, atol=2e-5)
 
 
-@quick_kinds
+@some_kinds
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_beta(rng, kind, beta):
     memory, query = problem(rng, kind)

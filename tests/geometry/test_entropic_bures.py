@@ -17,7 +17,7 @@ from tests.helpers import (
     orthogonal,
     sinkhorn_divergence,
 )
-from tests.test_derivatives import inner, points_of
+from tests.recall.test_derivatives import inner, points_of
 
 
 def root(a):
@@ -284,10 +284,8 @@ def bounds_of_all(memory, queries):
 
     def levels(query):
         view = geometry.view(geometry.match(query, patterns))
-        found = [geometry.bound(view, patterns, memory.prepared)]
-        for level in range(1, geometry.sharpenings(patterns) + 1):
-            found.append(geometry.sharpen(view, patterns, memory.prepared, level))
-        return jnp.stack(found)
+        held = jdam.Patterns(patterns, memory.prepared)
+        return jnp.stack([bound(view, held) for bound in geometry.bounds(held)])
 
     return jax.vmap(levels)(queries)
 

@@ -8,20 +8,21 @@ import ot
 import pytest
 
 import jdam
-from tests.helpers import sinkhorn_divergence
+from tests.helpers import entropic_transport, sinkhorn_divergence
+
+
+@jax.jit
+def compare(memory, query):
+    geometry = memory.geometry
+    guess = geometry.first_guess(memory.prepared)
+    patterns = jdam.Patterns(memory.patterns, memory.prepared, guess)
+    return geometry.compare(geometry.view(query), patterns)
 
 
 def compared(x, a, y, b, geometry):
     """S_ε, the first variation F − F̄ at each atom, and whether the solver missed."""
-    memory, query = jdam.store(jdam.PointCloud(y[None], b[None]), geometry), jdam.PointCloud(x, a)
-
-    @jax.jit
-    def run(memory, query):
-        geometry = memory.geometry
-        view, guess = geometry.view(query), geometry.first_guess(memory.prepared)
-        return geometry.compare(view, memory.patterns, memory.prepared, guess, True)
-
-    found = run(memory, query)
+    memory = jdam.store(jdam.PointCloud(y[None], b[None]), geometry)
+    found = compare(memory, jdam.PointCloud(x, a))
     variation = np.asarray(found.pull.variation[0], np.float64)
     return float(found.divergence[0]), variation - a @ variation, bool(found.missed[0])
 
@@ -34,10 +35,11 @@ def test_padding_may_lie_anywhere(rng):
     """Of a query and of patterns, at any distance, with both solvers."""
     x = rng.normal(size=(6, 3)).astype(np.float32)
     y = (rng.normal(size=(2, 5, 3)) + 0.3).astype(np.float32)
+    recall = partial(jdam.recall, beta=5.0, max_steps=4)
+    wanted = None
     for solver in ("stabilised", "ott"):
         geometry = jdam.Sinkhorn(0.1, hellinger_scale=0.5, solver=solver)
-        recall = partial(jdam.recall, beta=5.0, max_steps=4)
-        wanted = recall(jdam.store(jdam.PointCloud(y), geometry), jdam.PointCloud(x))
+        wanted = wanted or recall(jdam.store(jdam.PointCloud(y), geometry), jdam.PointCloud(x))
         for distance in (0.0, 1e4, 1e20):
             far = distance * np.ones((2, 3), np.float32)
             none = np.zeros(2, np.float32)
@@ -52,22 +54,23 @@ def test_padding_may_lie_anywhere(rng):
             assert int(found.status) != jdam.Status.NONFINITE
 
 
+@jax.jit
+def recall_in_units(clouds, cue, unit, kappa):
+    geometry = jdam.Sinkhorn(0.1 * unit**2, hellinger_scale=kappa / unit**2)
+    memory, query = jdam.store(jdam.PointCloud(clouds), geometry), jdam.PointCloud(cue)
+    recalled = jdam.recall(memory, query, 20 / unit**2, max_steps=10)
+    return recalled, jdam.divergences(memory, query) / unit**2
+
+
+@pytest.mark.xdist_group("units")  # compiled by one worker
 @pytest.mark.parametrize("kappa", [0.0, 1.0])
 def test_recall_does_not_depend_on_the_unit(rng, kappa):
     clouds = rng.normal(size=(3, 8, 2)) + 2 * rng.normal(size=(3, 1, 2))
     cue = np.concatenate([clouds[1], 9 * np.ones((2, 2))])
-
-    @jax.jit
-    def run(clouds, cue, unit):
-        geometry = jdam.Sinkhorn(0.1 * unit**2, hellinger_scale=kappa / unit**2)
-        memory, query = jdam.store(jdam.PointCloud(clouds), geometry), jdam.PointCloud(cue)
-        recalled = jdam.recall(memory, query, 20 / unit**2, max_steps=10)
-        return recalled, jdam.divergences(memory, query) / unit**2
-
-    wanted, distances = run(clouds, cue, np.float64(1.0))
+    wanted, distances = recall_in_units(clouds, cue, np.float64(1.0), np.float64(kappa))
     for unit in (1e-12, 1e-8, 1.0, 1e8, 3e9, 1e12):
         clouds_of, cue_of = ((unit * v).astype(np.float32) for v in (clouds, cue))
-        found, scaled = run(clouds_of, cue_of, np.float32(unit))
+        found, scaled = recall_in_units(clouds_of, cue_of, np.float32(unit), np.float32(kappa))
         assert int(found.status) != jdam.Status.NONFINITE
         np.testing.assert_allclose(scaled, distances, rtol=1e-4)
         assert int(found.nearest) == int(wanted.nearest)
@@ -109,11 +112,11 @@ def test_large_epsilon_in_single_precision(rng, solver):
 def test_variation_at_small_epsilon_is_as_good_as_float64_lets_it(rng):
     """The rounding of marginals, over 1 − σ₂² of the plan, by which potentials follow them."""
     checked = 0
-    for seed in range(4):
+    for seed in range(2):
         rng = np.random.default_rng(seed)
         x, a = rng.normal(size=(10, 2)), uniform(10)
         for y in (x + 0.05 * rng.normal(size=x.shape), rng.normal(size=x.shape)):
-            for epsilon in (0.1, 0.05, 0.03):
+            for epsilon in (0.1, 0.05):
                 geometry = jdam.Sinkhorn(epsilon, tol=1e-13)
                 _, at_atoms, _ = compared(x, a, y, a, geometry)
                 try:
@@ -127,14 +130,15 @@ def test_variation_at_small_epsilon_is_as_good_as_float64_lets_it(rng):
                 checked += 1
                 variation = np.asarray(variation - a @ variation, np.float64)
                 np.testing.assert_allclose(at_atoms, variation, atol=limit)
-    assert checked > 10
+    assert checked > 6
 
 
 def coupling_correlation(x, y, a, epsilon):
-    """The second singular value of P/√(ab), of a plan found by plain iterations."""
+    """The second singular value of P/√(ab)."""
     cost = ((x[:, None] - y[None]) ** 2).sum(-1) / 2
-    plan = ot.sinkhorn(a, a, cost, epsilon, method="sinkhorn_log", numItermax=20_000, warn=False)
-    return np.linalg.svd(plan / np.sqrt(a[:, None] * a[None]))[1][1]
+    _, f, g, _ = entropic_transport(x, a, y, a, epsilon)
+    logs = np.asarray(f[:, None] + g[None] - cost, np.float64) / epsilon
+    return np.linalg.svd(np.exp(logs) * np.sqrt(a[:, None] * a[None]))[1][1]
 
 
 def test_a_cloud_and_itself(rng):

@@ -13,7 +13,7 @@ import pytest
 import jdam
 from tests.helpers import gaussians
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def start(*arguments):
@@ -29,7 +29,7 @@ def finish(process):
     assert printed.endswith("the same\n")
 
 
-def test_eight_devices():
+def test_four_devices():
     finish(start())
 
 

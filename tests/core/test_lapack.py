@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jdam
-from jdam import _lapack, theory
+from jdam import theory
+from jdam._core import lapack as _lapack
 from tests.helpers import gaussians
 
 decompositions = {

@@ -11,7 +11,7 @@ import pytest
 from scipy.cluster.vq import kmeans2
 
 import jdam
-from tests.geometry.test_conformance import METRIC, every_kind, problem
+from tests.cases import METRIC, problem
 from tests.helpers import diagonals, gaussians, vectors
 
 
@@ -45,14 +45,14 @@ def test_learned_gaussians_beat_k_means(rng):
         queries,
         targets,
         optax.adam(0.03),
-        num_steps=150,
+        num_steps=80,
         batch_size=64,
         progress=False,
     )
     before = held_out_error(memory, jnp.float64(2.0), *held_out)
     after = held_out_error(found.memory, found.beta, *held_out)
     assert after < 0.8 * before
-    assert found.losses.shape == (150,)
+    assert found.losses.shape == (80,)
     assert np.mean(found.losses[-20:]) < np.mean(found.losses[:20])
 
 
@@ -70,7 +70,7 @@ def test_temperature_is_recovered(rng):
         np.testing.assert_array_equal(x, y)
 
 
-@every_kind
+@pytest.mark.parametrize("kind", ["gaussian", "diagonal", "entropic, low rank", "euclidean"])
 def test_measures_stay_measures(rng, kind):
     """However wild the steps."""
     memory, query = problem(rng, kind)
@@ -89,9 +89,6 @@ def test_measures_stay_measures(rng, kind):
     assert np.isfinite(np.delete(state.memory.log_prior, 2)).all()
     if isinstance(learned, jdam.DiagonalGaussian):
         assert (learned.scale >= 0).all()
-    if isinstance(learned, jdam.PointCloud):
-        np.testing.assert_allclose(learned.weights.sum(-1), 1, rtol=1e-12)
-        assert (learned.weights >= 0).all()
     moved = [
         float(jnp.abs(x - y).max())
         for x, y in zip(jax.tree.leaves(learned), jax.tree.leaves(memory.patterns), strict=True)
@@ -99,23 +96,36 @@ def test_measures_stay_measures(rng, kind):
     assert min(moved) > 1e-3
 
 
-def test_padding_stays_padding(rng):
+def test_clouds_stay_clouds(rng):
+    """And their padding padding, though weights decay."""
     patterns = jdam.PointCloud.from_ragged([rng.normal(size=(n, 2)) for n in (2, 4, 3)])
-    memory = jdam.store(patterns, jdam.Sinkhorn(0.5))
-    found = jdam.fit(
-        memory, 1.0, patterns, patterns, optax.adamw(0.1), num_steps=3, progress=False
-    )  # fmt: skip
-    weights = np.asarray(found.memory.patterns.weights)
+    prior = np.array([0, -np.inf, 0])
+    memory = jdam.store(patterns, jdam.Sinkhorn(0.5), log_prior=prior)
+    learner = jdam.Learner(optax.adamw(0.5))
+    state = learner.init(memory, 1.0)
+    update = jax.jit(learner.update)
+    for _ in range(5):
+        state, loss = update(state, patterns, patterns)
+    assert np.isfinite(loss)
+    assert float(state.beta) > 0
+    assert float(state.memory.log_prior[1]) == -np.inf
+    learned = state.memory.patterns
+    weights = np.asarray(learned.weights)
     np.testing.assert_array_equal(weights == 0, np.asarray(patterns.weights) == 0)
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-12)
+    assert (weights >= 0).all()
+    for x, y in ((learned.points, patterns.points), (weights, patterns.weights)):
+        assert float(jnp.abs(x - y).max()) > 1e-3
 
 
 def test_batches_are_drawn_by_key(rng):
     memory = jdam.store(vectors(rng, 4, 2))
     queries, targets = vectors(rng, 20, 2), vectors(rng, 20, 2)
 
+    optimizer = optax.sgd(0.1)  # each is another program
+
     def losses(key, **settings):
-        run = partial(jdam.fit, memory, 1.0, queries, targets, optax.sgd(0.1), progress=False)
+        run = partial(jdam.fit, memory, 1.0, queries, targets, optimizer, progress=False)
         return run(num_steps=4, batch_size=5, key=key, **settings).losses
 
     first, again, other = (losses(jax.random.key(k)) for k in (1, 1, 2))

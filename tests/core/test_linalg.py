@@ -3,9 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from jax.test_util import check_grads
 
-from jdam.linalg import (
+from jdam._core.linalg import (
     long_products,
     long_sum,
     long_vecdot,
@@ -15,7 +14,7 @@ from jdam.linalg import (
     shrink,
     shrunk_polar,
 )
-from tests.helpers import orthogonal
+from tests.helpers import check_derivatives, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 4), (5, 5)])
@@ -28,14 +27,14 @@ def test_polar_against_scipy(rng, shape):
 @pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
 def test_polar_derivatives(rng, shape):
     matrix = jnp.asarray(rng.normal(size=shape))
-    check_grads(polar, (matrix,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+    check_derivatives(polar, (matrix,), order=2, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("values", [[1, 1, 1], [2, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
 def test_derivatives_at_repeated_and_vanishing_singular_values(rng, values):
     matrix = jnp.asarray(orthogonal(rng, 3) * np.array(values, float) @ orthogonal(rng, 3))
     if min(values) > 0:
-        check_grads(polar, (matrix,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+        check_derivatives(polar, (matrix,), order=2, rtol=1e-4, atol=1e-4)
     semidefinite = matrix @ matrix.T
     for function, at in ((polar, matrix), (psd_root, semidefinite)):
         first = jax.jacrev(function)(at)
@@ -59,7 +58,7 @@ def test_shrunk_polar(rng, shape):
     np.testing.assert_allclose(shrunk_factor(1e-5 * matrix), 1e-5 * matrix, rtol=1e-8)
     for scale in (0.1, 1.0, 30.0):
         at = (scale * matrix,)
-        check_grads(shrunk_factor, at, order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+        check_derivatives(shrunk_factor, at, order=2, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("values", [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
@@ -67,7 +66,7 @@ def test_shrunk_polar(rng, shape):
 def test_derivatives_of_shrunk_polar_at_repeated_singular_values(rng, values, columns):
     right = orthogonal(rng, columns)[:3]
     matrix = jnp.asarray(orthogonal(rng, 3) * np.array(values, float) @ right)
-    check_grads(shrunk_factor, (matrix,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-4)
+    check_derivatives(shrunk_factor, (matrix,), order=2, rtol=1e-4, atol=1e-4)
 
 
 def test_shrink():
@@ -75,7 +74,7 @@ def test_shrink():
     shrunk = shrink(values)
     np.testing.assert_allclose(shrunk[:4], values[:4] * (1 - shrunk[:4] ** 2), rtol=1e-12)
     assert shrunk[4] == 1
-    check_grads(shrink, (values[2:4],), order=3, modes=("fwd", "rev"))
+    check_derivatives(shrink, (values[2:4],), order=3)
     assert float(jax.grad(shrink)(0.0)) == 1.0
 
 
@@ -89,7 +88,7 @@ def test_root(rng):
     def symmetric_root(x):
         return psd_root((x + x.mT) / 2)
 
-    check_grads(symmetric_root, (jnp.asarray(a),), order=2, modes=("fwd", "rev"), rtol=1e-4)
+    check_derivatives(symmetric_root, (jnp.asarray(a),), order=2, rtol=1e-4)
 
 
 def test_safe_sqrt():

@@ -165,12 +165,12 @@ def test_the_queries_of_a_batch_stop_for_themselves(rng):
     looks = []
 
     class Watched(jdam.Euclidean):
-        def compare(self, view, patterns, prepared, guess, exact):
+        def compare(self, view, patterns, *, exact=True):
             jax.debug.callback(lambda: looks.append(1))
-            return super().compare(view, patterns, prepared, guess, exact)
+            return super().compare(view, patterns, exact=exact)
 
-        def tile(self, patterns):
-            return 2, 100
+        def batch_sizes(self, patterns):
+            return jdam.BatchSizes(2, 100, 100)
 
     patterns = np.concatenate([vectors(rng, 20, 2) * 100, [[0.0, 0.0], [0.0, 1.0]]])
     memory = jdam.store(patterns, Watched())
@@ -254,9 +254,9 @@ def test_batches_after_one_another(rng):
 class Stubborn(jdam.Euclidean):
     """Steps that go uphill."""
 
-    attempts: ClassVar[int] = 3
+    max_backtracks: ClassVar[int] = 2
 
-    def move(self, view, pull, step_size, attempt=0):
+    def move(self, view, pull, step_size):
         return view + (view - pull)
 
 

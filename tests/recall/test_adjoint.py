@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.test_util import check_grads
 
 import jdam
-from tests.geometry.test_conformance import KINDS, exact_kinds, quick_kinds
-from tests.helpers import clouds, gaussians, near, vectors
+from tests.cases import KINDS, exact_kinds
+from tests.helpers import check_derivatives, clouds, gaussians, near, vectors
 
 ADJOINTS = [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()]
+#: One of each way to move: what they do is told apart by their steps alone.
+some_kinds = pytest.mark.parametrize("kind", ["gaussian", "entropic, low rank", "dot product"])
 
 
 def functional(measure):
@@ -31,15 +32,17 @@ def loss(adjoint, geometry, query, patterns, beta, log_prior, **settings):
 
 
 def gradients(adjoint, geometry, arguments, **settings):
-    differentiate = jax.grad(partial(loss, adjoint, geometry), (0, 1, 2, 3), has_aux=True)
-    return differentiate(*arguments, **settings)
+    differentiate = jax.grad(
+        partial(loss, adjoint, geometry, **settings), (0, 1, 2, 3), has_aux=True
+    )
+    return jax.jit(differentiate)(*arguments)
 
 
 def leaves(tree):
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
-@quick_kinds
+@some_kinds
 def test_implicit_is_unrolled_at_convergence(rng, kind):
     make, geometry = KINDS[kind]
     patterns = make(rng, 5, 3)
@@ -72,42 +75,33 @@ def test_one_step_is_right_at_high_beta(rng, kind):
 
 
 def test_clouds(rng):
-    """In points of patterns and β; the weights move too in the second, to a looser fixed point."""
+    """In points of patterns and β; and in the query's weights, which with κ = 0 recall conserves,
+    so that their derivative comes from the query."""
     patterns = clouds(rng, 4, 2, n=4)
-    query = near(rng, patterns[2], 0.1)
+    points = near(rng, patterns[2], 0.1).points
+    logits, slopes = jnp.log(patterns.weights[2]), rng.normal(size=4)
 
-    def outputs(adjoint, points, beta):
+    def outputs(adjoint, points_of, beta, logits):
         memory = jdam.store(
-            jdam.PointCloud(points, patterns.weights), jdam.Sinkhorn(0.2, tol=1e-13)
+            jdam.PointCloud(points_of, patterns.weights), jdam.Sinkhorn(0.2, tol=1e-13)
         )
+        query = jdam.PointCloud(points, jax.nn.softmax(logits))
         result = jdam.recall(memory, query, beta, adjoint=adjoint, max_steps=300, tol=1e-30)
-        return functional(result.measure), result
+        return functional(result.measure) + result.measure.weights @ slopes, result
 
     found = [
-        jax.grad(partial(outputs, adjoint), (0, 1), has_aux=True)(patterns.points, 0.8)
+        jax.jit(jax.grad(partial(outputs, adjoint), (0, 1, 2), has_aux=True))(
+            patterns.points, 0.8, logits
+        )
         for adjoint in ADJOINTS[:2]
     ]
     (unrolled, result), (implicit, _) = found
     assert int(result.status) == jdam.Status.STALLED  # as near as rounding lets it
-    scale = float(abs(leaves(unrolled)).max())
-    np.testing.assert_allclose(leaves(implicit), leaves(unrolled), atol=1e-6 * scale)
+    for x, y in zip(implicit, unrolled, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6 * float(abs(leaves(unrolled)).max()))
 
 
-def test_what_recall_conserves_comes_from_the_query(rng):
-    """With κ = 0 the weights are the query's, and so is their derivative."""
-    patterns = clouds(rng, 3, 2, n=4)
-    memory = jdam.store(patterns, jdam.Sinkhorn(1.0))
-
-    def weights(logits, adjoint):
-        query = jdam.PointCloud(patterns.points[1] + 0.1, jax.nn.softmax(logits))
-        return jdam.recall(memory, query, 1.0, adjoint=adjoint).measure.weights
-
-    logits = jnp.asarray(rng.normal(size=4))
-    implicit = jax.jacrev(weights)(logits, jdam.Implicit())
-    np.testing.assert_allclose(implicit, jax.jacrev(jax.nn.softmax)(logits), atol=1e-9)
-
-
-@quick_kinds
+@some_kinds
 def test_implicit_by_differences(rng, kind):
     """To first order in both modes, and under vmap."""
     make, geometry = KINDS[kind]
@@ -120,7 +114,7 @@ def test_implicit_by_differences(rng, kind):
         return jax.vmap(functional)(result.measure), result.energy
 
     arguments = jax.tree.map(jnp.asarray, patterns), jnp.float64(0.8)
-    check_grads(jax.jit(outputs), arguments, 1, rtol=1e-5, atol=1e-5, eps=1e-5)
+    check_derivatives(outputs, arguments)
 
 
 def test_second_derivative_of_implicit(rng):
@@ -132,7 +126,7 @@ def test_second_derivative_of_implicit(rng):
         recall = partial(jdam.recall, adjoint=jdam.Implicit(), max_steps=300, tol=1e-13)
         return functional(recall(memory, query, 0.5).measure)
 
-    check_grads(jax.jit(outputs), (patterns,), 2, rtol=1e-4, atol=1e-4, eps=1e-5)
+    check_derivatives(outputs, (patterns,), order=2, rtol=1e-4, atol=1e-4)
 
 
 def temporary(adjoint, steps, memory, query):
@@ -149,15 +143,15 @@ def test_memory_does_not_grow_with_steps(rng, adjoint):
     memory = jdam.store(gaussians(rng, 20, 8))
     few, many = (temporary(adjoint, steps, memory, memory[0]) for steps in (10, 1000))
     assert many <= few
-    assert temporary(jdam.Unrolled(), 1000, memory, memory[0]) > 10 * many
+    if adjoint == jdam.OneStep():
+        assert temporary(jdam.Unrolled(), 1000, memory, memory[0]) > 10 * many
 
 
 def test_memory_of_unrolled_clouds_is_that_of_their_states(rng):
     """Not of the inner solver's iterations: a few copies of measure, pull and potentials a step."""
     patterns = clouds(rng, 6, 2, n=10)
     memory = jdam.store(patterns, jdam.Sinkhorn(0.1))
-    few, many = (temporary(jdam.Unrolled(), steps, memory, patterns[0]) for steps in (10, 110))
-    assert (many - few) / 100 < 8 * 8 * (10 * 3 + 6 * 10)
+    assert temporary(jdam.Unrolled(), 1000, memory, patterns[0]) / 1000 < 8 * 8 * (10 * 3 + 6 * 10)
 
 
 def test_unconverged_is_said(rng):
@@ -180,17 +174,15 @@ class Marked(jdam.Euclidean):
     def check(self, name, measure, batch_ndim):
         return measure
 
-    def compare(self, view, patterns, prepared, guess, exact):
-        found = super().compare(view["x"], patterns["x"], prepared, guess, exact)
-        return found._replace(pull={"x": found.pull, "label": 0 * patterns["label"]})
-
-    def bound(self, view, patterns, prepared):
-        return super().bound(view["x"], patterns["x"], prepared)
+    def compare(self, view, patterns, *, exact=True):
+        points, labels = patterns.measures["x"], patterns.measures["label"]
+        found = super().compare(view["x"], jdam.Patterns(points), exact=exact)
+        return found._replace(pull={"x": found.pull, "label": 0 * labels})
 
     def approximation_errs(self, query, patterns, beta):
         return None
 
-    def move(self, view, pull, step_size, attempt=0):
+    def move(self, view, pull, step_size):
         return {"x": super().move(view["x"], pull["x"], step_size), "label": view["label"]}
 
     def residual(self, view, pull):

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import jdam
-from tests.geometry.test_conformance import KINDS, every_kind, problem
+from tests.cases import KINDS, every_kind, problem
 
 
 def of_lower_precision(function, *args):
@@ -37,9 +37,10 @@ FUNCTIONS = {
 #: Of all kinds what they do themselves, of some what is done with it.
 CASES = [(kind, name) for kind in KINDS for name in ("energy", "step")] + [
     (kind, name)
-    for kind in ("gaussian", "entropic, diagonal", "clouds")
+    for kind in ("gaussian", "entropic, diagonal")
     for name in ("weights", "unrolled", "implicit", "certified")
 ]
+CASES.append(("clouds", "implicit"))
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -54,6 +55,11 @@ def test_first_derivatives(rng, kind, name):
 
     slopes = jax.value_and_grad(loss, argnums=(0, 1))
     assert not of_lower_precision(slopes, memory.patterns, query)
+
+
+def test_certified_clouds(rng):
+    memory, query = problem(rng, "clouds")
+    assert not of_lower_precision(FUNCTIONS["certified"], memory, query)
 
 
 @every_kind

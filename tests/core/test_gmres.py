@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jdam._gmres import gmres
+from jdam._core.gmres import gmres
 
 
 def solve(matrix, right, tol):

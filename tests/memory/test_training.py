@@ -8,7 +8,7 @@ import optax
 import pytest
 
 import jdam
-from tests.geometry.test_conformance import KINDS
+from tests.cases import KINDS
 from tests.helpers import clouds
 
 

@@ -72,7 +72,7 @@ def points_of(kind):
 
 
 CASES = [
-    pytest.param(kind, name, id=f"{kind}, {name}")
+    pytest.param(kind, name, id=f"{kind}, {name}", marks=pytest.mark.xdist_group(kind))
     for kind in ("full", "diagonal", "vectors", "clouds")
     for name, *_ in points_of(kind)
 ]

@@ -1,0 +1,66 @@
+"""The kinds of memories that all suites share: a new geometry adds a line."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+import jdam
+from tests.helpers import clouds, diagonals, gaussians, near, vectors
+from tests.outside import Cramer, SlicedWasserstein, directions, even_clouds, histograms
+
+KINDS = {
+    "gaussian": (gaussians, jdam.Bures()),
+    "low rank": (partial(gaussians, rank=2), jdam.Bures()),
+    "diagonal": (diagonals, jdam.Bures()),
+    "entropic, low rank": (partial(gaussians, rank=2), jdam.EntropicBures(0.3)),
+    "entropic, diagonal": (diagonals, jdam.EntropicBures(0.3)),
+    "euclidean": (vectors, jdam.Euclidean()),
+    "dot product": (vectors, jdam.DotProduct()),
+    "clouds": (clouds, jdam.Sinkhorn(0.5, hellinger_scale=0.2)),
+    "sliced, from outside": (even_clouds, SlicedWasserstein(directions(2))),
+    "histograms, from outside": (histograms, Cramer()),
+}
+#: Those whose D vanishes between equals only, and whose full steps end at patterns.
+METRIC = ["gaussian", "low rank", "diagonal", "euclidean"]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+#: Programs on clouds take seconds to compile, and their weights cannot be varied one by one:
+#: what these tests say of them is tested along the simplex in test_sinkhorn and test_entropic.
+quick_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "clouds"])
+#: One of each way to compare and move, where a kind makes no other difference.
+some_kinds = pytest.mark.parametrize("kind", ["gaussian", "entropic, low rank", "euclidean"])
+some_and_clouds = pytest.mark.parametrize("kind", [*some_kinds.args[1], "clouds"])
+metric_kinds = pytest.mark.parametrize("kind", METRIC)
+#: Those whose full step ends at a pattern that has all the weight.
+exact_kinds = pytest.mark.parametrize("kind", [*METRIC, "dot product"])
+
+
+def problem(rng, kind, num=7, d=3, dtype=np.float64, off=0.1):
+    """A memory, and a query near its third pattern."""
+    make, geometry = KINDS[kind]
+    memory = jdam.store(make(rng, num, d, dtype=dtype), geometry)
+    return memory, near(rng, memory[2], off)
+
+
+def close(first, second, **tolerance):
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(x, y, **tolerance)
+
+
+def alike(first, second, **tolerance):
+    """Equal as measures: factors up to rotation."""
+    if isinstance(first, jdam.Gaussian):
+        first, second = (first.mean, first.covariance), (second.mean, second.covariance)
+    close(first, second, **tolerance)
+
+
+@jax.jit
+def all_of(memory, query, beta):
+    """In one program."""
+    return (
+        jdam.divergences(memory, query),
+        jdam.energy(memory, query, beta),
+        jdam.gibbs_weights(memory, query, beta),
+        jdam.step(memory, query, beta),
+    )
