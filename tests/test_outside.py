@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 import jdam
 from tests.helpers import near
@@ -116,4 +116,12 @@ def test_axes_come_from_the_annotations(rng):
     balls = Ball("round", jnp.ones(4), jnp.zeros((4, 3)))
     assert (balls.dim, balls.batch_shape, balls.dtype) == (3, (4,), jnp.float64)
     assert balls.describe() == "Ball(d=3)"
+
+    class Labelled(jdam.Measure):
+        """Its first array holds no floats."""
+
+        label: Int[Array, "*batch"]
+        place: Float[Array, "*batch d"]
+
+    assert Labelled(jnp.arange(4), jnp.zeros((4, 3), jnp.float32)).dtype == jnp.float32
     assert (balls[1].batch_shape, len(balls)) == ((), 4)

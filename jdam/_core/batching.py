@@ -30,7 +30,7 @@ class _Settings(NamedTuple):
 def map_in_chunks(function: Callable[[Any], T], at_once: int, rows: Any) -> T:
     """`function` of each row, in equal chunks of at most `at_once`, the last one filled up with
     copies of the last row: `lax.map` would compile what remains once more."""
-    size = _length(rows)
+    size = batch_size(rows)
     if size <= at_once:
         whole: T = jax.vmap(function)(rows)
         return whole
@@ -109,7 +109,7 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
         return function(*args)
 
     def many(args: Any) -> Any:
-        return map_in_chunks(lambda row: function(*row), at_once or _length(args), args)
+        return map_in_chunks(lambda row: function(*row), at_once or batch_size(args), args)
 
     @one.def_vmap
     @full_precision
@@ -120,7 +120,7 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
 
         def in_turns(*args: Any) -> Any:
             rows, join = _split(tuple(batched), args)
-            at_most = max(1, _length(rows)) if at_once is None else at_once
+            at_most = max(1, batch_size(rows)) if at_once is None else at_once
             return map_in_chunks(lambda row: function(*join(row)), at_most, rows)
 
         found = where_it_is(in_turns, tuple(batched), args)
@@ -243,5 +243,6 @@ def _lead(size: int, batched: Any, tree: Any) -> Any:
     return jax.tree.map(lead, tree, batched)
 
 
-def _length(tree: Any) -> int:
+def batch_size(tree: Any) -> int:
+    """The length of the leading axis, which all leaves share."""
     return len(jax.tree.leaves(tree)[0])

@@ -30,6 +30,7 @@ def float_array(name: str, value: ArrayLike) -> Array:
 
 
 def same_dtype(**arrays: Array) -> None:
+    """Raise unless the arrays, passed by their names, have one dtype."""
     (first, head), *rest = arrays.items()
     for name, array in rest:
         if array.dtype != head.dtype:
@@ -51,6 +52,7 @@ def finite(name: str, array: Array) -> None:
 
 
 def nonnegative(name: str, array: Array) -> None:
+    """Raise if a concrete array holds a negative entry; traced values pass."""
     if is_concrete(array) and array.size:
         with jax.ensure_compile_time_eval():
             lowest = float(array.min())
@@ -102,6 +104,7 @@ def index(i: Any, size: int, what: str) -> None:
 
 
 def positive_int(name: str, value: Any) -> int:
+    """`value` as an int ≥ 1."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an int; got {value!r}")
     if value < 1:

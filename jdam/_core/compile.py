@@ -55,9 +55,10 @@ def _trusted(first: Any) -> Any:
 
 
 def float_dtype(tree: Any) -> jnp.dtype:
-    """The dtype of the measures or arrays in `tree`."""
-    dtype: jnp.dtype = jax.tree.leaves(tree)[0].dtype
-    return dtype
+    """The dtype of the first array of floats in `tree`."""
+    dtypes = (leaf.dtype for leaf in jax.tree.leaves(tree))
+    found: jnp.dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+    return found
 
 
 def working_dtype(dtype: jnp.dtype) -> jnp.dtype:

@@ -73,6 +73,7 @@ def full_svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 @_unsplit(2e4)
 def singular_values(matrix: Array) -> Array:
+    """The largest first."""
     return jnp.linalg.svdvals(matrix)
 
 
@@ -105,6 +106,7 @@ def eigh(matrix: Array) -> tuple[Array, Array]:
 
 @_unsplit(6e5)
 def cholesky(matrix: Array) -> Array:
+    """L of M = LLᵀ, lower triangular."""
     result: Array = jnp.linalg.cholesky(matrix)
     return result
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import compute_where
+from jdam._core.batching import batch_size, compute_where
 from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
 from jdam._core.mesh import all_rows, first_index, local_rows, psum
 from jdam._energy.evaluation import Block, Evaluation, Start
 from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
-from jdam._measures.base import AnyMeasure, batch_size
+from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Comparison, Patterns
 
@@ -123,7 +123,7 @@ def _in_two_sweeps(
         blocks = cut_into_blocks(memory, settings.block_size, found.guess)
         count, size = blocks.indices.shape
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
-        pull, _ = Sweep(add).over(memory, view, _Weighted(*blocks, padded), start.pull)
+        pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), start.pull)
     unsolved = psum(unsolved_mass(found, weights), layout)
     return Evaluation(
         view=view,
@@ -135,15 +135,6 @@ def _in_two_sweeps(
         neglected=jnp.zeros_like(beta),
         guess=found.guess,
     )
-
-
-class _Weighted(NamedTuple):
-    """A `Block` with weights."""
-
-    indices: Array
-    patterns: Patterns
-    log_prior: Array | None
-    weights: Array
 
 
 def _add(weights: Float[Array, " B"], total: Array, pulls: Array) -> Array:

@@ -85,7 +85,7 @@ class Certified(Search):
 
     def start(self, memory: Memory, query: AnyMeasure) -> Start:
         first = start(memory, query)
-        return first if _compares_all(memory) else first._replace(guess=None)
+        return first._replace(guess=None) if _bounds(memory) else first
 
     def evaluate(
         self,
@@ -98,7 +98,7 @@ class Certified(Search):
     ) -> Evaluation:
         if type(separation) is not LogSumExp:
             raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
-        if _compares_all(memory):
+        if not _bounds(memory):
             return evaluate(Settings(), memory, query, beta, start)
         return _evaluate(self, memory, query, beta, start)[0]
 
@@ -110,18 +110,16 @@ class Certified(Search):
 
 
 def _bounds(memory: Memory) -> tuple[Bound, ...]:
-    """Those of the geometry; where it has none, D itself."""
+    return memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
+
+
+def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
+    """The first of the bounds, for all patterns; D itself where the geometry has none."""
     geometry, patterns = memory.geometry, Patterns(memory.patterns, memory.prepared)
-
-    def exact(view: AnyView, patterns: Patterns) -> Float[Array, " B"]:
-        guess = geometry.first_guess(patterns.prepared)
-        return geometry.compare(view, patterns._replace(guess=guess)).divergence
-
-    return geometry.bounds(patterns) or (exact,)
-
-
-def _compares_all(memory: Memory) -> bool:
-    return not memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
+    if bounds := _bounds(memory):
+        return bounds[0](view, patterns)
+    guess = geometry.first_guess(memory.prepared)
+    return geometry.compare(view, patterns._replace(guess=guess)).divergence
 
 
 class _Hunt(NamedTuple):
@@ -155,10 +153,8 @@ def _hunt(
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = len(memory), memory.layout
     size, turns = search.sizes(num)
-    cheapest, *_ = _bounds(memory)
-    bounds = cheapest(view, Patterns(memory.patterns, memory.prepared))
     start = _Hunt(
-        floor=with_prior(bounds, memory.log_prior, beta),
+        floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
         sums=LogSumExp().empty(no_pull, memory.dtype),
         others=None,
@@ -304,6 +300,7 @@ class Explored(NamedTuple):
 def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
     view = memory.geometry.view(query)
-    sums = (hunt := _hunt(search, memory, view, beta, None)).sums
+    hunt = _hunt(search, memory, view, beta, None)
+    sums = hunt.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
     return Explored(sums.nearest, sums.lowest, energy, hunt.floor)

@@ -35,3 +35,4 @@ class Block(NamedTuple):
     indices: Int[Array, " B"]  # in the memory
     patterns: Patterns
     log_prior: Float[Array, " B"] | None
+    weights: Float[Array, " B"] | None = None  # where they are known before the pulls

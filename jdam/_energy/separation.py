@@ -286,6 +286,7 @@ def _conjugate_jvp(
 
 
 def check(separation: object) -> Separation:
+    """The argument `separation`, which must be one."""
     if not isinstance(separation, Separation):
         raise TypeError(f"separation must be one of jdam's, as jdam.LogSumExp(); got {separation}")
     return separation

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from tqdm import trange
 
 from jdam._core import checks
+from jdam._core.batching import batch_size as length_of
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.loops import scan
 from jdam._energy.energy import divergences, energy, fit_query, inverse_temperature
@@ -22,7 +23,6 @@ from jdam._energy.search import Exhaustive
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure, from_free, to_free
-from jdam._measures.base import batch_size as length_of
 from jdam._memory.memory import Memory, store
 from jdam._recall.flow import End, Flow
 from jdam._recall.recall import check_tolerance, default_tolerance, recall

@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from jdam._core import checks
+from jdam._core.compile import float_dtype
 
 #: A `Measure`, an array (…, d) that is a vector, or whatever pytree of arrays a geometry takes.
 AnyMeasure: TypeAlias = Any
@@ -59,9 +60,7 @@ class Measure(eqx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The floating dtype of the arrays."""
-        name = next(iter(_axes(type(self))))
-        dtype: jnp.dtype = getattr(self, name).dtype
-        return dtype
+        return float_dtype(self)
 
     def __len__(self) -> int:
         if not self.batch_shape:
@@ -124,18 +123,6 @@ def dim_of(measure: AnyMeasure) -> int | None:
     if isinstance(measure, Measure):
         return measure.sizes.get("d")
     return int(measure.shape[-1]) if isinstance(measure, Array | np.ndarray) else None
-
-
-def dtype_of(measure: AnyMeasure) -> jnp.dtype:
-    """The floating dtype of a measure."""
-    measure = measure if isinstance(measure, Measure) else jax.tree.leaves(measure)[0]
-    dtype: jnp.dtype = measure.dtype
-    return dtype
-
-
-def batch_size(measures: AnyMeasure) -> int:
-    """The length of the leading axis, which all leaves share."""
-    return len(jax.tree.leaves(measures)[0])
 
 
 def any_of(measures: AnyMeasure) -> AnyMeasure:

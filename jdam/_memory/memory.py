@@ -12,9 +12,10 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core import checks
-from jdam._core.compile import compiled, working_dtype
+from jdam._core.batching import batch_size
+from jdam._core.compile import compiled, float_dtype, working_dtype
 from jdam._core.mesh import Layout
-from jdam._measures.base import AnyMeasure, Measure, any_of, batch_size, dim_of, dtype_of
+from jdam._measures.base import AnyMeasure, Measure, any_of, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry import Bures, Euclidean, Geometry
@@ -56,7 +57,7 @@ class Memory(eqx.Module):
     @property
     def dtype(self) -> jnp.dtype:
         """The floating dtype of the patterns."""
-        return dtype_of(self.patterns)
+        return float_dtype(self.patterns)
 
     def units_of_patterns(self) -> tuple[Array, Array]:
         """`Geometry.scale` and `Geometry.resolution` of all patterns."""
@@ -169,7 +170,7 @@ def store(
     for leaf in jax.tree.leaves(patterns):
         checks.finite("patterns", leaf)
     prior = None if log_prior is None else _prior(patterns, log_prior)
-    geometry = _in_dtype(geometry, working_dtype(dtype_of(patterns)))
+    geometry = _in_dtype(geometry, working_dtype(float_dtype(patterns)))
     return Memory(patterns, geometry, prior, *_prepare(patterns, geometry))
 
 
@@ -224,7 +225,7 @@ def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
     for leaf in leaves:
         mixed = mixed * jnp.uint32(0x9E3779B1) + leaf
     fraction = (mixed >> 9).astype(jnp.float32) * jnp.float32(2**-23)
-    result: Array = (1 + fraction).astype(working_dtype(dtype_of(patterns)))
+    result: Array = (1 + fraction).astype(working_dtype(float_dtype(patterns)))
     return result
 
 
@@ -240,7 +241,7 @@ def _digest(rows: Float[Array, "N k"]) -> Int[Array, " N"]:
 def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
     num = batch_size(patterns)
     if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):
-        log_prior = jnp.full(num, log_prior, dtype_of(patterns))
+        log_prior = jnp.full(num, log_prior, float_dtype(patterns))
     prior = checks.float_array("log_prior", log_prior)
     checks.same_dtype(patterns=jax.tree.leaves(patterns)[0], log_prior=prior)
     if prior.shape != (num,):
@@ -255,7 +256,9 @@ def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
 
 
 def _prior_or_zero(patterns: AnyMeasure, log_prior: Array | None) -> Float[Array, " N"]:
-    return jnp.zeros(batch_size(patterns), dtype_of(patterns)) if log_prior is None else log_prior
+    return (
+        jnp.zeros(batch_size(patterns), float_dtype(patterns)) if log_prior is None else log_prior
+    )
 
 
 def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:
@@ -265,9 +268,9 @@ def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:
             f"{name} must be a {type(memory.patterns).__name__} like the memory's patterns; "
             f"got {type(measure).__name__}"
         )
-    if dtype_of(measure) != memory.dtype:
+    if float_dtype(measure) != memory.dtype:
         raise TypeError(
-            f"{name} must have the memory's dtype {memory.dtype}; got {dtype_of(measure)}: "
+            f"{name} must have the memory's dtype {memory.dtype}; got {float_dtype(measure)}: "
             "convert one"
         )
     wanted, got = dim_of(memory.patterns), dim_of(measure)

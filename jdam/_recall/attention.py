@@ -10,10 +10,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core import checks
+from jdam._core.batching import batch_size
 from jdam._core.compile import compiled
 from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
-from jdam._measures.base import AnyMeasure, Measure, batch_size
+from jdam._measures.base import AnyMeasure, Measure
 from jdam._memory.memory import Memory, store
 from jdam._recall.recall import recall
 

@@ -161,9 +161,8 @@ def recall_batch(
         ("separation", separation),
         ("save_trace", save_trace),
     )
-    numbers = (beta, step_size, tol)
     result: Recall = _recall_batch(
-        memory, queries, numbers, batch_size=batch_size, settings=settings
+        memory, queries, beta, step_size, tol, batch_size=batch_size, settings=settings
     )
     return result
 
@@ -172,13 +171,13 @@ def recall_batch(
 def _recall_batch(
     memory: Memory,
     queries: AnyMeasure,
-    numbers: tuple[Array, Array, Array],
+    beta: Array,
+    step_size: Array,
+    tol: Array,
     *,
     batch_size: int,
     settings: tuple[tuple[str, Any], ...],
 ) -> Recall:
-    beta, step_size, tol = numbers
-
     def one(query: AnyMeasure) -> Recall:
         return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
 
@@ -211,14 +210,20 @@ def _recall(
     adjoint: Adjoint,
 ) -> Recall:
     tol = default_tolerance(memory) if tol is None else tol
-    settings = (flow, adjoint)
-    return in_tiles(partial(_run, settings), None, memory, query, beta, step_size, tol)
+    run = partial(_run, flow=flow, adjoint=adjoint)
+    return in_tiles(run, None, memory, query, beta, step_size, tol)
 
 
 def _run(
-    settings: tuple[Flow, Adjoint], memory: Memory, query: AnyMeasure, *numbers: Array
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    tol: Array,
+    *,
+    flow: Flow,
+    adjoint: Adjoint,
 ) -> Recall:
-    flow, adjoint = settings
-    problem = flow.problem(memory, *numbers)
+    problem = flow.problem(memory, beta, step_size, tol)
     end = adjoint.run(flow, flow.start(query, problem), problem)
     return flow.report(end, problem)

@@ -142,13 +142,16 @@ class Diagonal:
 
     @staticmethod
     def move(view: DiagonalView, pull: Array, step_size: Array) -> DiagonalGaussian:
-        mean, scale = jnp.split(view.vector + step_size * (pull - view.vector), 2)
-        # A map that overshoots (τ > 1) may turn an axis round.
-        return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
+        return upright(*jnp.split(view.vector + step_size * (pull - view.vector), 2))
 
     @staticmethod
     def residual(view: DiagonalView, pull: Array) -> Float[Array, ""]:
         return norm(pull - view.vector)
+
+
+def upright(mean: Float[Array, " d"], scale: Float[Array, " d"]) -> DiagonalGaussian:
+    """The Gaussian with scales of either sign: a map that overshoots (τ > 1) may turn an axis."""
+    return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
 
 
 def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch 2d"]:
@@ -241,13 +244,20 @@ def _by_principal_axes(view: View, patterns: Patterns) -> Float[Array, " B"]:
     It is exact where the covariances commute.
     """
     query, measures = view.query, patterns.measures
-    sizes = jnp.linalg.norm(query.factor, axis=-2)
-    axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
-    along = jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2)
+    sizes, along = deviations_along_axes(query, measures)
     whole = squared_norm(measures.factor)
     rest = whole * (1 - rounding(measures.factor[0].size, whole.dtype))
     rest = jnp.maximum(rest - jnp.vecdot(along, along), 0)
     return _shifts(query.mean, measures.mean) + _gaps(sizes, along) + rest
+
+
+def deviations_along_axes(
+    query: Gaussian, measures: Gaussian
+) -> tuple[Float[Array, " r"], Float[Array, "B r"]]:
+    """Of a query in its principal axes uₖ, L = U S Vᵀ, and of others along these: sₖ and |Mᵀuₖ|."""
+    sizes = jnp.linalg.norm(query.factor, axis=-2)
+    axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
+    return sizes, jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2)
 
 
 def _by_nuclear_norm(view: View, patterns: Patterns) -> Float[Array, " B"]:

@@ -16,7 +16,7 @@ from jdam._core.lapack import full_svd, svd
 from jdam._core.linalg import ShrunkPolar, rounding, shrink, shrunk_polar
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
-from jdam.geometry.bures import Gaussians, principal
+from jdam.geometry.bures import Gaussians, deviations_along_axes, principal, upright
 from jdam.geometry.euclidean import squared_distances
 from jdam.geometry.protocol import AnyView, Bound, Comparison, Patterns, norm
 
@@ -146,8 +146,7 @@ class Diagonal(NamedTuple):
 
     def move(self, view: DiagonalView, pull: Any, step_size: Array) -> DiagonalGaussian:
         moved = _toward(view.query, pull, view.own, step_size)
-        # A map that overshoots (τ > 1) may turn an axis round.
-        return DiagonalGaussian(moved.mean, jnp.where(moved.scale < 0, -moved.scale, moved.scale))
+        return upright(moved.mean, moved.scale)
 
     def _scales(self, view: DiagonalView, measures: DiagonalGaussian) -> tuple[Array, Array]:
         """α and β in units of √ε, in which ε = 1."""
@@ -222,10 +221,8 @@ class Full(NamedTuple):
         the principal axes uₖ of the query, L = U diag(α) Vᵀ: φ(√x) is concave, so that
         Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). It is exact where the covariances commute."""
         query, measures = view.query, patterns.measures
-        sizes = jnp.linalg.norm(query.factor, axis=-2)
-        axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
-        first = self._sizes(query)[None]
-        along = self._scaled(jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2))
+        sizes, along = map(self._scaled, deviations_along_axes(query, measures))
+        first = sizes[None]
         second = self._scaled(patterns.prepared.sizes)
         gaps = _gap_less_rounding(first, along, _size_error(first, second, measures)).sum(-1)
         # Σφ(βₖ²) ≥ Σφ(nₖ²), for φ is convex.

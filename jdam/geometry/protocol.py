@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jdam._core.batching import batch_size
+from jdam._core.compile import float_dtype
 from jdam._core.linalg import safe_sqrt
-from jdam._measures.base import AnyMeasure, Measure, batch_size, dtype_of
+from jdam._measures.base import AnyMeasure, Measure
 
 #: What a geometry makes of a query before it is compared: by default the query itself.
 AnyView: TypeAlias = Any
@@ -129,8 +131,8 @@ class Geometry(eqx.Module):
         """The smallest change of energy that says anything, where steps need attempts: by default
         the rounding of the square of `scale`."""
         if self.max_backtracks == 0:
-            return jnp.zeros((), dtype_of(patterns))
-        return 4 * float(jnp.finfo(dtype_of(patterns)).eps) * self.scale(patterns) ** 2
+            return jnp.zeros((), float_dtype(patterns))
+        return 4 * float(jnp.finfo(float_dtype(patterns)).eps) * self.scale(patterns) ** 2
 
     # ------------------------------------------------------------- what is computed once
 
