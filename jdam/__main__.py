@@ -22,7 +22,8 @@ def run(seed: int, beta: float, out: Path) -> None:
         raise SystemExit(f"jdam: {MISSING} ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
     for demo in (photographs, digits):
-        with tqdm(unit=" recalls", file=sys.stderr, bar_format="{desc} {elapsed}") as progress:
+        # None: no bar where there is no terminal, as in logs.
+        with tqdm(file=sys.stderr, bar_format="{desc} {elapsed}", disable=None) as progress:
             found = demo.run(np.random.default_rng(seed), beta, out, progress.set_description)
         print(found, end="\n\n")
 
