@@ -12,17 +12,24 @@ from jdam._entropic.problem import Pair, Solver, log, pairs_at_once
 from jdam._entropic.scaling import some_iterations
 
 
-def dual_after_half_iteration(pair: Pair, guess: Float[Array, " m"]) -> Float[Array, ""]:
-    """A lower bound on OT_ε: ⟨f, a⟩ + ⟨g, b⟩ with f = g^{c,ε}, less its rounding. As any dual
-    value is one, costs may come from products, and potentials from a `guess` of g."""
-    x, a, y, b, epsilon = pair
-    g, half = jnp.where(b > 0, guess, 0), jnp.vecdot(y, y) / 2
-    logits = (y / epsilon) @ x.T + ((g - half) / epsilon + log(b))[:, None]
+def dual_after_half_iteration(
+    solver: Solver, pair: Pair, guess: Float[Array, " m"]
+) -> Float[Array, ""]:
+    """A lower bound on OT: the dual value of f = s g^{c,ε} and g, less its rounding. As any dual value is one, costs may be rough, and potentials
+    come from a `guess` of g."""
+    x, a, y, b, marginals = pair
+    epsilon, s, g = marginals.epsilon, marginals.damping, jnp.where(b > 0, guess, 0)
+    logits = (g / epsilon + log(b))[:, None] - solver.cost.roughly(y, x, epsilon)
     top = logits.max(0)
-    f = jnp.vecdot(x, x) / 2 - epsilon * (top + jnp.log(jnp.exp(logits - top[None]).sum(0)))
-    largest = jnp.vecdot(x, x).max() + jnp.vecdot(y, y).max() + jnp.abs(g).max()
-    error = largest * rounding(x.shape[0] + y.shape[0] + x.shape[1], x.dtype)
-    return jnp.vdot(f, a) + jnp.vdot(g, b) - error
+    f = -s * epsilon * (top + jnp.log(jnp.exp(logits - top[None]).sum(0)))
+    t = marginals.translation(f, a, g, b)
+    f, g = f - s * t, g + t
+    value = jnp.vdot(marginals.variation(f), a) + jnp.vdot(marginals.dual(g), b)
+    origin = jnp.zeros_like(x[:1])
+    largest = 2 * (solver.cost.matrix(x, origin).max() + solver.cost.matrix(y, origin).max())
+    mass = jnp.maximum(jnp.vdot(marginals.share(g), b), 1)
+    error = rounding(x.shape[0] + y.shape[0] + x.shape[1], x.dtype) * mass
+    return value - error * (largest + jnp.abs(g).max())
 
 
 def dual_after_some_iterations(
@@ -31,4 +38,14 @@ def dual_after_some_iterations(
     """The same from the g that some scaling iterations make of the guess."""
     pairs = 4 * pairs_at_once(pair.a.size * pair.b.size)
     g = in_tiles(partial(some_iterations, solver), pairs, pair, guess, flat=True)
-    return dual_after_half_iteration(pair, g)
+    return dual_after_half_iteration(solver, pair, g)
+
+
+def cost_of_masses(
+    epsilon: Float[Array, ""], rho: Float[Array, ""], least: Float[Array, "*batch"]
+) -> Float[Array, "*batch"]:
+    """A lower bound on OT_{ε,ρ} of clouds no atoms of which are closer than at the cost `least`:
+    (2ρ+ε)(1 − e^(−c/(2ρ+ε))), the cost of two atoms of mass 1, since merging atoms raises no
+    Kullback–Leibler divergence."""
+    scale = 2 * rho + epsilon
+    return -scale * jnp.expm1(-least / scale)

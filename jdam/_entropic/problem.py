@@ -1,45 +1,96 @@
-"""Entropic transport as a problem: two clouds, the cost of their atoms, and how to solve it."""
+"""Entropic transport as a problem: two clouds, how exactly their mass must arrive, and how to solve
+it."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jdam._core.derivatives import full_precision
-from jdam._core.loops import scan
+from jdam._entropic.cost import Cost, HalfSquaredDistance
 
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
 LARGE = 80.0
 
 
+class Marginals(NamedTuple):
+    """What it costs a plan π to have another marginal π1 than α: nothing else than α is allowed if
+    ρ is None, and ρ KL(π1|α) is paid otherwise. Of ε and ρ, and of potentials f."""
+
+    epsilon: Float[Array, ""]
+    rho: Float[Array, ""] | None = None
+
+    @property
+    def damping(self) -> Float[Array, ""] | float:
+        """s = ρ/(ρ+ε), by which soft c-transforms are multiplied: 1 for exact marginals."""
+        return 1.0 if self.rho is None else 1 / (1 + self.epsilon / self.rho)
+
+    def share(self, f: Float[Array, " n"]) -> Float[Array, " n"]:
+        """e^(−f/ρ), the share of an atom's mass that is transported: 1 for exact marginals."""
+        return jnp.ones_like(f) if self.rho is None else jnp.exp(-f / self.rho)
+
+    def dual(self, f: Float[Array, " n"]) -> Float[Array, " n"]:
+        """−ρ(e^(−f/ρ) − 1), what an atom of mass 1 contributes to the dual objective: f for exact
+        marginals."""
+        return f if self.rho is None else -self.rho * jnp.expm1(-f / self.rho)
+
+    def variation(self, f: Float[Array, " n"]) -> Float[Array, " n"]:
+        """−(ρ+ε)(e^(−f/ρ) − 1), the first variation of the cost in the atom's mass: f for exact
+        marginals."""
+        return self.dual(f) / self.damping
+
+    def translation(
+        self, f: Float[Array, " n"], a: Float[Array, " n"], g: Float[Array, " m"], b: Array
+    ) -> Float[Array, ""]:
+        """The t for which g + t has the largest dual value with its own f, which then is f − st:
+        there ⟨a, e^(−f/ρ)⟩ = ⟨b, e^(−g/ρ)⟩."""
+        if self.rho is None:
+            return jnp.zeros_like(self.epsilon)
+        least_f = soft_minimum(-f[None] / self.rho, a[None])[0]
+        least_g = soft_minimum(-g[None] / self.rho, b[None])[0]
+        return self.rho / (1 + self.damping) * (least_f - least_g)
+
+    def scaled(self, factor: Float[Array, ""]) -> "Marginals":
+        """In other units of cost."""
+        return Marginals(self.epsilon / factor, None if self.rho is None else self.rho / factor)
+
+
+class Cloud(NamedTuple):
+    """μ = Σ aⱼδ(xⱼ). Atoms of weight 0 change nothing."""
+
+    x: Float[Array, "n d"]
+    a: Float[Array, " n"]
+
+    def normalised(self) -> "Cloud":
+        """Sums of weights may differ by the rounding of another dtype."""
+        return self._replace(a=self.a / self.a.sum())
+
+
 class Pair(NamedTuple):
-    """μ = Σ aⱼδ(xⱼ), ν = Σ bₖδ(yₖ), and ε. Atoms of weight 0 change nothing."""
+    """μ = Σ aⱼδ(xⱼ), ν = Σ bₖδ(yₖ), and between what marginals to transport."""
 
     x: Float[Array, "n d"]
     a: Float[Array, " n"]
     y: Float[Array, "m d"]
     b: Float[Array, " m"]
-    epsilon: Float[Array, ""]
+    marginals: Marginals
 
-    def size(self) -> Float[Array, ""]:
-        """The costs of clouds about 0 are not more than twice this."""
-        return _half_square(self.x, self.a).max() + _half_square(self.y, self.b).max()
-
-
-def _half_square(x: Float[Array, "n d"], weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    return jnp.where(weights > 0, jnp.vecdot(x, x) / 2, 0)
+    def turned(self) -> "Pair":
+        """The same the other way round."""
+        return Pair(self.y, self.b, self.x, self.a, self.marginals)
 
 
 @dataclass(frozen=True)
 class Solver:
-    """When to stop: at an L1 error `tol` of the marginal, or after `max_iterations`."""
+    """For what cost, and when to stop: at an L1 error `tol` of the marginal, or after
+    `max_iterations`."""
 
     tol: float
     max_iterations: int
     method: str = "stabilised"
+    cost: Cost = field(default_factory=HalfSquaredDistance)
 
 
 class State(NamedTuple):
@@ -47,20 +98,21 @@ class State(NamedTuple):
 
     f: Float[Array, " n"]
     g: Float[Array, " m"]
-    barycentre: Float[Array, "n d"]
+    gradient: Float[Array, "n d"]
     error: Float[Array, ""]
     iterations: Int[Array, ""]
     newton: Float[Array, ""]  # the length of the last Newton step in units of ε; ∞ before the first
+    largest: Float[Array, ""]  # of the costs, in units of ε
 
 
 class Coupling(NamedTuple):
-    """The solution for two clouds; rows of the plan are exact, columns up to `error`."""
+    """The solution for two clouds; the plan is right for f in its rows, for g up to `error`."""
 
     cost: Float[Array, ""]  # OT_ε
     f: Float[Array, " n"]  # potentials: the plan is aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε)
     g: Float[Array, " m"]
-    barycentre: Float[Array, "n d"]  # T(xⱼ) = Σₖ Pⱼₖyₖ / aⱼ
-    error: Float[Array, ""]  # |Pᵀ1 − b|₁
+    gradient: Float[Array, "n d"]  # Σₖ Pⱼₖ ∇ₓc(xⱼ, yₖ) / Σₖ Pⱼₖ
+    error: Float[Array, ""]  # |Pᵀ1 − b e^(−g/ρ)|₁
 
 
 class SelfCoupling(NamedTuple):
@@ -69,37 +121,6 @@ class SelfCoupling(NamedTuple):
     cost: Float[Array, ""]
     potential: Float[Array, " n"]
     error: Float[Array, ""]
-
-
-@jax.custom_jvp
-def half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """½|xⱼ − yₖ|² from differences, one dimension after the other: digits that the expanded
-    square loses, and no array (n, m, d)."""
-
-    def add(total: Array, coordinates: tuple[Array, Array]) -> tuple[Array, None]:
-        p, q = coordinates
-        return total + (p[:, None] - q[None]) ** 2, None
-
-    start = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
-    return scan(add, start, (x.T, y.T))[0] / 2
-
-
-@half_squared_distances.defjvp
-@full_precision
-def _half_squared_distances_jvp(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Array, Array]:
-    # ⟨xⱼ − yₖ, dxⱼ − dyₖ⟩ by products: a derivative needs no more digits than coordinates have.
-    (x, y), (dx, dy) = primals, tangents
-    own = jnp.vecdot(x, dx)[:, None] + jnp.vecdot(y, dy)[None]
-    return half_squared_distances(x, y), own - x @ dy.T - dx @ y.T
-
-
-def half_squared_distances_by_products(
-    x: Float[Array, "n d"], y: Float[Array, "m d"]
-) -> Float[Array, "n m"]:
-    """The same in a fraction of the time, with an error of some eps·(|xⱼ|² + |yₖ|²)."""
-    return jnp.vecdot(x, x)[:, None] / 2 + jnp.vecdot(y, y)[None] / 2 - x @ y.T
 
 
 def log(weights: Float[Array, " n"]) -> Float[Array, " n"]:
@@ -119,11 +140,6 @@ def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> F
     total = jnp.sum(weights * jnp.exp(depth), axis=1) / weights.sum()
     near = jnp.log1p(jnp.where(small, less, 0))
     return -(top[:, 0] + jnp.where(small, near, jnp.log(jnp.where(small, 1, total))))
-
-
-def density_of(cost: Array, epsilon: Array, f: Array, g: Array) -> Float[Array, "n m"]:
-    """exp((fⱼ + gₖ − Cⱼₖ)/ε), of the plan against the product of weights."""
-    return jnp.exp(jnp.minimum((f[:, None] + g[None] - cost) / epsilon, LARGE))
 
 
 def pairs_at_once(size: int) -> int:

@@ -1,6 +1,5 @@
 """Solvers of one entropic transport problem: scaling iterations, Newton steps, annealing."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,12 +11,12 @@ from jaxtyping import Bool, Float
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import (
     LARGE,
+    Cloud,
+    Marginals,
     Pair,
     SelfCoupling,
     Solver,
     State,
-    half_squared_distances,
-    half_squared_distances_by_products,
     log,
     soft_minimum,
 )
@@ -34,11 +33,13 @@ TIGHT, SETTLED = 1e-9, 1e-8
 
 
 class _Plan(NamedTuple):
-    """diag(a u) M diag(v): rows sum to a exactly, since u = 1/(M v)."""
+    """diag(a u) M diag(v), right in its rows: u = exp(f/ε) of f = s g^{c,ε}."""
 
     u: Float[Array, " n"]
     v: Float[Array, " m"]
-    columns: Float[Array, " m"]  # Mᵀ(a u), so that the plan's columns sum to columns·v
+    sums: Float[Array, " n"]  # M v
+    columns: Float[Array, " m"]  # (a u)ᵀ M, so that the plan's columns sum to columns·v
+    wanted: Float[Array, " m"]  # what they should: b e^(−g/ρ)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -49,8 +50,7 @@ def first_burst(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
 
 def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Float[Array, " m"]:
     """A better g, by some scaling iterations on the kernel of the guess."""
-    cost = half_squared_distances_by_products
-    return _round(solver, pair, guess, SOME, newton=False, cost=cost).g
+    return _round(solver, pair, guess, SOME, newton=False, roughly=True).g
 
 
 def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:
@@ -64,7 +64,8 @@ def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:
 def finish(solver: Solver, first: State, pair: Pair) -> State:
     """Rounds of a Newton step and a few scaling iterations, each on a fresh kernel. Where the
     first burst was far off, they come down a ladder of larger ε."""
-    top = jnp.where(first.error < POOR, 1, jnp.maximum(pair.size() / pair.epsilon, 1))
+    marginals = pair.marginals
+    top = jnp.where(first.error < POOR, 1, jnp.maximum(_hardness(first, marginals), 1))
 
     def pending(carry: tuple[Array, State]) -> Array:
         ratio, state = carry
@@ -75,7 +76,8 @@ def finish(solver: Solver, first: State, pair: Pair) -> State:
     def turn(carry: tuple[Array, State]) -> tuple[Array, State]:
         ratio, last = carry
         burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
-        warmer = pair._replace(epsilon=ratio * pair.epsilon)
+        epsilon = ratio * marginals.epsilon
+        warmer = pair._replace(marginals=marginals._replace(epsilon=epsilon))
         state = _round(solver, warmer, last.g, burst, newton=True)
         # Steps that no longer become shorter are all rounding.
         solved = (ratio == 1) & (last.error <= solver.tol)
@@ -91,44 +93,98 @@ def finish(solver: Solver, first: State, pair: Pair) -> State:
     return state._replace(error=jnp.where(ratio > 1, jnp.inf, state.error))
 
 
+class _Kernel(NamedTuple):
+    """M = b exp(g − C − top), the largest entry of each row 1; all in units of ε."""
+
+    matrix: Float[Array, "n m"]
+    top: Float[Array, " n"]
+    a: Float[Array, " n"]
+    b: Float[Array, " m"]
+    g: Float[Array, " m"]  # 0 where b is
+    marginals: Marginals
+
+    def translation(self) -> Float[Array, ""]:
+        """Of g, to where its dual value is largest."""
+        f = -self.marginals.damping * (jnp.log(self.matrix.sum(1)) + self.top)
+        return self.marginals.translation(f, self.a, self.g, self.b)
+
+    def translated(self, t: Float[Array, ""]) -> "_Kernel":
+        """The kernel of g + t."""
+        return self._replace(top=self.top + t, g=self.g + t)
+
+    def complete(self, v: Float[Array, " m"], log_v: Float[Array, " m"]) -> _Plan:
+        """The plan of g + log v, up to the constant that is best."""
+        least = _least(v)
+        sums = jnp.maximum(self.matrix @ v, least)
+        if self.marginals.rho is None:
+            u = 1 / sums
+            return _Plan(u, v, sums, (self.a * u) @ self.matrix, self.b)
+        s, rho = self.marginals.damping, self.marginals.rho
+        u = jnp.exp((1 - s) * self.top - s * jnp.log(sums))
+        wanted = self.b * self.marginals.share(self.g + log_v)
+        mass, wanted_mass = (self.a * u) @ sums, wanted.sum()
+        ratio = jnp.maximum(wanted_mass, least) / jnp.maximum(mass, least)
+        # The first one, of the kernel, may be large; this one must not make numbers infinite.
+        t = jnp.clip(rho / (1 + s) * jnp.log(ratio), -LARGE / 4, LARGE / 4)
+        rise = jnp.exp(t)
+        u = u * jnp.exp(-s * t)
+        wanted = wanted * self.marginals.share(t)
+        return _Plan(u, rise * v, rise * sums, (self.a * u) @ self.matrix, wanted)
+
+    def rescale(self, plan: _Plan) -> _Plan:
+        """The plan of g = s f^{c,ε}, which is right in its columns for the f that is."""
+        on, columns = self.b > 0, jnp.maximum(plan.columns, _least(plan.v))
+        if self.marginals.rho is None:
+            v = jnp.where(on, self.b / columns, 1)
+            return self.complete(v, v)
+        s, ratio = self.marginals.damping, columns / jnp.where(on, self.b, 1)
+        log_v = jnp.where(on, -s * jnp.log(ratio) - (1 - s) * self.g, 0)
+        return self.complete(jnp.exp(log_v), log_v)
+
+    def f(self, plan: _Plan) -> Float[Array, " n"]:
+        """The potential of the plan's rows."""
+        return -self.marginals.damping * (jnp.log(plan.sums) + self.top)
+
+
+def _least(like: Array) -> float:
+    result: float = float(jnp.finfo(like.dtype).tiny) ** 0.5
+    return result
+
+
+def _hardness(state: State, marginals: Marginals) -> Float[Array, ""]:
+    """How far above ε annealing has to start: at the largest cost, or at ρ, beyond which costs are
+    not paid."""
+    if marginals.rho is None:
+        return state.largest
+    return jnp.minimum(state.largest, marginals.rho / marginals.epsilon)
+
+
 def _round(
-    solver: Solver,
-    pair: Pair,
-    g: Array,
-    burst: Any,
-    *,
-    newton: bool,
-    cost: Callable[[Array, Array], Array] = half_squared_distances,
+    solver: Solver, pair: Pair, g: Array, burst: Any, *, newton: bool, roughly: bool = False
 ) -> State:
-    """A kernel whose rows are exact for g, improvements of g on it, and what follows from it."""
-    x, a, y, b, epsilon = pair
-    on, least = b > 0, float(jnp.finfo(b.dtype).tiny) ** 0.5
-    g, root = g / epsilon, jnp.sqrt(epsilon)
-    logits = (g + log(b))[None] - cost(x / root, y / root)
+    """A kernel whose rows are right for g, improvements of g on it, and what follows from it."""
+    x, a, y, b, marginals = pair
+    epsilon, on = marginals.epsilon, b > 0
+    cost = (solver.cost.roughly if roughly else solver.cost.scaled)(x, y, epsilon)
+    g = g / epsilon
+    logits = (g + log(b))[None] - cost
     top = logits.max(1)
     depth = logits - top[:, None]
-    kernel = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow
-
-    def complete(v: Array) -> _Plan:
-        u = 1 / jnp.maximum(kernel @ v, least)
-        return _Plan(u, v, (a * u) @ kernel)
-
-    def missed(plan: _Plan) -> Array:
-        return jnp.abs(jnp.where(on, plan.columns * plan.v - b, 0)).sum()
-
-    plan, iterations = complete(jnp.ones_like(b)), jnp.array(0, jnp.int32)
+    matrix = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow
+    kernel = _Kernel(matrix, top, a, b, jnp.where(on, g, 0), marginals.scaled(epsilon))
+    t = kernel.translation()
+    kernel = kernel.translated(t)
+    ones = jnp.ones_like(b)
+    plan, iterations = kernel.complete(ones, jnp.zeros_like(b)), jnp.array(0, jnp.int32)
     size = jnp.full_like(epsilon, jnp.inf)
     if newton:
-        step, iterations = _newton_direction(solver, kernel, a, b, plan)
-        # J is self-concordant with respect to the oscillation: this length always ascends.
-        step = step - step.max()  # a constant changes nothing, and may be large
-        size = -step.min()
-        length = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 0)
-        plan = complete(jnp.exp(length * step))
+        step, size, iterations = _newton_step(solver, kernel, plan)
+        log_v = jnp.log(plan.v) + step
+        plan = kernel.complete(jnp.exp(log_v), log_v)
 
     def rescale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
-        plan = complete(jnp.where(on, b / jnp.maximum(plan.columns, least), 1))
+        plan = kernel.rescale(plan)
         return count + 1, plan, missed(plan)
 
     def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
@@ -136,36 +192,58 @@ def _round(
         result: Array = (error > solver.tol) & (count < burst)
         return result
 
+    def missed(plan: _Plan) -> Array:
+        return jnp.abs(jnp.where(on, plan.columns * plan.v - plan.wanted, 0)).sum()
+
     start = (jnp.array(0, jnp.int32), plan, missed(plan))
-    count, plan, error = while_loop(unfinished, rescale, start, kernel, a, b)
+    count, plan, error = while_loop(unfinished, rescale, start, kernel)
+    rows = kernel.matrix * plan.v[None] / plan.sums[:, None]
     return State(
-        f=epsilon * (jnp.log(plan.u) - top),
-        g=epsilon * (g + jnp.log(plan.v)),
-        barycentre=plan.u[:, None] * (kernel @ (plan.v[:, None] * y)),
+        f=epsilon * kernel.f(plan),
+        g=epsilon * (g + t + jnp.log(plan.v)),
+        gradient=solver.cost.gradient(rows, x, y),
         error=error,
         iterations=iterations + count,
         newton=size,
+        largest=jnp.where((a[:, None] > 0) & on[None], cost, 0).max(),
     )
 
 
-def _newton_direction(
-    solver: Solver, kernel: Array, a: Array, b: Array, plan: _Plan
-) -> tuple[Array, Array]:
-    """δ with (diag(c) − Eᵀdiag(a)E) δ = b − c, E the plan's rows and c its columns: the Newton
-    direction of the semi-dual objective, in units of ε. The plan must have v = 1."""
-    weight = a * plan.u**2
+def _newton_step(
+    solver: Solver, kernel: _Kernel, plan: _Plan
+) -> tuple[Float[Array, " m"], Float[Array, ""], Array]:
+    """A step δ of g along the Newton direction of the semi-dual objective J, in units of ε,
+
+        (diag(c + w/ρ) − s Pᵀ diag(1/P1) P) δ = w − c,
+
+    c the plan's columns and w what they should be, as long as it surely ascends; the length of
+    the direction; and the number of iterations that it took."""
+    s, rho = kernel.marginals.damping, kernel.marginals.rho
+    columns, weight = plan.columns * plan.v, kernel.a * plan.u / plan.sums
+    diagonal = columns if rho is None else columns + plan.wanted / rho
 
     def hessian(d: Array) -> Array:
-        return plan.columns * d - (weight * (kernel @ d)) @ kernel
+        crossed = plan.v * ((weight * (kernel.matrix @ (plan.v * d))) @ kernel.matrix)
+        return diagonal * d - s * crossed
 
-    gradient = jnp.where(b > 0, b - plan.columns, 0)
+    gradient = jnp.where(kernel.b > 0, plan.wanted - columns, 0)
     # Precise enough for superlinear convergence, and no more.
     error = jnp.abs(gradient).sum()
     precision = jnp.minimum(0.1, error)
     if solver.tol < TIGHT:
         # Where little is left to mend it is left in the directions that residuals show least.
         precision = jnp.where(error > TIGHT, precision, 1e-9)
-    return conjugate_gradients(hessian, gradient, plan.columns, precision, 100)
+    step, iterations = conjugate_gradients(hessian, gradient, diagonal, precision, 100)
+    # J is self-concordant with respect to this size: a step of this length always ascends.
+    if rho is None:
+        step = step - step.max()  # a constant changes nothing, and may be large
+        size = -step.min()
+    else:
+        largest = jnp.abs(step).max()
+        oscillation = step.max() - step.min()
+        size = jnp.maximum(oscillation + 3 * (1 - s) * largest, largest / rho)
+    length = jnp.where(size > 0, jnp.log1p(size) / jnp.where(size > 0, size, 1), 0)
+    return length * step, size, iterations
 
 
 def conjugate_gradients(
@@ -201,21 +279,23 @@ def conjugate_gradients(
 
 
 @partial(jax.jit, static_argnums=0)
-def solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoupling:
-    """h ← h/3 + 2/3 h^{c,ε}: the coupling's spectrum lies in [0, 1], so that each iteration
+def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfCoupling:
+    """h ← (h + 2h^{c,ε}) s/(2+s): the coupling's spectrum lies in [0, 1], so that each iteration
     takes two thirds off the error at least. exp(h/ε) lies between √min a and 1/√min a: no
     kernel on the way overflows or vanishes."""
-    x, a, epsilon = problem
-    root = jnp.sqrt(epsilon)
-    cost = half_squared_distances(x / root, x / root)
+    (x, a), epsilon = cloud, marginals.epsilon
+    marginals = marginals.scaled(epsilon)
+    s = marginals.damping
+    cost = solver.cost.scaled(x, x, epsilon)
     kernel = jnp.exp(-cost)
 
     def missed(u: Array, sums: Array) -> Array:
-        return jnp.vdot(a, jnp.abs(u * sums - 1))
+        return jnp.vdot(a, jnp.abs(u * sums - marginals.share(jnp.log(u))))
 
     def average(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, u, sums = carry
-        u = jnp.where(a > 0, jnp.exp((jnp.log(u) - 2 * jnp.log(sums)) / 3), 1)
+        log_u = (jnp.log(u) - 2 * jnp.log(sums)) * (s / (2 + s))
+        u = jnp.where(a > 0, jnp.exp(log_u), 1)
         return count + 1, u, kernel @ (a * u)
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
@@ -227,6 +307,7 @@ def solve_self(solver: Solver, problem: tuple[Array, Array, Array]) -> SelfCoupl
     error = missed(u, sums)
     # Where ε is large log u is all rounding, but not the answer to it, up to a constant.
     h = jnp.where(a > 0, jnp.log(u), 0)
-    answer = soft_minimum(h[None] - cost, a[None])
-    value = jnp.vdot(a, h + answer)
-    return SelfCoupling(epsilon * value, epsilon * (answer + jnp.vdot(a, h - answer) / 2), error)
+    answer = s * soft_minimum(h[None] - cost, a[None])
+    value = jnp.vdot(a, marginals.dual(h) + marginals.variation(answer))
+    potential = answer + jnp.vdot(a, h - answer) * (s / (1 + s))
+    return SelfCoupling(epsilon * value, epsilon * potential, error)

@@ -1,16 +1,22 @@
 """Entropic optimal transport between weighted clouds: potentials, barycentric maps, costs.
 
-    OT_ε(μ, ν) = min over π ∈ Π(μ, ν) of ∫ ½|x−y|² dπ + ε KL(π | μ⊗ν)
+    OT_ε(μ, ν) = min over π ∈ Π(μ, ν) of ∫ c dπ + ε KL(π | μ⊗ν)
                = max over f, g of ⟨f, a⟩ + ⟨g, b⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1)
 
-for μ = Σ aⱼδ(xⱼ) and ν = Σ bₖδ(yₖ), in the log domain. Atoms of weight 0 change nothing, and get
-potentials and maps by extension. First derivatives follow from the envelope theorem, those of
-potentials and maps from the implicit function theorem: no iteration is ever differentiated.
+for μ = Σ aⱼδ(xⱼ) and ν = Σ bₖδ(yₖ) of mass 1, and, where marginals are relaxed,
+
+    OT_{ε,ρ}(μ, ν) = min over π ≥ 0 of ∫ c dπ + ε KL(π | μ⊗ν) + ρ KL(π1 | μ) + ρ KL(πᵀ1 | ν)
+        = max over f, g of −ρ⟨a, e^(−f/ρ)−1⟩ − ρ⟨b, e^(−g/ρ)−1⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1)
+
+(Séjourné et al., arXiv:1910.12958), in the log domain. Both are solved by f = s g^{c,ε} and
+g = s f^{c,ε}, the soft c-transforms damped by s = ρ/(ρ+ε), which is 1 for exact marginals. Atoms of
+weight 0 change nothing, and get potentials and maps by extension. First derivatives follow from
+the envelope theorem, those of potentials and maps from the implicit function theorem: no
+iteration is ever differentiated.
 """
 
-import warnings
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,17 +27,19 @@ from jaxtyping import Float
 from jdam._core.batching import compute_where, in_tiles
 from jdam._core.derivatives import ITERATED, full_precision, jvp, moves, vdot
 from jdam._core.loops import repeat
+from jdam._entropic.cost import Cost
 from jdam._entropic.problem import (
+    Cloud,
     Coupling,
+    Marginals,
     Pair,
     Solver,
     State,
-    density_of,
-    half_squared_distances,
-    log,
     pairs_at_once,
     soft_minimum,
 )
+from jdam._entropic.reference import solve_by_ott
+from jdam._entropic.response import Response, respond, respond_in_tiles
 from jdam._entropic.scaling import conjugate_gradients, finish, first_burst, unsolved
 
 
@@ -39,55 +47,22 @@ from jdam._entropic.scaling import conjugate_gradients, finish, first_burst, uns
 def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
     """The optimal coupling, from a `guess` of g on. Pairs of a vmapped batch are solved a few
     at a time, each to its own convergence."""
-    # Sums of weights may differ by the rounding of another dtype, more than the tolerance.
-    pair = pair._replace(a=pair.a / pair.a.sum(), b=pair.b / pair.b.sum())
-    pairs = pairs_at_once(pair.a.size * pair.b.size)
+    x, a, y, b, marginals = pair
+    pair = Pair(*Cloud(x, a).normalised(), *Cloud(y, b).normalised(), marginals)
+    pairs = pairs_at_once(a.size * b.size)
     where = partial(compute_where, at_once=pairs, flat=True)
     if solver.method == "ott":
-        state = in_tiles(partial(_solve_by_ott, solver), pairs, pair, flat=True)
+        state = in_tiles(partial(solve_by_ott, solver), pairs, pair, flat=True)
     else:
         state = in_tiles(partial(first_burst, solver), pairs, pair, guess, flat=True)
         state = where(unsolved(solver, state), partial(finish, solver), state, state, pair)
-    state = where(pair.epsilon > pair.size(), _sharpened, state, state, pair)
-    cost = jnp.vdot(state.f, pair.a) + jnp.vdot(jnp.where(pair.b > 0, state.g, 0), pair.b)
-    return Coupling(cost, state.f, state.g, state.barycentre, state.error)
-
-
-class Response(NamedTuple):
-    """What a potential on the atoms x of one cloud says of atoms y of another."""
-
-    potential: Float[Array, " m"]  # g = f^{c,ε}
-    barycentre: Float[Array, "m d"]  # T(yₖ) = Σⱼ Pⱼₖxⱼ / bₖ
-    spent: Float[Array, " m"]  # Σⱼ PⱼₖCⱼₖ / bₖ
-    density: Any  # (m, n), of the plan, against the product of weights; None where dropped
-
-
-def respond(f: Float[Array, " n"], pair: Pair) -> Response:
-    """The soft c-transform g = f^{c,ε}, and the plan of f and g, all of whose mass at yₖ is bₖ
-    whatever f is."""
-    x, a, y, _, epsilon = pair
-    cost = half_squared_distances(y, x)
-    f = jnp.where(a > 0, f, 0)
-    g = epsilon * soft_minimum((f[None] - cost) / epsilon, a[None])
-    density = density_of(cost, epsilon, g, f)
-    return Response(g, density @ (a[:, None] * x), (density * cost) @ a, density)
-
-
-@jax.custom_jvp
-def respond_in_tiles(f: Float[Array, " n"], pair: Pair) -> Response:
-    """`respond` without the density; of a vmapped batch, a few pairs at a time."""
-    pairs = pairs_at_once(pair.a.size * len(pair.y))
-    return in_tiles(_respond_without_density, pairs, f, pair, flat=True)
-
-
-def _respond_without_density(f: Array, pair: Pair) -> Response:
-    return respond(f, pair)._replace(density=None)
-
-
-@partial(respond_in_tiles.defjvp, symbolic_zeros=True)
-@full_precision
-def _respond_in_tiles_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    return jvp(_respond_without_density, primals, tangents)
+    blurred = state.largest < 1
+    if marginals.rho is not None:
+        blurred |= marginals.rho < marginals.epsilon
+    state = where(blurred, partial(_sharpened, solver.cost), state, state, pair)
+    f, g = state.f, jnp.where(b > 0, state.g, 0)
+    cost = jnp.vdot(marginals.variation(f), pair.a) + jnp.vdot(marginals.dual(g), pair.b)
+    return Coupling(cost, f, state.g, state.gradient, state.error)
 
 
 @partial(couple.defjvp, symbolic_zeros=True)
@@ -97,84 +72,98 @@ def _couple_jvp(
 ) -> tuple[Coupling, Coupling]:
     solved = checkpoint_name(couple(solver, *primals), ITERATED)
     (pair, _), (dpair, _) = primals, tangents  # the guess changes nothing
+    marginals = pair.marginals
 
-    def answer(g: Array, pair: Pair) -> tuple[Response, Array]:
-        x, a, y, b, epsilon = pair
-        found = respond(g, Pair(y, b, x, a, epsilon))
-        return found, b * (a @ found.density)
+    def answer(g: Array, pair: Pair) -> tuple[Response, Array, Array]:
+        found = respond(solver.cost, g, pair.turned())
+        mass = pair.a * pair.marginals.share(found.potential)
+        columns, wanted = pair.b * (mass @ found.density), pair.b * pair.marginals.share(g)
+        return found, columns, wanted - columns
 
-    # The columns are b, so that (∂columns/∂g) dg = db − (∂columns/∂pair) dpair.
-    a, b, on = pair.a, pair.b, pair.b > 0
-    (found, columns), (_, dcolumns) = jvp(partial(answer, solved.g), (pair,), (dpair,))
-    density = found.density
+    # Where columns are as wanted, (∂(columns − wanted)/∂g) dg = (∂(wanted − columns)/∂pair) dpair.
+    a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.damping
+    (found, columns, _), (*_, dmissing) = jvp(partial(answer, solved.g), (pair,), (dpair,))
+    density, mass = found.density, a * marginals.share(found.potential)
+    diagonal = columns
+    if marginals.rho is not None:
+        diagonal = columns + b * marginals.share(solved.g) * (marginals.epsilon / marginals.rho)
 
     def hessian(d: Array) -> Array:
-        # The last term makes it definite: potentials are free up to a constant, mass is conserved.
-        crossed = b * ((a * (density @ (b * d))) @ density)
-        constant = columns * (jnp.vdot(columns, d) / columns.sum())
-        return jnp.where(on, columns * d - crossed + constant, 0)
+        crossed = b * ((mass * (density @ (b * d))) @ density)
+        image = diagonal * d - s * crossed
+        if marginals.rho is None:
+            # Potentials are free up to a constant, mass is conserved: this makes it definite.
+            image += columns * (jnp.vdot(columns, d) / columns.sum())
+        return jnp.where(on, image, 0)
 
     def solve(matvec: Any, right: Array) -> Array:
-        diagonal = jax.lax.stop_gradient(jnp.where(on, columns, 0))
+        scale = jax.lax.stop_gradient(jnp.where(on, diagonal, 0))
         precision = float(jnp.finfo(right.dtype).eps)
-        return conjugate_gradients(matvec, right, diagonal, precision, 2 * right.size + 50)[0]
+        return conjugate_gradients(matvec, right, scale, precision, 2 * right.size + 50)[0]
 
-    db = dpair.b if moves(dpair.b) else jnp.zeros_like(b)
-    right = pair.epsilon * jnp.where(on, db - dcolumns, 0)
+    right = marginals.epsilon * jnp.where(on, dmissing, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
-    _, (dfound, _) = jvp(answer, (solved.g, pair), (dg, dpair))
-    dcost = _dcost(solved, pair, dpair)
+    _, (dfound, *_) = jvp(answer, (solved.g, pair), (dg, dpair))
     none = jnp.zeros_like(solved.error)
-    return solved, Coupling(dcost, dfound.potential, dg, dfound.barycentre, none)
+    dcost = _dcost(solver.cost, solved, pair, dpair)
+    return solved, Coupling(dcost, dfound.potential, dg, dfound.gradient, none)
 
 
-def _dcost(solved: Coupling, pair: Pair, dpair: Pair) -> Float[Array, ""]:
-    """dOT_ε = ⟨f, da⟩ + ⟨g, db⟩ + Σ aⱼ⟨xⱼ − T(xⱼ), dxⱼ⟩ + Σ bₖ⟨yₖ − T(yₖ), dyₖ⟩ + KL dε, by the
-    envelope theorem; KL(P | a⊗b) = (OT_ε − ⟨P, C⟩)/ε."""
-    x, a, y, b, epsilon = pair
-    total = vdot(solved.f, dpair.a) + vdot(a[:, None] * (x - solved.barycentre), dpair.x)
-    if any(map(moves, (dpair.y, dpair.b, dpair.epsilon))):
-        back = respond_in_tiles(solved.f, pair)
-        total += vdot(back.potential, dpair.b)
-        total += vdot(b[:, None] * (y - back.barycentre), dpair.y)
-        total += vdot((solved.cost - jnp.vdot(b, back.spent)) / epsilon, dpair.epsilon)
+def _dcost(cost: Cost, solved: Coupling, pair: Pair, dpair: Pair) -> Float[Array, ""]:
+    """dOT by the envelope theorem: the dual objective's, were its potentials not to change."""
+    _, a, _, b, marginals = pair
+    total = change_by_atoms(marginals, solved.f, a, solved.gradient, dpair.a, dpair.x)
+    if any(map(moves, (dpair.y, dpair.b, *jax.tree.leaves(dpair.marginals)))):
+        back = respond_in_tiles(cost, solved.f, pair)
+        total += change_by_atoms(marginals, back.potential, b, back.gradient, dpair.b, dpair.y)
+        total += change_by_marginals(pair, solved.f, back, dpair.marginals)
     return total
 
 
-def _sharpened(state: State, pair: Pair) -> State:
-    """The same with potentials that keep their digits where ε is larger than all costs, so that
-    logarithms of scalings have none."""
-    x, a, y, b, epsilon = pair
-    cost = half_squared_distances(x, y) / epsilon
+def change_by_atoms(
+    marginals: Marginals, f: Array, a: Array, gradient: Array, da: Any, dx: Any
+) -> Float[Array, ""]:
+    """Σ −(ρ+ε)(e^(−f/ρ)−1) daⱼ + Σ aⱼ e^(−f/ρ) ⟨∇c, dxⱼ⟩, which for exact marginals are
+    ⟨f, da⟩ + Σ aⱼ⟨∇c, dxⱼ⟩."""
+    force = (a * marginals.share(f))[:, None] * gradient
+    return vdot(marginals.variation(f), da) + vdot(force, dx)
+
+
+def change_by_marginals(
+    pair: Pair, f: Array, back: Response, dmarginals: Marginals
+) -> Float[Array, ""]:
+    """KL(P | a⊗b) dε + (KL(P1 | a) + KL(Pᵀ1 | b)) dρ, `back` being the response to f."""
+    marginals, g = pair.marginals, jnp.where(pair.b > 0, back.potential, 0)
+    f = jnp.where(pair.a > 0, f, 0)
+    rows, columns = pair.a * marginals.share(f), pair.b * marginals.share(g)
+    priced = jnp.vdot(rows, f) + jnp.vdot(columns, g) - jnp.vdot(columns, back.spent)
+    if marginals.rho is None:
+        return vdot(priced / marginals.epsilon, dmarginals.epsilon)
+    unpaid = jnp.vdot(pair.a, marginals.dual(f)) + jnp.vdot(pair.b, marginals.dual(g))
+    lost = jnp.vdot(pair.b, marginals.dual(g)) / marginals.rho  # 1 − ΣP
+    total = vdot(priced / marginals.epsilon + lost, dmarginals.epsilon)
+    spent = jnp.vdot(rows, f) + jnp.vdot(columns, g)
+    return total + vdot((unpaid - spent) / marginals.rho, dmarginals.rho)
+
+
+def _sharpened(cost: Cost, state: State, pair: Pair) -> State:
+    """The same with potentials that keep their digits where ε is larger than all costs, or than ρ,
+    so that logarithms of scalings have none."""
+    x, a, y, b, marginals = pair
+    epsilon, costs = marginals.epsilon, cost.scaled(x, y, marginals.epsilon)
+    marginals = marginals.scaled(epsilon)
     g = jnp.where(b > 0, state.g, 0)
-    g = (g - jnp.vdot(b, g)) / epsilon  # a constant, free to choose, may be large
+    if marginals.rho is None:
+        g = g - jnp.vdot(b, g)  # a constant, free to choose, may be large
+    g = g / epsilon
 
     def answer(g: Array) -> Array:
-        return soft_minimum(g[None] - cost, b[None])
+        return marginals.damping * soft_minimum(g[None] - costs, b[None])
 
     def turn(g: Array) -> Array:
-        return soft_minimum(answer(g)[None] - cost.T, a[None])
+        f = answer(g)
+        g = marginals.damping * soft_minimum(f[None] - costs.T, a[None])
+        return g + marginals.translation(answer(g), a, g, b)
 
-    g = repeat(2, turn, g, cost)  # what one turn leaves of the rounding is a constant
-    f = answer(g)
-    return state._replace(f=epsilon * f, g=epsilon * g)
-
-
-def _solve_by_ott(solver: Solver, pair: Pair) -> State:
-    """The same by ott-jax's Sinkhorn solver, on ½|x−y|² from differences."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
-        from ott.geometry.geometry import Geometry
-        from ott.problems.linear.linear_problem import LinearProblem
-        from ott.solvers.linear.sinkhorn import Sinkhorn
-    x, a, y, b, epsilon = pair
-    costs = Geometry(cost_matrix=half_squared_distances(x, y), epsilon=epsilon)  # type: ignore[arg-type]
-    sinkhorn = Sinkhorn(threshold=solver.tol, max_iterations=solver.max_iterations)
-    # Users may have set JAX to be stricter than ott-jax is.
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        found = sinkhorn(LinearProblem(costs, a, b))
-    g = found.g - epsilon * log(b)  # ott's potentials are of the plan, ours of its density
-    answer = respond(g, Pair(y, b, x, a, epsilon))
-    error = jnp.abs(b * (a @ answer.density) - b).sum()
-    count, none = jnp.asarray(found.n_iters), jnp.zeros_like(error)
-    return State(answer.potential, g, answer.barycentre, error, count, none)
+    g = repeat(2, turn, g, costs)  # what one turn leaves of the rounding is a constant
+    return state._replace(f=epsilon * answer(g), g=epsilon * g)

@@ -35,6 +35,7 @@ class Comparison(NamedTuple):
     pull: AnyMeasure  # what each asks the query to become
     guess: Any = None  # a start for comparing the same patterns with a query close by
     missed: Bool[Array, " B"] | None = None  # did an inner solver miss its tolerance?
+    inliers: Float[Array, "B n"] | None = None  # which share of each atom belongs to the pattern
 
 
 class BatchSizes(NamedTuple):

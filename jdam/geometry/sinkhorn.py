@@ -15,10 +15,23 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._core.batching import map_in_chunks
 from jdam._core.linalg import rounding, safe_sqrt
-from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
+from jdam._entropic.bounds import (
+    cost_of_masses,
+    dual_after_half_iteration,
+    dual_after_some_iterations,
+)
 from jdam._entropic.itself import couple_with_itself
-from jdam._entropic.problem import Coupling, Pair, SelfCoupling, Solver, log
-from jdam._entropic.transport import couple, respond
+from jdam._entropic.problem import (
+    Cloud,
+    Coupling,
+    Marginals,
+    Pair,
+    SelfCoupling,
+    Solver,
+    log,
+)
+from jdam._entropic.response import respond
+from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry.protocol import (
@@ -36,6 +49,8 @@ from jdam.geometry.protocol import (
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
 #: In units of √ε, how far out padding may count where it lies.
 FARTHEST = 100.0
+#: In units of ρ, costs at which no mass is transported.
+FREE = 100.0
 #: By what factors a step is shortened whose reweighting would not be linear.
 SHORTENING = 2.0
 
@@ -73,6 +88,7 @@ class Sinkhorn(Geometry):
     """
 
     epsilon: Float[Array, ""]
+    rho: Float[Array, ""] | None
     hellinger_scale: Float[Array, ""]
     tol: float | None = eqx.field(static=True)
     max_iterations: int = eqx.field(static=True)
@@ -80,18 +96,19 @@ class Sinkhorn(Geometry):
 
     max_backtracks: ClassVar[int] = 15
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
-    cost_scale: ClassVar[float | None] = 0.5
 
     def __init__(
         self,
         epsilon: ArrayLike,
         *,
+        rho: ArrayLike | None = None,
         hellinger_scale: ArrayLike = 0.0,
         tol: float | None = None,
         max_iterations: int = 2000,
         solver: str = "stabilised",
     ):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
+        self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
         dtype = checks.scalar_dtype(hellinger_scale)
         self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
         if tol is not None:
@@ -119,7 +136,8 @@ class Sinkhorn(Geometry):
         centred = self._about(centre, patterns)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
         offset = jnp.vecmat(patterns.weights, centred)
-        return Prepared(centre, *jax.lax.stop_gradient((offset, known)))
+        radius = None if self.rho is None else _radius(centred, patterns.weights)
+        return Prepared(centre, *jax.lax.stop_gradient((offset, known, radius)))
 
     def first_guess(self, prepared: Any) -> Any:
         return prepared.known.potential
@@ -128,46 +146,61 @@ class Sinkhorn(Geometry):
         centre = jax.lax.stop_gradient(query.mean)
         centred = self._about(centre, query)
         known = self._couple_with_itself(centred, query.weights)
-        itself = Pair(centred, query.weights, centred, query.weights, self.epsilon)
-        answer = respond(known.potential, itself)
-        return View(query, centre, centred, known, answer.barycentre)
+        itself = Pair(centred, query.weights, centred, query.weights, self._marginals)
+        answer = respond(self._solver.cost, known.potential, itself)
+        share = self._marginals.share(known.potential)
+        return View(query, centre, centred, known, share[:, None] * answer.gradient)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
         centres = jax.lax.stop_gradient(prepared.centre)
         centred = self._about(centres, patterns.measures)
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
+        shift, means, placed = self._place(view, centres, centred, weights)
 
         def one(points: Array, weights: Array, guess: Array) -> Coupling:
-            pair = Pair(view.centred, query.weights, points, weights, self.epsilon)
+            pair = Pair(view.centred, query.weights, points, weights, self._marginals)
             return couple(self._solver, pair, guess)
 
-        found = jax.vmap(one)(centred, weights, patterns.guess)
-        # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
-        # centres, and without the digits that large coordinates lose.
-        shift = view.centre[None] - centres
-        offset = query.weights @ view.centred
-        offsets = jnp.vecmat(weights, centred)
-        means = jnp.vecdot(shift, shift / 2 + offset[None] - offsets)
+        found = jax.vmap(one)(placed, weights, patterns.guess)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
-        missed |= self._rounding(view, centred, weights) > jnp.abs(divergence) / 32
+        missed |= self._rounding(view, placed, weights) > jnp.abs(divergence) / 32
+        shares = self._marginals.share(found.f)
+        variation = self._marginals.variation
         return Comparison(
             divergence,
             Pull(
-                velocity=found.barycentre - view.barycentre[None] - shift[:, None],
-                variation=found.f + shift @ view.centred.T - view.known.potential[None],
+                velocity=view.force[None] - shares[..., None] * found.gradient - shift[:, None],
+                variation=variation(found.f)
+                + shift @ view.centred.T
+                - variation(view.known.potential)[None],
             ),
             guess=jax.lax.stop_gradient(found.g),
             missed=missed | (view.known.error > self._tol),
+            inliers=None if self.rho is None else shares,
         )
 
+    def _place(
+        self, view: "View", centres: Array, centred: Array, weights: Array
+    ) -> tuple[Float[Array, "B d"], Float[Array, " B"], Float[Array, "B m d"]]:
+        """Where to compare clouds with the query: about their own centres, the shift between which
+        and its cost are added to the result; or, where marginals are relaxed, where they are."""
+        shift = view.centre[None] - centres
+        if self.rho is not None:
+            return jnp.zeros_like(shift), jnp.zeros_like(shift[:, 0]), centred - shift[:, None]
+        # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
+        # centres, and without the digits that large coordinates lose.
+        offset = view.query.weights @ view.centred
+        offsets = jnp.vecmat(weights, centred)
+        return shift, jnp.vecdot(shift, shift / 2 + offset[None] - offsets), centred
+
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        """By means, and by dual values after half an iteration from the potential of the pattern
-        with itself and after some more."""
-        more = partial(dual_after_some_iterations, self._solver)
-        half = dual_after_half_iteration
-        return self._by_means, partial(self._by_dual, half), partial(self._by_dual, more)
+        """By means, or by the gap between clouds if ρ is given; and by dual values after half an
+        iteration from the potential of the pattern with itself and after some more."""
+        first = self._by_means if self.rho is None else partial(self._by_gap, self.rho)
+        duals = (dual_after_half_iteration, dual_after_some_iterations)
+        return first, *(partial(self._by_dual, partial(dual, self._solver)) for dual in duals)
 
     def _by_means(self, view: "View", patterns: Patterns) -> Float[Array, " B"]:
         """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
@@ -175,24 +208,36 @@ class Sinkhorn(Geometry):
         shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
         return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
 
+    def _by_gap(self, rho: Array, view: "View", patterns: Patterns) -> Float[Array, " B"]:
+        """All mass of each cloud counted at the nearest points of balls that hold them; S ≥ 0."""
+        prepared, dim = patterns.prepared, patterns.measures.dim
+        shift = view.centre[None] - prepared.centre
+        distance = safe_sqrt(jnp.vecdot(shift, shift))
+        radius = _radius(view.centred[None], view.query.weights[None])[0] + prepared.radius
+        error = rounding(dim, shift.dtype)
+        gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
+        selves = (view.known.cost + prepared.known.cost) / 2
+        cost = cost_of_masses(self.epsilon, rho, gap**2 / 2)
+        slack = rounding(view.query.num_atoms + len(prepared.radius), shift.dtype) * rho
+        return jnp.maximum(cost - selves - slack, 0)
+
     def _by_dual(
         self, dual_value: Callable[..., Array], view: "View", patterns: Patterns
     ) -> Float[Array, " B"]:
-        """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value."""
+        """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value; where
+        marginals are relaxed, of the clouds where they are."""
         prepared, clouds = patterns.prepared, patterns.measures
+        centred = self._about(prepared.centre, clouds)
+        _, means, placed = self._place(view, prepared.centre, centred, clouds.weights)
 
         def dual(cloud: tuple[Array, Array, Array]) -> Array:
             points, weights, potential = cloud
             query = view.centred, view.query.weights
-            return dual_value(Pair(*query, points, weights, self.epsilon), potential)
+            return dual_value(Pair(*query, points, weights, self._marginals), potential)
 
-        centred = self._about(prepared.centre, clouds), clouds.weights, prepared.known.potential
         at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
-        duals = map_in_chunks(dual, at_once, centred)
+        duals = map_in_chunks(dual, at_once, (placed, clouds.weights, prepared.known.potential))
         selves = (view.known.cost + prepared.known.cost) / 2
-        shift = view.centre[None] - prepared.centre
-        offset = view.query.weights @ view.centred
-        means = jnp.vecdot(shift, shift / 2 + offset[None] - prepared.offset)
         error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
         result: Array = means + duals - selves - error
         return result
@@ -238,11 +283,16 @@ class Sinkhorn(Geometry):
     def surely_descends(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, moved: AnyMeasure
     ) -> Array:
-        """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 |vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
-        − ½(OT_ε(q⁺, q⁺) − OT_ε(q, q)): E is concave in the Sₓ, and the old plans move along."""
+        """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 sⱼ|vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
+        − ½(OT_ε(q⁺, q⁺) − OT_ε(q, q)): E is concave in the Sₓ, and the old plans, which transport
+        the share sⱼ of each atom, move along."""
         velocity, weights = pull.velocity, view.query.weights
-        rest = velocity + view.barycentre - view.centred
-        along = jnp.vecdot(velocity, step_size / 2 * velocity - rest)
+        # Of what Σᵢ wᵢPᵢ transports, atom by atom: its share, and the force on it.
+        share = self._marginals.share(view.known.potential)
+        if self.rho is not None:
+            share = share - pull.variation / (self.rho + self.epsilon)
+        rest = velocity - view.force
+        along = jnp.vecdot(velocity, step_size / 2 * share[:, None] * velocity - rest)
         centred = view.centred + step_size * velocity
         known = self._couple_with_itself(centred, weights)
         bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
@@ -292,10 +342,16 @@ class Sinkhorn(Geometry):
 
     def __repr__(self) -> str:
         settings = [f"epsilon={_shown(self.epsilon)}"]
+        settings += [f"rho={_shown(self.rho)}"] if self.rho is not None else []
         settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
         settings += [f"solver={self.solver!r}"] if self.solver != "stabilised" else []
         return f"Sinkhorn({', '.join(settings)})"
+
+    @property
+    def cost_scale(self) -> float | None:  # type: ignore[override]
+        """½ for the balanced divergence; the other does not grow without bounds."""
+        return 0.5 if self.rho is None else None
 
     @property
     def _tol(self) -> float:
@@ -303,6 +359,10 @@ class Sinkhorn(Geometry):
             return self.tol
         result: float = float(jnp.finfo(self.epsilon.dtype).eps) ** 0.7
         return result
+
+    @property
+    def _marginals(self) -> Marginals:
+        return Marginals(self.epsilon, self.rho)
 
     @property
     def _solver(self) -> Solver:
@@ -326,13 +386,16 @@ class Sinkhorn(Geometry):
         does: 0 of others."""
         sizes = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0).max(-1)
         size = jnp.where(view.query.weights > 0, jnp.vecdot(view.centred, view.centred), 0).max()
-        error = float(jnp.finfo(sizes.dtype).eps) * (size + sizes)
+        sizes = size + sizes
+        if self.rho is not None:
+            sizes = jnp.minimum(sizes, FREE * self.rho)
+        error = float(jnp.finfo(sizes.dtype).eps) * sizes
         return jax.lax.stop_gradient(jnp.where(error > self.epsilon, error, 0))
 
     def _couple_with_itself(
         self, points: Array, weights: Array, known: SelfCoupling | None = None
     ) -> SelfCoupling:
-        return couple_with_itself(self._solver, points, weights, self.epsilon, known)
+        return couple_with_itself(self._solver, Cloud(points, weights), self._marginals, known)
 
 
 class Prepared(NamedTuple):
@@ -341,6 +404,7 @@ class Prepared(NamedTuple):
     centre: Float[Array, "N d"]
     offset: Float[Array, "N d"]  # of the mean from it: rounding
     known: SelfCoupling
+    radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
 
 
 class View(NamedTuple):
@@ -350,14 +414,20 @@ class View(NamedTuple):
     centre: Float[Array, " d"]
     centred: Float[Array, "n d"]
     known: SelfCoupling
-    barycentre: Float[Array, "n d"]  # T₀, about the centre
+    force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
 
 
 class Pull(NamedTuple):
     """What a pattern asks of each atom: a velocity, and to weigh less by its first variation."""
 
-    velocity: Float[Array, "n d"]  # Tᵢ(xⱼ) − T₀(xⱼ)
-    variation: Float[Array, " n"]  # fᵢ(xⱼ) − h(xⱼ), up to a constant
+    velocity: Float[Array, "n d"]  # −∇F(xⱼ), which is Tᵢ(xⱼ) − T₀(xⱼ)
+    variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
+
+
+def _radius(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:
+    """Of balls about 0 that hold all atoms with mass."""
+    squares = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0)
+    return safe_sqrt(squares.max(1))
 
 
 def _without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:

@@ -16,8 +16,9 @@ from jdam._core import checks
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.lapack import eigenvalues
 from jdam._energy.energy import inverse_temperature
-from jdam._entropic.problem import Pair
-from jdam._entropic.transport import respond
+from jdam._entropic.cost import HalfSquaredDistance
+from jdam._entropic.problem import Marginals, Pair
+from jdam._entropic.response import respond
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory.memory import Memory
 from jdam.geometry import Sinkhorn
@@ -146,8 +147,8 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
     def one(pattern: tuple[Any, ...]) -> Array:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
-        itself = Pair(centred, cloud.weights, centred, cloud.weights, epsilon)
-        plan = respond(prepared.known.potential, itself)
+        itself = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
+        plan = respond(HalfSquaredDistance(), prepared.known.potential, itself)
         root = jnp.sqrt(cloud.weights)
         values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)

@@ -1,0 +1,81 @@
+"""The same problem, solved by ott-jax."""
+
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core.loops import while_loop
+from jdam._entropic.problem import Pair, Solver, State, log
+from jdam._entropic.response import respond
+
+
+def solve_by_ott(solver: Solver, pair: Pair) -> State:
+    """By its Sinkhorn solver or, since that takes no traced ρ, for relaxed marginals by
+    translation-invariant iterations (Séjourné, Vialard and Peyré, arXiv:2201.00730) of the
+    log-domain transforms of its geometry."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
+        from ott.geometry.geometry import Geometry
+    cost = solver.cost.matrix(pair.x, pair.y)
+    geometry = Geometry(cost_matrix=cost, epsilon=pair.marginals.epsilon)  # type: ignore[arg-type]
+    iterate = _balanced if pair.marginals.rho is None else _relaxed
+    # Users may have set JAX to be stricter than ott-jax is.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        g, count = iterate(solver, pair, geometry)
+    found, missed = _missed(solver, pair, g)
+    held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
+    return State(
+        f=found.potential,
+        g=g,
+        gradient=found.gradient,
+        error=missed,
+        iterations=count,
+        newton=jnp.zeros_like(missed),
+        largest=jnp.where(held, cost, 0).max() / pair.marginals.epsilon,
+    )
+
+
+def _missed(solver: Solver, pair: Pair, g: Array) -> tuple[Any, Float[Array, ""]]:
+    """The response to g, and how far off the columns of the plan are."""
+    found, (_, a, _, b, marginals) = respond(solver.cost, g, pair.turned()), pair
+    columns = b * ((a * marginals.share(found.potential)) @ found.density)
+    wanted = b * marginals.share(jnp.where(b > 0, g, 0))
+    return found, jnp.abs(columns - wanted).sum()
+
+
+def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
+    from ott.problems.linear.linear_problem import LinearProblem
+    from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    sinkhorn = Sinkhorn(threshold=solver.tol, max_iterations=solver.max_iterations)
+    found = sinkhorn(LinearProblem(geometry, pair.a, pair.b))
+    # ott's potentials are of the plan, ours of its density.
+    return found.g - pair.marginals.epsilon * log(pair.b), jnp.asarray(found.n_iters)
+
+
+def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
+    _, a, _, b, marginals = pair
+    epsilon, s = marginals.epsilon, marginals.damping
+
+    def answer(f: Array, g: Array, weights: Array, axis: int) -> Array:
+        result: Array = -s * geometry.apply_lse_kernel(f, g, epsilon, weights, axis)[0]
+        return result
+
+    def turn(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, g, _ = carry
+        f = answer(jnp.zeros_like(a), g, b, 1)
+        g = answer(f, jnp.zeros_like(b), a, 0)
+        g = g + marginals.translation(answer(jnp.zeros_like(a), g, b, 1), a, g, b)
+        return count + 1, g, _missed(solver, pair, g)[1]
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        count, _, missed = carry
+        return (missed > solver.tol) & (count < solver.max_iterations)
+
+    start = (jnp.array(0, jnp.int32), jnp.zeros_like(b), jnp.full_like(epsilon, jnp.inf))
+    count, g, _ = while_loop(unfinished, turn, start, pair)
+    return g, count

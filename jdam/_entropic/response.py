@@ -1,0 +1,58 @@
+"""Soft c-transforms: what a potential on one cloud says of the atoms of another."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core.batching import in_tiles
+from jdam._core.derivatives import full_precision, jvp
+from jdam._entropic.cost import Cost
+from jdam._entropic.problem import LARGE, Pair, pairs_at_once, soft_minimum
+
+
+class Response(NamedTuple):
+    """What a potential on the atoms x of one cloud says of atoms y of another."""
+
+    potential: Float[Array, " m"]  # g = s f^{c,ε}
+    gradient: Float[Array, "m d"]  # Σⱼ Pⱼₖ ∇c(yₖ, xⱼ) / Σⱼ Pⱼₖ
+    spent: Float[Array, " m"]  # Σⱼ PⱼₖCⱼₖ / Σⱼ Pⱼₖ
+    density: Any  # (m, n), Pⱼₖ/aⱼ / Σⱼ Pⱼₖ; None where dropped
+
+
+def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
+    """The damped soft c-transform g = s f^{c,ε}, and the plan of f and g, all of whose mass at yₖ
+    is bₖ e^(−g/ρ) whatever f is."""
+    x, a, y, _, marginals = pair
+    epsilon, costs = marginals.epsilon, cost.matrix(y, x)
+    f = jnp.where(a > 0, f, 0)
+    logits = (f[None] - costs) / epsilon
+    level = soft_minimum(logits, a[None])  # f^{c,ε}/ε
+    density = jnp.exp(jnp.minimum(level[:, None] + logits, LARGE))
+    plan = density * a[None]
+    return Response(
+        potential=marginals.damping * epsilon * level,
+        gradient=cost.gradient(plan, y, x),
+        spent=(plan * costs).sum(1),
+        density=density,
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def respond_in_tiles(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
+    """`respond` without the density; of a vmapped batch, a few pairs at a time."""
+    pairs = pairs_at_once(pair.a.size * len(pair.y))
+    return in_tiles(partial(_respond_without_density, cost), pairs, f, pair, flat=True)
+
+
+def _respond_without_density(cost: Cost, f: Array, pair: Pair) -> Response:
+    return respond(cost, f, pair)._replace(density=None)
+
+
+@partial(respond_in_tiles.defjvp, symbolic_zeros=True)
+@full_precision
+def _respond_in_tiles_jvp(cost: Cost, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    return jvp(partial(_respond_without_density, cost), primals, tangents)
