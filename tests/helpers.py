@@ -163,9 +163,53 @@ def sinkhorn_divergence(x, a, y, b, epsilon):
     return cost - first / 2 - second / 2, f - (h + k) / 2, forth - itself
 
 
-def shk_step(x, p, clouds, epsilon, beta, step_size, kappa):
+def relaxed_transport(x, a, y, b, epsilon, rho):
+    """OT_{ε,ρ}, f, g and the barycentric map in extended precision, by the translation-invariant
+    iteration of Séjourné, Vialard and Peyré (2022)."""
+    x, a, y, b = (np.asarray(v, np.longdouble) for v in (x, a, y, b))
+    a, b, epsilon, rho = a / a.sum(), b / b.sum(), np.longdouble(epsilon), np.longdouble(rho)
+    cost = ((x[:, None] - y[None]) ** 2).sum(-1) / 2
+    f, g = np.zeros(len(a), np.longdouble), np.zeros(len(b), np.longdouble)
+
+    def least(f, weights):
+        return -rho * np.log(weights @ np.exp(-f / rho))
+
+    def answer(g, f, cost, b, a):
+        f = (rho * _soft_transform(g, cost, b, epsilon) - epsilon / 2 * least(g, b)) / (
+            rho + epsilon
+        )
+        return f + epsilon / (epsilon + 2 * rho) * least(f, a)
+
+    for _ in range(100_000):
+        old = g
+        g = answer(f, g, cost.T, a, b)
+        f = answer(g, f, cost, b, a)
+        if abs(g - old).max() < 1e-17 * max(abs(g).max(), epsilon):
+            break
+    t = (least(g, b) - least(f, a)) / 2
+    f, g = f + t, g - t
+    plan = a[:, None] * b[None] * np.exp((f[:, None] + g[None] - cost) / epsilon)
+    missed = abs(plan.sum(0) - b * np.exp(-g / rho)).sum()
+    missed += abs(plan.sum(1) - a * np.exp(-f / rho)).sum()
+    assert missed < 1e-13, f"the oracle did not converge: {missed}"
+    value = -rho * (np.expm1(-f / rho) @ a + np.expm1(-g / rho) @ b) - epsilon * (plan.sum() - 1)
+    rows = b[None] * np.exp((g[None] - cost + f[:, None] * (1 + epsilon / rho)) / epsilon)
+    return tuple(np.asarray(found, float) for found in (value, f, g, rows @ y))
+
+
+def unbalanced_divergence(x, a, y, b, epsilon, rho):
+    """S_{ε,ρ}, its first variation in μ at each xⱼ, and −its gradient there."""
+    cost, f, _, forth = relaxed_transport(x, a, y, b, epsilon, rho)
+    first, h, _, itself = relaxed_transport(x, a, x, a, epsilon, rho)
+    second = relaxed_transport(y, b, y, b, epsilon, rho)[0]
+    share, own = np.exp(-f / rho), np.exp(-h / rho)
+    velocity = share[:, None] * (forth - x) - own[:, None] * (itself - x)
+    return cost - first / 2 - second / 2, (rho + epsilon) * (own - share), velocity
+
+
+def shk_step(x, p, clouds, epsilon, beta, step_size, kappa, divergence=sinkhorn_divergence):
     """Equations (28) and (29) as written."""
-    found = [sinkhorn_divergence(x, p, y, b, epsilon) for y, b in clouds]
+    found = [divergence(x, p, y, b, epsilon) for y, b in clouds]
     levels = np.array([s for s, _, _ in found])
     weights = np.exp(-beta * (levels - levels.min()))
     weights /= weights.sum()

@@ -93,6 +93,13 @@ def psum(tree: Any, layout: Layout | None) -> Any:
     return tree if layout is None else jax.lax.psum(tree, layout.axis)
 
 
+def of_one_part(tree: Any, chosen: Array, layout: Layout | None) -> Any:
+    """What the one part that is chosen has."""
+    if layout is None:
+        return tree
+    return psum(jax.tree.map(lambda leaf: jnp.where(chosen, leaf, 0), tree), layout)
+
+
 def pmin(x: Array, layout: Layout | None) -> Array:
     """The least over parts, without derivative."""
     x = jax.lax.stop_gradient(x)

@@ -13,8 +13,8 @@ from jaxtyping import Float
 from jdam._core.batching import batch_size, compute_where
 from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
-from jdam._core.mesh import all_rows, first_index, local_rows, psum
-from jdam._energy.evaluation import Block, Evaluation, Start
+from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, psum
+from jdam._energy.evaluation import Block, Evaluation, Nearest, Start
 from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
@@ -30,16 +30,18 @@ class Settings(NamedTuple):
 
 
 def start(memory: Memory, query: AnyMeasure) -> Start:
-    """A start without knowledge: the shape of a pull, and first guesses."""
+    """A start without knowledge: the shapes of what is kept of comparisons, and first guesses."""
 
-    def pulls(memory: Memory, query: AnyMeasure) -> AnyMeasure:
+    def compare(memory: Memory, query: AnyMeasure) -> tuple[AnyMeasure, Array | None]:
         one, prepared = jax.tree.map(lambda leaf: leaf[:1], (memory.patterns, memory.prepared))
         patterns = Patterns(one, prepared, memory.geometry.first_guess(prepared))
-        return memory.geometry.compare(memory.geometry.view(query), patterns).pull
+        found = memory.geometry.compare(memory.geometry.view(query), patterns)
+        return found.pull, found.inliers
 
-    shapes = jax.eval_shape(pulls, memory, query)
-    pull = jax.tree.map(lambda shape: jnp.zeros(shape.shape[1:], shape.dtype), shapes)
-    return Start(pull, memory.geometry.first_guess(memory.prepared))
+    shapes = jax.eval_shape(compare, memory, query)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape[1:], shape.dtype), shapes)
+    pull, inliers = zeros
+    return Start(pull, inliers, memory.geometry.first_guess(memory.prepared))
 
 
 def evaluate(
@@ -91,7 +93,7 @@ def _in_one_sweep(
 
     sweep = Sweep(accumulate, settings.exact)
     blocks = cut_into_blocks(memory, settings.block_size, start.guess)
-    nothing = separation.empty(start.pull, memory.dtype)
+    nothing = separation.empty(start, memory.dtype)
     sums, guesses = sweep.over(memory, view, blocks, nothing, beta)
     sums = separation.merge(sums, beta, memory.layout)
     return separation.finish(sums, beta, view, _in_a_row(guesses, len(memory)))
@@ -125,11 +127,18 @@ def _in_two_sweeps(
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
         pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), start.pull)
     unsolved = psum(unsolved_mass(found, weights), layout)
+    index = heaviest(all_weights, everything[0])
+    here = index - first_index(num, layout)
+    inliers = None if start.inliers is None else found.inliers
+    rows = Nearest(
+        jnp.arange(num, dtype=jnp.int32) + first_index(num, layout), found.divergence, inliers
+    )
+    nearest = jax.tree.map(lambda leaf: leaf[jnp.clip(here, 0, num - 1)], rows)
     return Evaluation(
         view=view,
         energy=settings.separation.energy(*everything, beta),
         pull=psum(pull, layout),
-        nearest=heaviest(all_weights, everything[0]),
+        nearest=of_one_part(nearest, nearest.pattern == index, layout),
         weight=all_weights.max(),
         unsolved=jax.lax.stop_gradient(unsolved),
         neglected=jnp.zeros_like(beta),

@@ -139,7 +139,7 @@ def _evaluate(
 ) -> tuple[Evaluation, Int[Array, " C"]]:
     """The average over the candidates, with what the others can weigh, and the candidates."""
     view = memory.geometry.view(query)
-    hunt = _hunt(search, memory, view, beta, start.pull)
+    hunt = _hunt(search, memory, view, beta, start)
     whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
     out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
@@ -147,16 +147,14 @@ def _evaluate(
     return found._replace(neglected=neglected), hunt.picked.reshape(-1)
 
 
-def _hunt(
-    search: Certified, memory: Memory, view: AnyView, beta: Array, no_pull: AnyMeasure
-) -> _Hunt:
+def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted: Start) -> _Hunt:
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = len(memory), memory.layout
     size, turns = search.sizes(num)
     start = _Hunt(
         floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
-        sums=LogSumExp().empty(no_pull, memory.dtype),
+        sums=LogSumExp().empty(wanted, memory.dtype),
         others=None,
         picked=jnp.full((turns, size), -1, jnp.int32),
         turns=jnp.array(0, jnp.int32),
@@ -182,8 +180,9 @@ def _evaluate_jvp(
         part = _take(memory, picked, picked >= 0)
         measures, prepared, guess = part.patterns
         few = replace(memory, patterns=measures, log_prior=part.log_prior, prepared=prepared)
-        again = evaluate(Settings(), few, query, beta, Start(start.pull, guess))
-        return again._replace(guess=None, neglected=found.neglected), picked
+        again = evaluate(Settings(), few, query, beta, start._replace(guess=guess))
+        nearest = again.nearest._replace(pattern=found.nearest.pattern)
+        return again._replace(nearest=nearest, guess=None, neglected=found.neglected), picked
 
     return (found, picked), jvp(average, primals, tangents)[1]
 
@@ -300,7 +299,7 @@ class Explored(NamedTuple):
 def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
     view = memory.geometry.view(query)
-    hunt = _hunt(search, memory, view, beta, None)
+    hunt = _hunt(search, memory, view, beta, Start())
     sums = hunt.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    return Explored(sums.nearest, sums.lowest, energy, hunt.floor)
+    return Explored(sums.nearest.pattern, sums.lowest, energy, hunt.floor)

@@ -9,13 +9,21 @@ from jdam._measures.base import AnyMeasure
 from jdam.geometry.protocol import AnyView, Patterns
 
 
+class Nearest(NamedTuple):
+    """The heaviest pattern, and what comparing with it told."""
+
+    pattern: Int[Array, ""]  # its index
+    divergence: Float[Array, ""]
+    inliers: Float[Array, " n"] | None = None
+
+
 class Evaluation(NamedTuple):
     """The energy at a query and the average of the pulls, w being the weights of the separation."""
 
     view: AnyView  # of the query, as `Geometry.move` wants it
     energy: Float[Array, ""]  # E(ξ)
     pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
-    nearest: Int[Array, ""]  # the heaviest pattern
+    nearest: Nearest
     weight: Float[Array, ""]  # its weight
     unsolved: Float[Array, ""]  # weight of the patterns whose comparison missed its tolerance
     neglected: Float[Array, ""]  # bound on the Gibbs mass of the patterns that were left out
@@ -26,6 +34,7 @@ class Start(NamedTuple):
     """What an evaluation starts from."""
 
     pull: AnyMeasure = None  # zeros in the shape of a pull; None if no pull is wanted
+    inliers: Float[Array, " n"] | None = None  # zeros, if a comparison tells of them
     guess: Any = None  # of an evaluation close by; None for the patterns' own
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import repeat
-from jdam._core.mesh import Layout, pmin, psum
-from jdam._energy.evaluation import Block, Evaluation
+from jdam._core.mesh import Layout, of_one_part, pmin, psum
+from jdam._energy.evaluation import Block, Evaluation, Nearest, Start
 from jdam._measures.base import AnyMeasure
 from jdam.geometry.protocol import AnyView, Comparison
 
@@ -63,10 +63,11 @@ class LogSumExp(Separation):
         masses = mass(shifted - jax.lax.stop_gradient(shifted.min()), beta)
         return masses / masses.sum()
 
-    def empty(self, pull: AnyMeasure, dtype: jnp.dtype) -> "Sums":
-        """The sums over no pattern, `pull` being zeros in the shape of one."""
+    def empty(self, start: Start, dtype: jnp.dtype) -> "Sums":
+        """The sums over no pattern."""
         nothing, lowest = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
-        return Sums(lowest, jnp.zeros((), jnp.int32), nothing, pull, nothing)
+        nearest = Nearest(jnp.zeros((), jnp.int32), nothing, start.inliers)
+        return Sums(lowest, nearest, nothing, start.pull, nothing)
 
     def accumulate(self, sums: "Sums", found: Comparison, block: Block, beta: Array) -> "Sums":
         """The sums with some more patterns, relative to the lowest of all so far (online
@@ -80,10 +81,14 @@ class LogSumExp(Separation):
         masses = mass(shifted - reference, beta)
         decay = mass(sums.lowest - reference, beta)
         pulls = None if sums.pull is None else found.pull
-        first = block.indices[_first(fixed == low)]
+        row = _first(fixed == low)
+        inliers = None if sums.nearest.inliers is None else found.inliers
+        rows = Nearest(block.indices, found.divergence, inliers)
         return Sums(
             lowest=lowest,
-            nearest=jnp.where(low < sums.lowest, first, sums.nearest),
+            nearest=jax.tree.map(
+                lambda new, old: jnp.where(low < sums.lowest, new[row], old), rows, sums.nearest
+            ),
             mass=decay * sums.mass + masses.sum(),
             pull=jax.tree.map(
                 lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
@@ -100,7 +105,8 @@ class LogSumExp(Separation):
         lowest = pmin(part.lowest, layout)
         decay = mass(part.lowest - jnp.where(lowest == jnp.inf, 0, lowest), beta)
         last = jnp.iinfo(jnp.int32).max
-        nearest = pmin(jnp.where(part.lowest == lowest, part.nearest, last), layout)
+        pattern = pmin(jnp.where(part.lowest == lowest, part.nearest.pattern, last), layout)
+        nearest = of_one_part(part.nearest, part.nearest.pattern == pattern, layout)
         sums = jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved))
         return Sums(lowest, nearest, *psum(sums, layout))
 
@@ -122,7 +128,7 @@ class Sums(NamedTuple):
     """Σ exp(−β(D̃ᵢ − lowest)), D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, alone and times other things."""
 
     lowest: Float[Array, ""]  # D̃ so far
-    nearest: Int[Array, ""]  # where it is
+    nearest: Nearest  # where it is
     mass: Float[Array, ""]
     pull: AnyMeasure  # times pulls
     unsolved: Float[Array, ""]  # over comparisons that missed their tolerance

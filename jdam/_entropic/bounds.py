@@ -15,8 +15,8 @@ from jdam._entropic.scaling import some_iterations
 def dual_after_half_iteration(
     solver: Solver, pair: Pair, guess: Float[Array, " m"]
 ) -> Float[Array, ""]:
-    """A lower bound on OT: the dual value of f = s g^{c,ε} and g, less its rounding. As any dual value is one, costs may be rough, and potentials
-    come from a `guess` of g."""
+    """A lower bound on OT: the dual value of f = s g^{c,ε} and g, less its rounding. As any dual
+    value is one, costs may be rough, and potentials come from a `guess` of g."""
     x, a, y, b, marginals = pair
     epsilon, s, g = marginals.epsilon, marginals.damping, jnp.where(b > 0, guess, 0)
     logits = (g / epsilon + log(b))[:, None] - solver.cost.roughly(y, x, epsilon)

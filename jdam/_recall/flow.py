@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from jdam._core.batching import compute_where
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import scan, while_loop
-from jdam._energy.evaluation import Evaluation, Start
+from jdam._energy.evaluation import Evaluation, Nearest, Start
 from jdam._energy.search import Search
 from jdam._energy.separation import Separation
 from jdam._measures.base import AnyMeasure
@@ -89,7 +89,7 @@ class Flow:
                 view=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), view),
                 energy=nothing,
                 pull=start.pull,
-                nearest=zero,
+                nearest=Nearest(zero, nothing, start.inliers),
                 weight=nothing,
                 unsolved=nothing,
                 neglected=nothing,
@@ -209,8 +209,10 @@ class Flow:
         rounding = float(jnp.finfo(found.energy.dtype).eps) ** 0.5
         return Recall(
             measure=state.measure,
-            nearest=found.nearest,
+            nearest=found.nearest.pattern,
             weight=found.weight,
+            divergence=found.nearest.divergence,
+            inliers=found.nearest.inliers,
             energy=found.energy,
             residual=state.residual,
             num_steps=state.num_steps,
@@ -229,7 +231,9 @@ class Flow:
 
 
 def _start_from(evaluation: Evaluation) -> Start:
-    return Start(jax.tree.map(jnp.zeros_like, evaluation.pull), evaluation.guess)
+    kept = evaluation.pull, evaluation.nearest.inliers
+    pull, inliers = jax.tree.map(jnp.zeros_like, kept)
+    return Start(pull, inliers, evaluation.guess)
 
 
 def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
