@@ -1,5 +1,6 @@
 """Solvers of one entropic transport problem: scaling iterations, Newton steps, annealing."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +28,8 @@ FIRST_BURST, LATER_BURST = 40, 10
 SOME = 4
 #: An error of the marginal beyond which ε is annealed, and the ratio of its ladder.
 POOR, DESCENT = 0.01, 2.5
+#: By how much, as an exponent, mass must exceed what a kernel may have left out.
+VISIBLE = 10.0
 #: A tolerance of the marginal below which potentials are wanted to many digits too: up to a
 #: Newton step of so many ε.
 TIGHT, SETTLED = 1e-9, 1e-8
@@ -103,43 +106,50 @@ class _Kernel(NamedTuple):
     g: Float[Array, " m"]  # 0 where b is
     marginals: Marginals
 
-    def translation(self) -> Float[Array, ""]:
-        """Of g, to where its dual value is largest."""
+    def translated(self) -> tuple["_Kernel", Float[Array, ""]]:
+        """The kernel of g + t, and t, with which its dual value is largest. All that follows does
+        not depend on t but for its rounding: plans change by constants, their shape does not."""
         f = -self.marginals.damping * (jnp.log(self.matrix.sum(1)) + self.top)
-        return self.marginals.translation(f, self.a, self.g, self.b)
+        t = self.marginals.translation(f, self.a, self.g, self.b)
+        return self._replace(top=self.top + t, g=self.g + t), t
 
-    def translated(self, t: Float[Array, ""]) -> "_Kernel":
-        """The kernel of g + t."""
-        return self._replace(top=self.top + t, g=self.g + t)
-
-    def complete(self, v: Float[Array, " m"], log_v: Float[Array, " m"]) -> _Plan:
-        """The plan of g + log v, up to the constant that is best."""
-        least = _least(v)
-        sums = jnp.maximum(self.matrix @ v, least)
+    def complete(self, v: Float[Array, " m"], wanted: Float[Array, " m"]) -> _Plan:
+        """The plan of g + log v."""
+        sums = jnp.maximum(self.matrix @ v, _least(v))
         if self.marginals.rho is None:
             u = 1 / sums
-            return _Plan(u, v, sums, (self.a * u) @ self.matrix, self.b)
-        s, rho = self.marginals.damping, self.marginals.rho
-        u = jnp.exp((1 - s) * self.top - s * jnp.log(sums))
-        wanted = self.b * self.marginals.share(self.g + log_v)
-        mass, wanted_mass = (self.a * u) @ sums, wanted.sum()
-        ratio = jnp.maximum(wanted_mass, least) / jnp.maximum(mass, least)
-        # The first one, of the kernel, may be large; this one must not make numbers infinite.
-        t = jnp.clip(rho / (1 + s) * jnp.log(ratio), -LARGE / 4, LARGE / 4)
-        rise = jnp.exp(t)
-        u = u * jnp.exp(-s * t)
-        wanted = wanted * self.marginals.share(t)
-        return _Plan(u, rise * v, rise * sums, (self.a * u) @ self.matrix, wanted)
+        else:
+            s = self.marginals.damping
+            u = jnp.exp((1 - s) * self.top - s * jnp.log(sums))
+        return _Plan(u, v, sums, (self.a * u) @ self.matrix, wanted)
+
+    def rise(self, step: Float[Array, " m"]) -> _Plan:
+        """The plan of g + step."""
+        return self.complete(jnp.exp(step), self.b * self.marginals.share(self.g + step))
 
     def rescale(self, plan: _Plan) -> _Plan:
         """The plan of g = s f^{c,ε}, which is right in its columns for the f that is."""
-        on, columns = self.b > 0, jnp.maximum(plan.columns, _least(plan.v))
+        on, least = self.b > 0, _least(plan.v)
         if self.marginals.rho is None:
-            v = jnp.where(on, self.b / columns, 1)
-            return self.complete(v, v)
+            columns = jnp.maximum(plan.columns, least)
+            return self.complete(jnp.where(on, self.b / columns, 1), self.b)
+        # Mass that finds no partner is given up: what the kernel left out must not look like it.
+        left_out = plan.u.max() * math.exp(VISIBLE - LARGE)
+        columns = jnp.maximum(plan.columns, jnp.maximum(left_out, least**2))
         s, ratio = self.marginals.damping, columns / jnp.where(on, self.b, 1)
         log_v = jnp.where(on, -s * jnp.log(ratio) - (1 - s) * self.g, 0)
-        return self.complete(jnp.exp(log_v), log_v)
+        return self.rise(jnp.clip(log_v, -LARGE, LARGE))
+
+    def missed(self, plan: _Plan) -> Float[Array, ""]:
+        """The L1 error of the columns; of plans between relaxed marginals, for the constant that is
+        best, at most."""
+        found = jnp.where(self.b > 0, plan.columns * plan.v, 0)
+        if self.marginals.rho is None:
+            return jnp.abs(found - self.b).sum()
+        mass, wanted = found.sum(), plan.wanted.sum()
+        least = _least(mass)
+        shapes = found / jnp.maximum(mass, least) - plan.wanted / jnp.maximum(wanted, least)
+        return jnp.maximum(mass, wanted) * jnp.abs(shapes).sum()
 
     def f(self, plan: _Plan) -> Float[Array, " n"]:
         """The potential of the plan's rows."""
@@ -172,35 +182,31 @@ def _round(
     depth = logits - top[:, None]
     matrix = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow
     kernel = _Kernel(matrix, top, a, b, jnp.where(on, g, 0), marginals.scaled(epsilon))
-    t = kernel.translation()
-    kernel = kernel.translated(t)
-    ones = jnp.ones_like(b)
-    plan, iterations = kernel.complete(ones, jnp.zeros_like(b)), jnp.array(0, jnp.int32)
+    kernel, t = kernel.translated()
+    plan, iterations = kernel.rise(jnp.zeros_like(b)), jnp.array(0, jnp.int32)
     size = jnp.full_like(epsilon, jnp.inf)
     if newton:
         step, size, iterations = _newton_step(solver, kernel, plan)
-        log_v = jnp.log(plan.v) + step
-        plan = kernel.complete(jnp.exp(log_v), log_v)
+        plan = kernel.rise(step)
 
     def rescale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
         plan = kernel.rescale(plan)
-        return count + 1, plan, missed(plan)
+        return count + 1, plan, kernel.missed(plan)
 
     def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
         count, _, error = carry
         result: Array = (error > solver.tol) & (count < burst)
         return result
 
-    def missed(plan: _Plan) -> Array:
-        return jnp.abs(jnp.where(on, plan.columns * plan.v - plan.wanted, 0)).sum()
-
-    start = (jnp.array(0, jnp.int32), plan, missed(plan))
+    start = (jnp.array(0, jnp.int32), plan, kernel.missed(plan))
     count, plan, error = while_loop(unfinished, rescale, start, kernel)
     rows = kernel.matrix * plan.v[None] / plan.sums[:, None]
+    f, rise = kernel.f(plan), jnp.log(plan.v)
+    best = kernel.marginals.translation(f, a, kernel.g + jnp.where(on, rise, 0), b)
     return State(
-        f=epsilon * kernel.f(plan),
-        g=epsilon * (g + t + jnp.log(plan.v)),
+        f=epsilon * (f - kernel.marginals.damping * best),
+        g=epsilon * (g + t + rise + best),
         gradient=solver.cost.gradient(rows, x, y),
         error=error,
         iterations=iterations + count,
@@ -219,12 +225,11 @@ def _newton_step(
     c the plan's columns and w what they should be, as long as it surely ascends; the length of
     the direction; and the number of iterations that it took."""
     s, rho = kernel.marginals.damping, kernel.marginals.rho
-    columns, weight = plan.columns * plan.v, kernel.a * plan.u / plan.sums
+    columns, weight = plan.columns, kernel.a * plan.u / plan.sums  # v = 1
     diagonal = columns if rho is None else columns + plan.wanted / rho
 
     def hessian(d: Array) -> Array:
-        crossed = plan.v * ((weight * (kernel.matrix @ (plan.v * d))) @ kernel.matrix)
-        return diagonal * d - s * crossed
+        return diagonal * d - s * (weight * (kernel.matrix @ d)) @ kernel.matrix
 
     gradient = jnp.where(kernel.b > 0, plan.wanted - columns, 0)
     # Precise enough for superlinear convergence, and no more.

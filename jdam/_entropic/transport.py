@@ -58,7 +58,7 @@ def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
         state = where(unsolved(solver, state), partial(finish, solver), state, state, pair)
     blurred = state.largest < 1
     if marginals.rho is not None:
-        blurred |= marginals.rho < marginals.epsilon
+        blurred |= 16 * marginals.rho < marginals.epsilon
     state = where(blurred, partial(_sharpened, solver.cost), state, state, pair)
     f, g = state.f, jnp.where(b > 0, state.g, 0)
     cost = jnp.vdot(marginals.variation(f), pair.a) + jnp.vdot(marginals.dual(g), pair.b)
