@@ -1,5 +1,5 @@
-"""`python -m jdam`: recall damaged photographs, stored as Gaussians, and damaged handwritten
-digits, stored as point clouds."""
+"""`python -m jdam`: recall photographs, stored as Gaussians, and molecules, stored as point clouds,
+from damaged copies and from parts."""
 
 import argparse
 import sys
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
-from jdam.demo import digits, photographs
+from jdam.demo import molecules, photographs
 
-MISSING = "the demo needs scikit-learn, pillow, matplotlib and tqdm: pip install 'jdam[demo]'"
+MISSING = "the demo needs scikit-learn, ase, pillow, matplotlib and tqdm: pip install 'jdam[demo]'"
 
 
 def run(seed: int, beta: float, out: Path) -> None:
     try:
+        import ase  # noqa: F401
         import matplotlib  # noqa: F401
         import PIL  # noqa: F401
         import sklearn  # noqa: F401
@@ -21,7 +22,7 @@ def run(seed: int, beta: float, out: Path) -> None:
     except ImportError as error:
         raise SystemExit(f"jdam: {MISSING} ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
-    for demo in (photographs, digits):
+    for demo in (photographs, molecules):
         # None: no bar where there is no terminal, as in logs.
         with tqdm(file=sys.stderr, bar_format="{desc} {elapsed}", disable=None) as progress:
             found = demo.run(np.random.default_rng(seed), beta, out, progress.set_description)
@@ -31,8 +32,8 @@ def run(seed: int, beta: float, out: Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jdam",
-        description="Recall the blocks of two photographs, stored as Gaussians, and handwritten "
-        "digits, stored as point clouds, after damage.",
+        description="Recall the blocks of two photographs, stored as Gaussians, and molecules, "
+        "stored as point clouds, after damage.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default 0)")
     parser.add_argument(

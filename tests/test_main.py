@@ -1,4 +1,4 @@
-"""The demo, on one of its four damages."""
+"""The demo, on some of its damages."""
 
 import subprocess
 import sys
@@ -6,9 +6,8 @@ import sys
 import numpy as np
 import pytest
 
-import jdam
 from jdam.__main__ import main
-from jdam.demo import digits
+from jdam.demo import molecules
 from jdam.demo import photographs as demo
 
 
@@ -23,27 +22,35 @@ def rates(lines, names):
 
 def test_demo_draws_and_tabulates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DAMAGES", {"blur": demo.DAMAGES["blur"]})
-    monkeypatch.setattr(digits, "DAMAGES", {"jitter": digits.jitter, "clutter": digits.clutter})
-    monkeypatch.setattr(digits, "STORED", 20)
+    monkeypatch.setattr(molecules, "DAMAGES", {"all three": molecules.all_of_it})
+    monkeypatch.setattr(molecules, "DRAWN", {"all three": "C5H8"})
+    monkeypatch.setattr(molecules, "SMALLEST", 12)
     folder = tmp_path / "new" / "folder"
     main(["--out", str(folder), "--seed", "3"])
     assert (folder / "photographs.png").stat().st_size > 100_000
-    assert (folder / "digits.png").stat().st_size > 20_000
+    assert (folder / "molecules.png").stat().st_size > 20_000
     lines = capsys.readouterr().out.splitlines()
     found = rates(lines, [method.name for method in demo.METHODS])
     assert found["Bures"] >= 90
     assert found["Bures"] >= found["Bures, diagonal"] >= 80
-    assert rates(lines, ["SHK, κ = 0"])["SHK, κ = 0"] >= 80  # jittered digits
+    unbalanced, balanced, *others = rates(lines, list(molecules.METHODS)).values()
+    assert unbalanced >= 80
+    assert max(balanced, *others) < unbalanced
 
 
-def test_damaged_digits_are_clouds(rng):
-    inks = digits.load_digits()[:3]
-    for spoil in digits.DAMAGES.values():
-        cloud = digits.clouds([spoil(ink, rng) for ink in inks], 64)
-        assert cloud.points.shape == (3, 64, 2)
-    cloud = jdam.PointCloud(np.array([[0.0, 2.5]]))
-    canvas = digits.draw_pixels(cloud).reshape(16, 16)
-    np.testing.assert_allclose(canvas[4, [6, 7]], 0.5**0.5)  # half the ink each, norm 1
+def test_cues_are_parts_with_strays(rng):
+    found = molecules.load_molecules()
+    assert len(found) > 30
+    for name in molecules.DAMAGES:
+        cues, seen = molecules.damage(found, name, rng)
+        assert seen.batch_shape == (len(found),)
+        np.testing.assert_allclose(seen.weights.sum(1), 1, rtol=1e-6)
+        for cue, molecule in zip(cues, found, strict=True):
+            whole = len(molecule.positions)
+            kept = round(0.6 * whole) if name in ("60 % of atoms", "all three") else whole
+            strays = molecules.STRAYS if name in ("3 strays", "all three") else 0
+            assert len(cue) == kept + strays
+    assert molecules.error(found[0], found[0].positions[::-1]) == 0
 
 
 def test_blocks_roundtrip(rng):

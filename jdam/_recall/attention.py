@@ -39,7 +39,8 @@ def attend(
       heaviest value. D is that of the memory's geometry where it takes such measures, else
       that which `store` chooses;
     - a `Memory` of measures: the same in its own geometry, whose self terms are not computed
-      again.
+      again. With the memory itself, `attend(memory, cue, beta, values=memory)`, a partial cue is
+      completed: addressed by what is there, answered by the whole pattern, whatever its size.
 
     Differentiable in everything, the values included. Where a `separation` gives no pattern any
     weight, the result is 0 for arrays, and the value of the nearest key for measures.

@@ -1,4 +1,4 @@
-"""The demonstrations that `python -m jdam` runs, on real data bundled with scikit-learn."""
+"""The demonstrations that `python -m jdam` runs, on data bundled with scikit-learn and ASE."""
 
 import jax
 import jax.numpy as jnp

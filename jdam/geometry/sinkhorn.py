@@ -1,9 +1,9 @@
-"""Weighted point clouds under the debiased Sinkhorn divergence, moved by spherical
-Hellinger–Kantorovich (SHK) gradient flow."""
+"""Weighted point clouds under the debiased Sinkhorn divergence, balanced or unbalanced, moved by
+spherical Hellinger–Kantorovich (SHK) gradient flow."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -34,6 +34,16 @@ from jdam._entropic.response import respond
 from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.point_cloud import PointCloud
+from jdam.geometry._clouds import (
+    Prepared,
+    Pull,
+    View,
+    about,
+    radius_of,
+    rounding_of,
+    shortening,
+    without_padding,
+)
 from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
@@ -47,12 +57,6 @@ from jdam.geometry.protocol import (
 #: How much more cautious each further attempt at a weight step is, and how many there are
 #: before the support step is shortened too.
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
-#: In units of √ε, how far out padding may count where it lies.
-FARTHEST = 100.0
-#: In units of ρ, costs at which no mass is transported.
-FREE = 100.0
-#: By what factors a step is shortened whose reweighting would not be linear.
-SHORTENING = 2.0
 
 
 class Sinkhorn(Geometry):
@@ -74,15 +78,31 @@ class Sinkhorn(Geometry):
 
     **Arguments:** `epsilon` > 0, the regularisation, in squared units of distance; it scales
     with the data, S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few hundredths of the median of ½|x−y|²
-    within a pattern place points well; more is faster and blurs. `hellinger_scale` κ ≥ 0, the
+    within a pattern place points well; more is faster and blurs. `rho` ρ > 0, for cues that are
+    partial or cluttered: the price of leaving mass where it is, a squared length too; None, the
+    default, transports all of it. `hellinger_scale` κ ≥ 0, the
     strength of reweighting, per squared unit of distance; 0 keeps the weights. `tol`, the L1
     error of the marginals at which the inner solver stops: eps^0.7 of the dtype if None, 1e-5
     in float32 and 1e-11 in float64. S_ε errs in the second order of it, maps and potentials in
     the first. `max_iterations` of the inner solver; a recall that needed more has
     `Status.SOLVER`, as has one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that costs round to
     more than ε and than a few per cent of S_ε. `solver`: "stabilised", scaling iterations finished
-    by Newton steps, or "ott", the solver of ott-jax. `epsilon` and `hellinger_scale` are traced:
-    changing them does not recompile, and they can be differentiated.
+    by Newton steps, or "ott", the solver of ott-jax. `epsilon`, `rho` and `hellinger_scale` are
+    traced: changing them does not recompile, and they can be differentiated.
+
+    **Unbalanced.** With ρ, D = S_{ε,ρ}, the same of
+
+        OT_{ε,ρ}(μ, ν) = min over π ≥ 0 of ∫ ½|x−y|² dπ + ε KL(π | μ⊗ν)
+                         + ρ KL(π1 | μ) + ρ KL(πᵀ1 | ν)
+
+    (Séjourné et al., arXiv:1910.12958; Hellinger–Kantorovich is its ε = 0 with another cost). Atoms
+    farther than some √ρ from all others are given up: D ≤ 2ρ+ε however far clouds are. The step
+    is the same with F = Σᵢ wᵢ (ρ+ε)(e^(−h/ρ) − e^(−fᵢ/ρ)) and velocities −∇F, and `Recall.inliers`
+    has e^(−f/ρ), the share of each atom that finds a partner in the nearest pattern: with κ > 0
+    the mass of the others fades. Choose √ρ between the noise of atoms and the distances between
+    them. To complete a partial cue, read the pattern that it addresses:
+    `jdam.attend(memory, cue, beta, values=memory)`. There is no theory of basins for ρ, as D does
+    not grow with distance.
 
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
@@ -133,10 +153,10 @@ class Sinkhorn(Geometry):
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         centre = jax.lax.stop_gradient(patterns.mean)
-        centred = self._about(centre, patterns)
+        centred = about(centre, patterns, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
         offset = jnp.vecmat(patterns.weights, centred)
-        radius = None if self.rho is None else _radius(centred, patterns.weights)
+        radius = None if self.rho is None else radius_of(centred, patterns.weights)
         return Prepared(centre, *jax.lax.stop_gradient((offset, known, radius)))
 
     def first_guess(self, prepared: Any) -> Any:
@@ -144,7 +164,7 @@ class Sinkhorn(Geometry):
 
     def view(self, query: AnyMeasure) -> AnyView:
         centre = jax.lax.stop_gradient(query.mean)
-        centred = self._about(centre, query)
+        centred = about(centre, query, self.epsilon)
         known = self._couple_with_itself(centred, query.weights)
         itself = Pair(centred, query.weights, centred, query.weights, self._marginals)
         answer = respond(self._solver.cost, known.potential, itself)
@@ -154,7 +174,7 @@ class Sinkhorn(Geometry):
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
         centres = jax.lax.stop_gradient(prepared.centre)
-        centred = self._about(centres, patterns.measures)
+        centred = about(centres, patterns.measures, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
         shift, means, placed = self._place(view, centres, centred, weights)
 
@@ -165,7 +185,7 @@ class Sinkhorn(Geometry):
         found = jax.vmap(one)(placed, weights, patterns.guess)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
-        missed |= self._rounding(view, placed, weights) > jnp.abs(divergence) / 32
+        missed |= rounding_of(view, placed, weights, self._marginals) > jnp.abs(divergence) / 32
         shares = self._marginals.share(found.f)
         variation = self._marginals.variation
         return Comparison(
@@ -182,7 +202,7 @@ class Sinkhorn(Geometry):
         )
 
     def _place(
-        self, view: "View", centres: Array, centred: Array, weights: Array
+        self, view: View, centres: Array, centred: Array, weights: Array
     ) -> tuple[Float[Array, "B d"], Float[Array, " B"], Float[Array, "B m d"]]:
         """Where to compare clouds with the query: about their own centres, the shift between which
         and its cost are added to the result; or, where marginals are relaxed, where they are."""
@@ -202,18 +222,18 @@ class Sinkhorn(Geometry):
         duals = (dual_after_half_iteration, dual_after_some_iterations)
         return first, *(partial(self._by_dual, partial(dual, self._solver)) for dual in duals)
 
-    def _by_means(self, view: "View", patterns: Patterns) -> Float[Array, " B"]:
+    def _by_means(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
         """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
         offset, prepared = view.query.weights @ view.centred, patterns.prepared
         shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
         return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
 
-    def _by_gap(self, rho: Array, view: "View", patterns: Patterns) -> Float[Array, " B"]:
+    def _by_gap(self, rho: Array, view: View, patterns: Patterns) -> Float[Array, " B"]:
         """All mass of each cloud counted at the nearest points of balls that hold them; S ≥ 0."""
         prepared, dim = patterns.prepared, patterns.measures.dim
         shift = view.centre[None] - prepared.centre
         distance = safe_sqrt(jnp.vecdot(shift, shift))
-        radius = _radius(view.centred[None], view.query.weights[None])[0] + prepared.radius
+        radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
         error = rounding(dim, shift.dtype)
         gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
         selves = (view.known.cost + prepared.known.cost) / 2
@@ -222,12 +242,12 @@ class Sinkhorn(Geometry):
         return jnp.maximum(cost - selves - slack, 0)
 
     def _by_dual(
-        self, dual_value: Callable[..., Array], view: "View", patterns: Patterns
+        self, dual_value: Callable[..., Array], view: View, patterns: Patterns
     ) -> Float[Array, " B"]:
         """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value; where
         marginals are relaxed, of the clouds where they are."""
         prepared, clouds = patterns.prepared, patterns.measures
-        centred = self._about(prepared.centre, clouds)
+        centred = about(prepared.centre, clouds, self.epsilon)
         _, means, placed = self._place(view, prepared.centre, centred, clouds.weights)
 
         def dual(cloud: tuple[Array, Array, Array]) -> Array:
@@ -250,7 +270,9 @@ class Sinkhorn(Geometry):
     ) -> AnyMeasure:
         """Less reweighting, and only after that a shorter step of the support."""
         query, log_weights = view.query, log(view.query.weights)
-        length = step_size * self._shortening(query.weights, pull.variation, step_size)
+        length = step_size * shortening(
+            query.weights, pull.variation, step_size * self.hellinger_scale
+        )
         caution = jnp.asarray(times, step_size.dtype)
         rate = length * self.hellinger_scale * CAUTION**-caution
         # The support step is shortened too where weight steps are not to blame.
@@ -263,22 +285,6 @@ class Sinkhorn(Geometry):
         moves = (query.weights > 0) & (rate > 0)
         weights = jnp.where(moves, weights, query.weights)
         return PointCloud(query.points + length * pull.velocity, weights)
-
-    def _shortening(self, weights: Array, variation: Array, step_size: Array) -> Array:
-        """By how much to shorten a step whose reweighting would leave the linear regime.
-
-        Reweighting by exp(−s(F−F̄))/Z, s = τκ, promises log Z/s of energy, which for small s
-        is s/2 Var F. Where it is less than half of that, as for far stray atoms, mass goes in
-        a shorter time than the step's, in which the support has hardly moved: the whole step
-        is shortened to that time.
-        """
-        factors = SHORTENING ** -jnp.arange(16, dtype=step_size.dtype)
-        rates = step_size * self.hellinger_scale * factors
-        # sF is a number; F and s alone have units, in which their squares may be out of range.
-        tilts = rates[:, None] * (variation - jnp.vdot(weights, variation))[None]
-        gains = jax.nn.logsumexp(log(weights)[None] - tilts, axis=1)
-        linear = gains >= jnp.square(tilts) @ weights / 4
-        return factors[jnp.argmax(linear)]
 
     def surely_descends(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, moved: AnyMeasure
@@ -318,7 +324,7 @@ class Sinkhorn(Geometry):
         """The root mean square distance of atoms to the mean of all, and a share of their
         distance to the origin, where coordinates round."""
         mean = patterns.mean.mean(0)
-        centred = _without_padding(patterns.points - mean[None, None], patterns.weights)
+        centred = without_padding(patterns.points - mean[None, None], patterns.weights)
         spread = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)).mean()
         eps = float(jnp.finfo(patterns.dtype).eps)
         result: Array = jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
@@ -327,7 +333,7 @@ class Sinkhorn(Geometry):
     def resolution(self, patterns: AnyMeasure) -> Array:
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
         eps = float(jnp.finfo(patterns.dtype).eps)
-        centred = _without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
+        centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
         return max(eps, self._tol**2) * variances.mean() / 2
 
@@ -368,71 +374,10 @@ class Sinkhorn(Geometry):
     def _solver(self) -> Solver:
         return Solver(self._tol, self.max_iterations, self.solver)
 
-    def _about(self, centre: Array, cloud: PointCloud) -> Float[Array, "*batch n d"]:
-        """Atoms about a centre. Padding that lies far outside, where its costs would be out of
-        range or would leave no digits, counts as a nearer atom in the same direction."""
-        centred = cloud.points - centre[..., None, :]
-        largest = jnp.abs(centred).max(-1, keepdims=True)
-        held = jnp.where(cloud.weights[..., None] > 0, largest, 0).max(-2, keepdims=True)
-        reach = 3 * held + FARTHEST * jnp.sqrt(self.epsilon)
-        far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
-        nearer = centred * (reach / jnp.where(far, largest, 1))
-        return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
-
-    def _rounding(
-        self, view: "View", centred: Float[Array, "N n d"], weights: Float[Array, "N n"]
-    ) -> Float[Array, " N"]:
-        """What of S_ε rounding may change, of clouds so large that it blurs plans more than ε
-        does: 0 of others."""
-        sizes = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0).max(-1)
-        size = jnp.where(view.query.weights > 0, jnp.vecdot(view.centred, view.centred), 0).max()
-        sizes = size + sizes
-        if self.rho is not None:
-            sizes = jnp.minimum(sizes, FREE * self.rho)
-        error = float(jnp.finfo(sizes.dtype).eps) * sizes
-        return jax.lax.stop_gradient(jnp.where(error > self.epsilon, error, 0))
-
     def _couple_with_itself(
         self, points: Array, weights: Array, known: SelfCoupling | None = None
     ) -> SelfCoupling:
         return couple_with_itself(self._solver, Cloud(points, weights), self._marginals, known)
-
-
-class Prepared(NamedTuple):
-    """What is constant about patterns: a centre each, and the coupling with itself."""
-
-    centre: Float[Array, "N d"]
-    offset: Float[Array, "N d"]  # of the mean from it: rounding
-    known: SelfCoupling
-    radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
-
-
-class View(NamedTuple):
-    """A query, its centre, its atoms about that, and its coupling with itself."""
-
-    query: PointCloud
-    centre: Float[Array, " d"]
-    centred: Float[Array, "n d"]
-    known: SelfCoupling
-    force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
-
-
-class Pull(NamedTuple):
-    """What a pattern asks of each atom: a velocity, and to weigh less by its first variation."""
-
-    velocity: Float[Array, "n d"]  # −∇F(xⱼ), which is Tᵢ(xⱼ) − T₀(xⱼ)
-    variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
-
-
-def _radius(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:
-    """Of balls about 0 that hold all atoms with mass."""
-    squares = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0)
-    return safe_sqrt(squares.max(1))
-
-
-def _without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
-    """The points, 0 where a weight is 0: the square of a distance to padding may be infinite."""
-    return jnp.where(weights[..., None] > 0, points, 0)
 
 
 def _shown(value: Array) -> str:

@@ -1,0 +1,103 @@
+"""What is known of point clouds before they are compared, and what a step needs of them."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core.linalg import safe_sqrt
+from jdam._entropic.problem import Marginals, SelfCoupling, log
+from jdam._measures.point_cloud import PointCloud
+
+#: In units of √ε, how far out padding may count where it lies.
+FARTHEST = 100.0
+#: In units of ρ, costs at which no mass is transported.
+FREE = 100.0
+#: By what factors a step is shortened whose reweighting would not be linear.
+SHORTENING = 2.0
+
+
+class Prepared(NamedTuple):
+    """What is constant about patterns: a centre each, and the coupling with itself."""
+
+    centre: Float[Array, "N d"]
+    offset: Float[Array, "N d"]  # of the mean from it: rounding
+    known: SelfCoupling
+    radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
+
+
+class View(NamedTuple):
+    """A query, its centre, its atoms about that, and its coupling with itself."""
+
+    query: PointCloud
+    centre: Float[Array, " d"]
+    centred: Float[Array, "n d"]
+    known: SelfCoupling
+    force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
+
+
+class Pull(NamedTuple):
+    """What a pattern asks of each atom: a velocity, and to weigh less by its first variation."""
+
+    velocity: Float[Array, "n d"]  # −∇F(xⱼ), which is Tᵢ(xⱼ) − T₀(xⱼ)
+    variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
+
+
+def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:
+    """Of balls about 0 that hold all atoms with mass."""
+    squares = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0)
+    return safe_sqrt(squares.max(1))
+
+
+def without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
+    """The points, 0 where a weight is 0: the square of a distance to padding may be infinite."""
+    return jnp.where(weights[..., None] > 0, points, 0)
+
+
+def about(
+    centre: Float[Array, "*batch d"], cloud: PointCloud, epsilon: Float[Array, ""]
+) -> Float[Array, "*batch n d"]:
+    """Atoms about a centre. Padding that lies far outside, where its costs would be out of
+    range or would leave no digits, counts as a nearer atom in the same direction."""
+    centred = cloud.points - centre[..., None, :]
+    largest = jnp.abs(centred).max(-1, keepdims=True)
+    held = jnp.where(cloud.weights[..., None] > 0, largest, 0).max(-2, keepdims=True)
+    reach = 3 * held + FARTHEST * jnp.sqrt(epsilon)
+    far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
+    nearer = centred * (reach / jnp.where(far, largest, 1))
+    return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
+
+
+def rounding_of(
+    view: View, centred: Float[Array, "N n d"], weights: Float[Array, "N n"], marginals: Marginals
+) -> Float[Array, " N"]:
+    """What of S_ε rounding may change, of clouds so large that it blurs plans more than ε
+    does: 0 of others."""
+    sizes = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0).max(-1)
+    size = jnp.where(view.query.weights > 0, jnp.vecdot(view.centred, view.centred), 0).max()
+    sizes = size + sizes
+    if marginals.rho is not None:
+        sizes = jnp.minimum(sizes, FREE * marginals.rho)
+    error = float(jnp.finfo(sizes.dtype).eps) * sizes
+    return jax.lax.stop_gradient(jnp.where(error > marginals.epsilon, error, 0))
+
+
+def shortening(
+    weights: Float[Array, " n"], variation: Float[Array, " n"], rate: Float[Array, ""]
+) -> Float[Array, ""]:
+    """By how much to shorten a step whose reweighting, at a rate s = τκ, would not be linear.
+
+    Reweighting by exp(−s(F−F̄))/Z promises log Z/s of energy, which for small s
+    is s/2 Var F. Where it is less than half of that, as for far stray atoms, mass goes in
+    a shorter time than the step's, in which the support has hardly moved: the whole step
+    is shortened to that time.
+    """
+    factors = SHORTENING ** -jnp.arange(16, dtype=rate.dtype)
+    rates = rate * factors
+    # sF is a number; F and s alone have units, in which their squares may be out of range.
+    tilts = rates[:, None] * (variation - jnp.vdot(weights, variation))[None]
+    gains = jax.nn.logsumexp(log(weights)[None] - tilts, axis=1)
+    linear = gains >= jnp.square(tilts) @ weights / 4
+    return factors[jnp.argmax(linear)]
