@@ -36,6 +36,7 @@ KINDS = {
     "vectors": (vectors, jdam.Euclidean()),
     "inner products": (vectors, jdam.DotProduct()),
     "clouds": (clouds, jdam.Sinkhorn(0.3)),
+    "unbalanced": (clouds, jdam.Sinkhorn(0.3, rho=0.5)),
 }
 SEARCHES = (jdam.Exhaustive(), jdam.Certified(2))
 
@@ -51,8 +52,8 @@ def examine(memory, query, queries, functions, searches, axis=None):
     def recall(search):
         def one(query):
             found = jdam.recall(memory, query, BETA, max_steps=3, search=search)
-            names = ("measure", "energy", "nearest", "weight", "status", "neglected")
-            return {name: getattr(found, name) for name in names}
+            names = ("measure", "energy", "nearest", "weight", "divergence", "status", "inliers")
+            return {name: getattr(found, name) for name in (*names, "neglected")}
 
         return jax.vmap(one, spmd_axis_name=axis)(queries)
 
@@ -155,7 +156,7 @@ else:
     check("vectors", mesh, ALL, SEARCHES, ("queries",))
     for kind in ("diagonal", "inner products"):
         check(kind, mesh, ALL, SEARCHES[:1])
-    check("clouds", mesh, (jdam.energy,), SEARCHES[:1], ("queries",))
+    check("unbalanced", mesh, (jdam.energy,), SEARCHES, ("queries",))
     check_queries("Gaussians", certified)
     check_queries("clouds", cold, more=False)
 print("the same")

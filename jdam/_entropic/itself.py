@@ -40,7 +40,7 @@ def _couple_with_itself_jvp(
     solved = couple_with_itself(solver, *primals)
     problem, h = primals[:2], solved.potential
     cloud, marginals = problem
-    (dx, da), dmarginals = tangents[:2]
+    dcloud, dmarginals = tangents[:2]
 
     def answer(h: Array, cloud: Cloud, marginals: Marginals) -> Array:
         return respond(
@@ -63,6 +63,6 @@ def _couple_with_itself_jvp(
     dh = jax.lax.custom_linear_solve(plus_plan, right, solve, transpose_solve=solve)
     itself = Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)
     back = respond_in_tiles(solver.cost, h, itself)
-    dcost = 2 * change_by_atoms(marginals, h, cloud.a, back.gradient, da, dx)
+    dcost = 2 * change_by_atoms(marginals, h, cloud.a, back.gradient, dcloud)
     dcost += change_by_marginals(itself, h, back._replace(potential=h), dmarginals)
     return solved, SelfCoupling(dcost, dh, jnp.zeros_like(solved.error))

@@ -112,21 +112,22 @@ def _couple_jvp(
 def _dcost(cost: Cost, solved: Coupling, pair: Pair, dpair: Pair) -> Float[Array, ""]:
     """dOT by the envelope theorem: the dual objective's, were its potentials not to change."""
     _, a, _, b, marginals = pair
-    total = change_by_atoms(marginals, solved.f, a, solved.gradient, dpair.a, dpair.x)
+    total = change_by_atoms(marginals, solved.f, a, solved.gradient, Cloud(dpair.x, dpair.a))
     if any(map(moves, (dpair.y, dpair.b, *jax.tree.leaves(dpair.marginals)))):
         back = respond_in_tiles(cost, solved.f, pair)
-        total += change_by_atoms(marginals, back.potential, b, back.gradient, dpair.b, dpair.y)
+        dother = Cloud(dpair.y, dpair.b)
+        total += change_by_atoms(marginals, back.potential, b, back.gradient, dother)
         total += change_by_marginals(pair, solved.f, back, dpair.marginals)
     return total
 
 
 def change_by_atoms(
-    marginals: Marginals, f: Array, a: Array, gradient: Array, da: Any, dx: Any
+    marginals: Marginals, f: Array, a: Array, gradient: Array, dcloud: Cloud
 ) -> Float[Array, ""]:
     """Σ −(ρ+ε)(e^(−f/ρ)−1) daⱼ + Σ aⱼ e^(−f/ρ) ⟨∇c, dxⱼ⟩, which for exact marginals are
     ⟨f, da⟩ + Σ aⱼ⟨∇c, dxⱼ⟩."""
     force = (a * marginals.share(f))[:, None] * gradient
-    return vdot(marginals.variation(f), da) + vdot(force, dx)
+    return vdot(marginals.variation(f), dcloud.a) + vdot(force, dcloud.x)
 
 
 def change_by_marginals(

@@ -237,7 +237,7 @@ def test_certified_is_exhaustive(rng):
         assert (bound <= exact).all()
     shares = [float((np.asarray(bound) > 0.9 * exact).mean()) for bound in bounds]
     assert shares[0] > 0.4
-    assert shares[1] > 0.9
+    assert shares[1] > 0.75
     assert shares[2] > 0.95
     assert (np.asarray(some.status) != jdam.Status.UNCERTIFIED).mean() >= 0.9
     np.testing.assert_array_equal(some.nearest, all_of.nearest)
