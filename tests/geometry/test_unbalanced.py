@@ -227,8 +227,8 @@ def test_certified_is_exhaustive(rng):
     def check(memory, query):
         view = geometry.view(query)
         bounds = geometry.bounds(jdam.Patterns(*held))
-        exact = jdam.recall(memory, query, 60.0, max_steps=3)
-        proved = jdam.recall(memory, query, 60.0, max_steps=3, search=jdam.Certified(4, 20))
+        exact = jdam.recall(memory, query, 100.0, max_steps=3)
+        proved = jdam.recall(memory, query, 100.0, max_steps=3, search=jdam.Certified(4, 20))
         seen = [bound(view, jdam.Patterns(*held)) for bound in bounds]
         return jdam.divergences(memory, query), seen, exact, proved
 
