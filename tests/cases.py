@@ -14,6 +14,7 @@ KINDS = {
     "gaussian": (gaussians, jdam.Bures()),
     "low rank": (partial(gaussians, rank=2), jdam.Bures()),
     "diagonal": (diagonals, jdam.Bures()),
+    "entropic": (gaussians, jdam.EntropicBures(0.3)),
     "entropic, low rank": (partial(gaussians, rank=2), jdam.EntropicBures(0.3)),
     "entropic, diagonal": (diagonals, jdam.EntropicBures(0.3)),
     "euclidean": (vectors, jdam.Euclidean()),

@@ -16,6 +16,11 @@ import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+from jaxtyping import install_import_hook
+
+import tests.annotations  # noqa: F401 (by its name, before jdam is imported)
+
+install_import_hook("jdam", "tests.annotations.check")
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

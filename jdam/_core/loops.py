@@ -55,19 +55,11 @@ def varying(tree: T, *others: Any) -> T:
 
     def cast(leaf: Any) -> Any:
         missing = tuple(sorted(axes - _axes(leaf)))
-        return _differ(leaf, missing) if missing else leaf
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     cast_tree: T = jax.tree.map(cast, tree)
     return cast_tree
 
 
-def _differ(leaf: Array, axes: tuple[str, ...]) -> Any:
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(leaf, axes, to="varying")
-    return getattr(jax.lax, "pvary")(leaf, axes)  # noqa: B009 (older versions of JAX)
-
-
 def _axes(leaf: Any) -> frozenset[str]:
-    kind = jax.typeof(leaf)
-    kind = getattr(kind, "mat", kind)  # of older versions of JAX, the type itself
-    return frozenset(getattr(kind, "varying", getattr(kind, "vma", ())))
+    return frozenset(jax.typeof(leaf).mat.varying)

@@ -16,9 +16,6 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-#: Of older versions of JAX in `jax.sharding`.
-reshard = getattr(jax, "reshard", None) or jax.sharding.reshard
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -69,7 +66,7 @@ def where_it_is(function: Callable[..., Any], batched: Any, args: tuple[Any, ...
     mesh, axes = spread[0].mesh, spread[0].spec[0]
     specs = jax.tree.map(lambda mark: PartitionSpec(axes) if mark else PartitionSpec(), batched)
     places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-    args = jax.tree.map(reshard, args, places)
+    args = jax.tree.map(jax.reshard, args, places)
     names = {axes} if isinstance(axes, str) else set(axes)
     local = jax.shard_map(
         function,

@@ -27,16 +27,16 @@ class Marginals(NamedTuple):
         """s = ρ/(ρ+ε), by which soft c-transforms are multiplied: 1 for exact marginals."""
         return 1.0 if self.rho is None else 1 / (1 + self.epsilon / self.rho)
 
-    def share(self, f: Float[Array, " n"]) -> Float[Array, " n"]:
+    def share(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """e^(−f/ρ), the share of an atom's mass that is transported: 1 for exact marginals."""
         return jnp.ones_like(f) if self.rho is None else jnp.exp(-f / self.rho)
 
-    def dual(self, f: Float[Array, " n"]) -> Float[Array, " n"]:
+    def dual(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """−ρ(e^(−f/ρ) − 1), what an atom of mass 1 contributes to the dual objective: f for exact
         marginals."""
         return f if self.rho is None else -self.rho * jnp.expm1(-f / self.rho)
 
-    def variation(self, f: Float[Array, " n"]) -> Float[Array, " n"]:
+    def variation(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """−(ρ+ε)(e^(−f/ρ) − 1), the first variation of the cost in the atom's mass: f for exact
         marginals."""
         return self.dual(f) / self.damping

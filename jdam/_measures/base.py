@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import fields
-from typing import Any, Self, TypeAlias, TypeVar, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_type_hints
 
 import equinox as eqx
 import jax
@@ -16,6 +16,7 @@ from jdam._core.compile import float_dtype
 #: A `Measure`, an array (…, d) that is a vector, or whatever pytree of arrays a geometry takes.
 AnyMeasure: TypeAlias = Any
 M = TypeVar("M")
+Kind = TypeVar("Kind", bound="Measure")
 
 
 class Measure(eqx.Module):
@@ -67,26 +68,26 @@ class Measure(eqx.Module):
             raise TypeError("a single measure has no length; its batch shape is ()")
         return self.batch_shape[0]
 
-    def __getitem__(self, index: Any) -> Self:
+    def __getitem__(self: Kind, index: Any) -> Kind:
         """The measures at `index` of the leading batch axis."""
         if not self.batch_shape:
             raise TypeError("a single measure cannot be indexed; its batch shape is ()")
         checks.index(index, len(self), "a batch")
-        picked: Self = jax.tree.map(lambda leaf: leaf[index], self)
+        picked: Kind = jax.tree.map(lambda leaf: leaf[index], self)
         return picked
 
-    def to_free(self) -> Self:
+    def to_free(self: Kind) -> Kind:
         """Coordinates without constraints, in the same arrays: by default the arrays themselves."""
         return self
 
-    def from_free(self, free: Self) -> Self:
+    def from_free(self: Kind, free: Kind) -> Kind:
         """The measure at some free coordinates; of this one only what is not free stays."""
         return free
 
-    def redundant(self, tangent: Self) -> Self:
+    def redundant(self: Kind, tangent: Kind) -> Kind:
         """Of a tangent, the part along which the arrays move and the measure does not, by a
         projection: by default none."""
-        none: Self = jax.tree.map(jnp.zeros_like, tangent)
+        none: Kind = jax.tree.map(jnp.zeros_like, tangent)
         return none
 
     def describe(self) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, UInt
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
@@ -229,7 +229,7 @@ def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
     return result
 
 
-def _digest(rows: Float[Array, "N k"]) -> Int[Array, " N"]:
+def _digest(rows: Float[Array, "N k"]) -> UInt[Array, " N"]:
     """A hash of the bits of each row; of −0 as of 0, which differ in nothing else."""
     values = jnp.where(rows == 0, 0, jax.lax.stop_gradient(rows))
     words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(rows), -1)

@@ -46,8 +46,8 @@ class Trace(eqx.Module):
     measure:  (T, …).
     """
 
-    energy: Float[Array, " T"]
-    residual: Float[Array, " T"]
+    energy: Float[Array, "*T"]
+    residual: Float[Array, "*T"]
     measure: AnyMeasure
 
 

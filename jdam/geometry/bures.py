@@ -113,7 +113,7 @@ def _kernel(of: Any) -> "type[Full | Diagonal]":
 class DiagonalView(NamedTuple):
     """A diagonal Gaussian as the vector (m, σ), as which it takes part in everything."""
 
-    vector: Float[Array, " 2d"]
+    vector: Float[Array, " two_d"]
 
 
 class Diagonal:
@@ -154,7 +154,7 @@ def upright(mean: Float[Array, " d"], scale: Float[Array, " d"]) -> DiagonalGaus
     return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
 
 
-def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch 2d"]:
+def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch two_d"]:
     return jnp.concatenate([measure.mean, measure.scale], axis=-1)
 
 

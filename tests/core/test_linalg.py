@@ -21,7 +21,7 @@ from tests.helpers import check_derivatives, orthogonal
 def test_polar_against_scipy(rng, shape):
     matrix = rng.normal(size=shape)
     expected, _ = scipy.linalg.polar(matrix, side="left")
-    np.testing.assert_allclose(polar(matrix), expected, atol=1e-12)
+    np.testing.assert_allclose(polar(jnp.asarray(matrix)), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
@@ -81,7 +81,7 @@ def test_shrink():
 def test_root(rng):
     a = rng.normal(size=(2, 4, 4))
     a = a @ np.swapaxes(a, -1, -2)
-    root = psd_root(a)
+    root = psd_root(jnp.asarray(a))
     np.testing.assert_allclose(root @ root, a, atol=1e-12)
     np.testing.assert_allclose(root[0], scipy.linalg.sqrtm(a[0]), atol=1e-10)
 

@@ -128,7 +128,8 @@ def test_two_atoms(rng):
         found = solve(TIGHT, [[0.0]], [1.0], [[distance]], [1.0], (epsilon, rho))
         wanted = scale * (1 - np.exp(-cost / scale))
         np.testing.assert_allclose(found.cost, wanted, rtol=1e-12)
-        np.testing.assert_allclose(cost_of_masses(epsilon, rho, cost), wanted, rtol=1e-12)
+        bound = cost_of_masses(*map(jnp.asarray, (epsilon, rho, cost)))
+        np.testing.assert_allclose(bound, wanted, rtol=1e-12)
         np.testing.assert_allclose(np.exp(-found.f[0] / rho), np.exp(-cost / scale), rtol=1e-12)
 
 
