@@ -179,8 +179,13 @@ def _evaluate_jvp(
     def average(memory: Memory, query: AnyMeasure, beta: Array, start: Start) -> tuple[Any, ...]:
         part = _take(memory, picked, picked >= 0)
         measures, prepared, guess = part.patterns
-        few = replace(memory, patterns=measures, log_prior=part.log_prior, prepared=prepared)
-        few = replace(few, fingerprint=None)  # the whole memory's was looked at
+        few = replace(
+            memory,
+            patterns=measures,
+            log_prior=part.log_prior,
+            prepared=prepared,
+            fingerprint=None,  # the whole memory's was looked at
+        )
         again = evaluate(Settings(), few, query, beta, start._replace(guess=guess))
         nearest = again.nearest._replace(pattern=found.nearest.pattern)
         return again._replace(nearest=nearest, guess=None, neglected=found.neglected), picked

@@ -46,7 +46,7 @@ def test_energy_and_weights_are_the_log_sum_exp(rng, kind):
             )
 
 
-@some_kinds
+@some_and_clouds
 @pytest.mark.parametrize("beta", [1e-6, 1.0, 1e6])
 def test_duplicated_patterns_share_their_weight(rng, kind, beta):
     memory, query = problem(rng, kind)
@@ -128,7 +128,7 @@ def test_distant_clusters_in_single_precision(rng, kind):
     np.testing.assert_allclose(jdam.energy(memory, query, 10.0), expected, rtol=1e-5)
 
 
-@some_kinds
+@some_and_clouds
 def test_constants_inside_jit(rng, kind):
     """Concrete arrays closed over by a traced function are checked as usual."""
     memory, query = problem(rng, kind)
@@ -201,7 +201,7 @@ def test_vmap_over_queries_and_betas_is_a_loop(rng, kind):
         alike(jax.tree.map(lambda x: x[2], many), one, rtol=1e-9, atol=1e-12)
 
 
-@some_kinds
+@some_and_clouds
 def test_vmap_over_memories(rng, kind):
     make, geometry = KINDS[kind]
     patterns = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]), make(rng, 8, 3))
@@ -229,7 +229,7 @@ def test_one_bad_query_among_a_thousand(rng, kind):
     )
 
 
-@some_kinds
+@some_and_clouds
 def test_block_size_changes_nothing(rng, kind):
     memory, query = problem(rng, kind, num=7)
     results = [
@@ -337,7 +337,7 @@ def test_single_precision_follows_double(rng, kind):
         alike(single, double, rtol=2e-4, atol=2e-5)
 
 
-@some_kinds
+@some_and_clouds
 @pytest.mark.parametrize("beta", [0.0, -1.0, float("nan"), float("inf")])
 def test_bad_beta(rng, kind, beta):
     memory, query = problem(rng, kind)
