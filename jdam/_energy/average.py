@@ -39,8 +39,7 @@ def start(memory: Memory, query: AnyMeasure) -> Start:
         return found.pull, found.inliers
 
     shapes = jax.eval_shape(compare, memory, query)
-    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape[1:], shape.dtype), shapes)
-    pull, inliers = zeros
+    pull, inliers = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
     return Start(pull, inliers, memory.geometry.first_guess(memory.prepared))
 
 
@@ -127,18 +126,15 @@ def _in_two_sweeps(
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
         pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), start.pull)
     unsolved = psum(unsolved_mass(found, weights), layout)
-    index = heaviest(all_weights, everything[0])
-    here = index - first_index(num, layout)
-    inliers = None if start.inliers is None else found.inliers
-    rows = Nearest(
-        jnp.arange(num, dtype=jnp.int32) + first_index(num, layout), found.divergence, inliers
-    )
-    nearest = jax.tree.map(lambda leaf: leaf[jnp.clip(here, 0, num - 1)], rows)
+    pattern = heaviest(all_weights, everything[0])
+    row = pattern - first_index(num, layout)
+    inliers = None if start.inliers is None else found.inliers[jnp.clip(row, 0, num - 1)]
+    inliers = of_one_part(inliers, (row >= 0) & (row < num), layout)
     return Evaluation(
         view=view,
         energy=settings.separation.energy(*everything, beta),
         pull=psum(pull, layout),
-        nearest=of_one_part(nearest, nearest.pattern == index, layout),
+        nearest=Nearest(pattern, everything[0][pattern], inliers),
         weight=all_weights.max(),
         unsolved=jax.lax.stop_gradient(unsolved),
         neglected=jnp.zeros_like(beta),

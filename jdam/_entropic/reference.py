@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import Pair, Solver, State, log
-from jdam._entropic.response import respond
+from jdam._entropic.response import Columns, columns_of
 
 
 def solve_by_ott(solver: Solver, pair: Pair) -> State:
@@ -26,25 +26,21 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
     # Users may have set JAX to be stricter than ott-jax is.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         g, count = iterate(solver, pair, geometry)
-    found, missed = _missed(solver, pair, g)
+    columns = columns_of(solver.cost, g, pair)
     held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
     return State(
-        f=found.potential,
+        f=columns.response.potential,
         g=g,
-        gradient=found.gradient,
-        error=missed,
+        gradient=columns.response.gradient,
+        error=_missed(columns),
         iterations=count,
-        newton=jnp.zeros_like(missed),
+        newton=jnp.zeros_like(pair.marginals.epsilon),
         largest=jnp.where(held, cost, 0).max() / pair.marginals.epsilon,
     )
 
 
-def _missed(solver: Solver, pair: Pair, g: Array) -> tuple[Any, Float[Array, ""]]:
-    """The response to g, and how far off the columns of the plan are."""
-    found, (_, a, _, b, marginals) = respond(solver.cost, g, pair.turned()), pair
-    columns = b * ((a * marginals.share(found.potential)) @ found.density)
-    wanted = b * marginals.share(jnp.where(b > 0, g, 0))
-    return found, jnp.abs(columns - wanted).sum()
+def _missed(columns: Columns) -> Float[Array, ""]:
+    return jnp.abs(columns.found - columns.wanted).sum()
 
 
 def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
@@ -70,7 +66,7 @@ def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
         f = answer(jnp.zeros_like(a), g, b, 1)
         g = answer(f, jnp.zeros_like(b), a, 0)
         g = g + marginals.translation(answer(jnp.zeros_like(a), g, b, 1), a, g, b)
-        return count + 1, g, _missed(solver, pair, g)[1]
+        return count + 1, g, _missed(columns_of(solver.cost, g, pair))
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         count, _, missed = carry

@@ -41,6 +41,22 @@ def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
     )
 
 
+class Columns(NamedTuple):
+    """The plan of g and the response f to it, which is right in its rows."""
+
+    response: Response
+    found: Float[Array, " m"]  # what its columns sum to
+    wanted: Float[Array, " m"]  # what they should: b e^(−g/ρ)
+
+
+def columns_of(cost: Cost, g: Float[Array, " m"], pair: Pair) -> Columns:
+    """The columns of the plan of g: as wanted if g is the solution."""
+    response, marginals = respond(cost, g, pair.turned()), pair.marginals
+    rows = pair.a * marginals.share(response.potential)
+    wanted = pair.b * marginals.share(jnp.where(pair.b > 0, g, 0))
+    return Columns(response, pair.b * (rows @ response.density), wanted)
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def respond_in_tiles(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
     """`respond` without the density; of a vmapped batch, a few pairs at a time."""

@@ -256,7 +256,7 @@ def conjugate_gradients(
 ) -> tuple[Array, Array]:
     """The solution of a semidefinite system, preconditioned by its diagonal, to a relative L1
     residual `precision`, and the number of iterations. Where it breaks down it stops."""
-    least = float(jnp.finfo(right.dtype).tiny) ** 0.5
+    least = _least(right)
     inverse = jnp.where(diagonal > least, 1 / jnp.maximum(diagonal, least), 0)
     goal = precision * jnp.abs(right).sum()
 

@@ -39,7 +39,7 @@ from jdam._entropic.problem import (
     soft_minimum,
 )
 from jdam._entropic.reference import solve_by_ott
-from jdam._entropic.response import Response, respond, respond_in_tiles
+from jdam._entropic.response import Response, columns_of, respond_in_tiles
 from jdam._entropic.scaling import conjugate_gradients, finish, first_burst, unsolved
 
 
@@ -74,19 +74,14 @@ def _couple_jvp(
     (pair, _), (dpair, _) = primals, tangents  # the guess changes nothing
     marginals = pair.marginals
 
-    def answer(g: Array, pair: Pair) -> tuple[Response, Array, Array]:
-        found = respond(solver.cost, g, pair.turned())
-        mass = pair.a * pair.marginals.share(found.potential)
-        columns, wanted = pair.b * (mass @ found.density), pair.b * pair.marginals.share(g)
-        return found, columns, wanted - columns
-
+    answer = partial(columns_of, solver.cost)
     # Where columns are as wanted, (∂(columns − wanted)/∂g) dg = (∂(wanted − columns)/∂pair) dpair.
     a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.damping
-    (found, columns, _), (*_, dmissing) = jvp(partial(answer, solved.g), (pair,), (dpair,))
+    (found, columns, wanted), moved = jvp(partial(answer, solved.g), (pair,), (dpair,))
     density, mass = found.density, a * marginals.share(found.potential)
     diagonal = columns
     if marginals.rho is not None:
-        diagonal = columns + b * marginals.share(solved.g) * (marginals.epsilon / marginals.rho)
+        diagonal = columns + wanted * (marginals.epsilon / marginals.rho)
 
     def hessian(d: Array) -> Array:
         crossed = b * ((mass * (density @ (b * d))) @ density)
@@ -101,7 +96,7 @@ def _couple_jvp(
         precision = float(jnp.finfo(right.dtype).eps)
         return conjugate_gradients(matvec, right, scale, precision, 2 * right.size + 50)[0]
 
-    right = marginals.epsilon * jnp.where(on, dmissing, 0)
+    right = marginals.epsilon * jnp.where(on, moved.wanted - moved.found, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
     _, (dfound, *_) = jvp(answer, (solved.g, pair), (dg, dpair))
     none = jnp.zeros_like(solved.error)
@@ -137,14 +132,14 @@ def change_by_marginals(
     marginals, g = pair.marginals, jnp.where(pair.b > 0, back.potential, 0)
     f = jnp.where(pair.a > 0, f, 0)
     rows, columns = pair.a * marginals.share(f), pair.b * marginals.share(g)
-    priced = jnp.vdot(rows, f) + jnp.vdot(columns, g) - jnp.vdot(columns, back.spent)
+    priced = jnp.vdot(rows, f) + jnp.vdot(columns, g)  # ⟨P, f⊕g⟩
+    entropy = (priced - jnp.vdot(columns, back.spent)) / marginals.epsilon
     if marginals.rho is None:
-        return vdot(priced / marginals.epsilon, dmarginals.epsilon)
-    unpaid = jnp.vdot(pair.a, marginals.dual(f)) + jnp.vdot(pair.b, marginals.dual(g))
-    lost = jnp.vdot(pair.b, marginals.dual(g)) / marginals.rho  # 1 − ΣP
-    total = vdot(priced / marginals.epsilon + lost, dmarginals.epsilon)
-    spent = jnp.vdot(rows, f) + jnp.vdot(columns, g)
-    return total + vdot((unpaid - spent) / marginals.rho, dmarginals.rho)
+        return vdot(entropy, dmarginals.epsilon)
+    first, second = (jnp.vdot(w, marginals.dual(p)) for w, p in ((pair.a, f), (pair.b, g)))
+    lost = second / marginals.rho  # 1 − ΣP
+    relaxed = (first + second - priced) / marginals.rho
+    return vdot(entropy + lost, dmarginals.epsilon) + vdot(relaxed, dmarginals.rho)
 
 
 def _sharpened(cost: Cost, state: State, pair: Pair) -> State:

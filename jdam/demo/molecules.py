@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jdam
-from jdam.demo import spacing
+from jdam.demo import finish, spacing
 
 SMALLEST = 8  # atoms of a molecule
 EPSILON, RHO, KAPPA = 0.05, 0.1, 20.0  # Å², Å², 1/Å²
@@ -34,6 +34,7 @@ class Molecule:
 
 
 def load_molecules() -> list[Molecule]:
+    """Those of the G2 set with `SMALLEST` atoms and more."""
     from ase.collections import g2
 
     found = [Molecule(name, g2[name].positions, g2[name].numbers) for name in g2.names]
@@ -83,6 +84,7 @@ def damage(
 
 
 def clouds(atoms: list[np.ndarray]) -> jdam.PointCloud:
+    """Atoms (n, 3) of any numbers as uniform clouds of one batch."""
     return jdam.PointCloud.from_ragged([points.astype(np.float32) for points in atoms])
 
 
@@ -204,6 +206,7 @@ def error(molecule: Molecule, atoms: np.ndarray) -> float:
 
 
 def table(molecules: list[Molecule], outcomes: dict[tuple[str, str], Outcome]) -> str:
+    """A line for each method: right molecules by damage, error of the atoms, time."""
     head = f"{'right molecule, %':36}" + "".join(f"{damage:>15}" for damage in DAMAGES)
     head += f"{'Å to truth':>13}{'ms/cue':>9}"
     lines = [head, "─" * len(head)]
@@ -270,20 +273,13 @@ def draw(
             axis.set_xlabel(guess.name, fontsize=11)
         line[0].set_ylabel(damage, fontsize=13)
         line[0].set_xlabel(molecule.name, fontsize=11)
-        low, high = ((cue - where[0]) @ view).min() - 1, ((cue - where[0]) @ view).max() + 1
-        reach = max(abs(low), abs(high), 3.2)
+        reach = max(np.abs((cue - where[0]) @ view).max() + 1, 3.2)
         for axis in line:
             axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[])
             axis.set_aspect("equal")
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=13)
-    figure.suptitle(
-        "A molecule from damaged cues: unbalanced transport tells which atoms belong, and to what. "
-        "Framed red: another molecule.",
-        fontsize=14,
-    )
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    caption = "A molecule from damaged cues: unbalanced transport tells which atoms belong, and to "
+    caption += "what. Framed red: another molecule."
+    finish(figure, axes, titles, caption, path=path, dpi=90)
 
 
 def _atoms(

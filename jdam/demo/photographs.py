@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jdam
-from jdam.demo import spacing
+from jdam.demo import finish, spacing
 
 BLOCK = 32
 
@@ -233,15 +233,9 @@ def draw(path: Path, rows: list[tuple[str, list[tuple[np.ndarray, np.ndarray | N
                     Rectangle(corner, BLOCK - 1, BLOCK - 1, fill=False, ec="#ff2d55b0", lw=0.8)
                 )
             axis.set_xlabel(f"{100 * correct.mean():.0f} % of blocks right", fontsize=10)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=13)
-    figure.suptitle(
-        "Each block is a Gaussian; recall moves its pixels by optimal transport. "
-        "Framed: recalled as another block.",
-        fontsize=14,
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    caption = "Each block is a Gaussian; recall moves its pixels by optimal transport. "
+    caption += "Framed: recalled as another block."
+    finish(figure, axes, titles, caption, path=path, dpi=110)
 
 
 def run(rng: np.random.Generator, beta: float, out: Path, tick: Callable[[str], None]) -> str:

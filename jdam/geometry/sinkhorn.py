@@ -230,15 +230,15 @@ class Sinkhorn(Geometry):
 
     def _by_gap(self, rho: Array, view: View, patterns: Patterns) -> Float[Array, " B"]:
         """All mass of each cloud counted at the nearest points of balls that hold them; S ≥ 0."""
-        prepared, dim = patterns.prepared, patterns.measures.dim
+        prepared, clouds = patterns.prepared, patterns.measures
         shift = view.centre[None] - prepared.centre
         distance = safe_sqrt(jnp.vecdot(shift, shift))
         radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
-        error = rounding(dim, shift.dtype)
+        error = rounding(clouds.dim, shift.dtype)
         gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
         selves = (view.known.cost + prepared.known.cost) / 2
         cost = cost_of_masses(self.epsilon, rho, gap**2 / 2)
-        slack = rounding(view.query.num_atoms + len(prepared.radius), shift.dtype) * rho
+        slack = rounding(view.query.num_atoms + clouds.num_atoms, shift.dtype) * rho
         return jnp.maximum(cost - selves - slack, 0)
 
     def _by_dual(
