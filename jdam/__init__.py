@@ -48,6 +48,7 @@ from jdam._learning.fit import descend as descend
 from jdam._learning.fit import fit as fit
 from jdam._learning.fit import recall_error as recall_error
 from jdam._measures.base import Measure as Measure
+from jdam._measures.batches import stack as stack
 from jdam._measures.gaussian import DiagonalGaussian as DiagonalGaussian
 from jdam._measures.gaussian import Gaussian as Gaussian
 from jdam._measures.point_cloud import PointCloud as PointCloud

@@ -10,7 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 
-def is_concrete(*arrays: Array) -> bool:
+def is_concrete(*arrays: Array | np.ndarray) -> bool:
     """Whether the values can be looked at, which is not so under jit, vmap or grad."""
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
@@ -18,7 +18,8 @@ def is_concrete(*arrays: Array) -> bool:
 def float_array(name: str, value: ArrayLike) -> Array:
     """`value` as a JAX array of floating dtype."""
     try:
-        array = jnp.asarray(value)
+        # `device_put` compiles nothing.
+        array = jax.device_put(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array of floats; got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -40,11 +41,21 @@ def same_dtype(**arrays: Array) -> None:
             )
 
 
-def finite(name: str, array: Array) -> None:
+def _within_reach(array: Array | np.ndarray) -> tuple[Any, Any]:
+    """NumPy and the values where they are in the host's memory, for every new shape of a JAX array
+    is compiled; else JAX and the array."""
+    if isinstance(array, Array):
+        here = array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
+        return (np, np.asarray(array)) if here else (jnp, array)
+    return np, array
+
+
+def finite(name: str, array: Array | np.ndarray) -> None:
     """Raise if a concrete array holds NaN or infinity; traced values pass."""
     if is_concrete(array):
         with jax.ensure_compile_time_eval():
-            bad = int((~jnp.isfinite(array)).sum())
+            xp, values = _within_reach(array)
+            bad = int((~xp.isfinite(values)).sum())
         if bad:
             raise ValueError(
                 f"{name} must be finite; got {bad} of {array.size} entries NaN or infinite"
@@ -55,7 +66,7 @@ def nonnegative(name: str, array: Array) -> None:
     """Raise if a concrete array holds a negative entry; traced values pass."""
     if is_concrete(array) and array.size:
         with jax.ensure_compile_time_eval():
-            lowest = float(array.min())
+            lowest = float(_within_reach(array)[1].min())
         if lowest < 0:
             raise ValueError(f"{name} must be ≥ 0; got {lowest:g}")
 
@@ -82,7 +93,7 @@ def positive(name: str, value: Any, dtype: jnp.dtype, *, or_zero: bool = False) 
         raise ValueError(f"{name} must be finite and {wanted}; got {number:g}")
     if not float(limits.tiny) <= number <= float(limits.max):
         raise ValueError(f"{name} must be within the range of {dtype}; got {number:g}")
-    return jnp.asarray(number, dtype)
+    return jax.device_put(np.asarray(number, dtype))  # which compiles nothing
 
 
 def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:

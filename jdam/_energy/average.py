@@ -95,7 +95,7 @@ def _in_one_sweep(
     nothing = separation.empty(start, memory.dtype)
     sums, guesses = sweep.over(memory, view, blocks, nothing, beta)
     sums = separation.merge(sums, beta, memory.layout)
-    return separation.finish(sums, beta, view, _in_a_row(guesses, len(memory)))
+    return separation.finish(sums, beta, view, _in_a_row(guesses, memory.capacity))
 
 
 def _in_two_sweeps(
@@ -103,7 +103,7 @@ def _in_two_sweeps(
 ) -> Evaluation:
     """By weights that are known only when all divergences are: a sweep for these, and one for the
     pulls unless one block is all."""
-    view, layout, num = memory.geometry.view(query), memory.layout, len(memory)
+    view, layout, num = memory.geometry.view(query), memory.layout, memory.capacity
     blocks = cut_into_blocks(memory, settings.block_size, start.guess)
     at_once = start.pull is not None and batch_size(blocks) == 1  # all pulls fit in memory
 
@@ -126,7 +126,7 @@ def _in_two_sweeps(
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
         pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), start.pull)
     unsolved = psum(unsolved_mass(found, weights), layout)
-    pattern = heaviest(all_weights, everything[0])
+    pattern = heaviest(all_weights, *everything)
     row = pattern - first_index(num, layout)
     inliers = None if start.inliers is None else found.inliers[jnp.clip(row, 0, num - 1)]
     inliers = of_one_part(inliers, (row >= 0) & (row < num), layout)
@@ -154,7 +154,7 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
     blocks, view = cut_into_blocks(memory, None, None), memory.geometry.view(query)
     divergences = Sweep(keep).over(memory, view, blocks, None)[1]
-    result: Array = all_rows(_in_a_row(divergences, len(memory)), memory.layout)
+    result: Array = all_rows(_in_a_row(divergences, memory.capacity), memory.layout)
     return result
 
 
@@ -206,7 +206,7 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block
 
     The last block is filled up with copies of the last pattern, switched off by the prior.
     """
-    num = len(memory)
+    num = memory.capacity
     size = block_size or memory.geometry.batch_sizes(memory.patterns).patterns
     # Blocks that N is a multiple of need no filling, and so no copy of the memory.
     size = next((s for s in range(min(size, num), size // 2, -1) if num % s == 0), size)

@@ -81,7 +81,7 @@ class Certified(Search):
     def queries_at_once(self, memory: Memory) -> int:
         # Bounds of all patterns, a few numbers for each, stay within some tens of megabytes.
         most = 64 if jax.default_backend() == "cpu" else 1024
-        return max(1, min(most, 2**22 // len(memory)))
+        return max(1, min(most, 2**22 // memory.capacity))
 
     def start(self, memory: Memory, query: AnyMeasure) -> Start:
         first = start(memory, query)
@@ -149,7 +149,7 @@ def _evaluate(
 
 def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted: Start) -> _Hunt:
     """Candidates compared until the rest is proved not to matter, or there are enough."""
-    num, layout = len(memory), memory.layout
+    num, layout = memory.capacity, memory.layout
     size, turns = search.sizes(num)
     start = _Hunt(
         floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
@@ -199,7 +199,7 @@ def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) 
     Each bound waits for a turn with candidates of the bound before: the better these, the fewer
     patterns need it."""
     memory, _, beta = args
-    _, most = search.sizes(len(memory))
+    _, most = search.sizes(memory.capacity)
     goal = _goal(search, memory.layout)
 
     def turn(hunt: _Hunt) -> _Hunt:
@@ -248,7 +248,7 @@ def _relative_mass(floor: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
 def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
     """One turn: the patterns of least bound are compared."""
     memory, view, beta = args
-    size, _ = search.sizes(len(memory))
+    size, _ = search.sizes(memory.capacity)
     index, on = _least(_open(hunt), size)
     block = _take(memory, index, on)
     found = memory.geometry.compare(view, block.patterns)
@@ -265,7 +265,7 @@ def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
 def _sharpen(number: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
     """The patterns of least bound get the bound of this number."""
     memory, view, beta = args
-    size = min(len(memory), SHARPENED[min(number, len(SHARPENED)) - 1])
+    size = min(memory.capacity, SHARPENED[min(number, len(SHARPENED)) - 1])
     index, _ = _least(jnp.where(hunt.bounded < number, hunt.floor, jnp.inf), size)
     block = _take(memory, index, jnp.ones_like(index, bool))
     bounds = _bounds(memory)[number](view, block.patterns)
@@ -276,11 +276,11 @@ def _sharpen(number: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _
 
 
 def _least(floor: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """The indices of the least entries, and which of them are finite."""
+    """The indices of the least entries, and which of them are not ∞."""
     # Selection is fast in single precision only, and order need not be exact.
     shifted = (floor - jnp.where(jnp.isfinite(floor), floor, jnp.inf).min()).astype(jnp.float32)
     _, index = jax.lax.top_k(-shifted, size)
-    return index, floor[index] < jnp.inf
+    return index, floor[index] != jnp.inf  # NaN has to be seen
 
 
 def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Block:
@@ -289,7 +289,7 @@ def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Blo
     patterns, prepared, prior = jax.tree.map(lambda leaf: leaf[index], rows)
     prior = jnp.zeros(index.shape, memory.dtype) if prior is None else prior
     held = Patterns(patterns, prepared, memory.geometry.first_guess(prepared))
-    first = first_index(len(memory), memory.layout)
+    first = first_index(memory.capacity, memory.layout)
     return Block(first + index, held, jnp.where(on, prior, -jnp.inf))
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, Int
@@ -25,7 +26,8 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     **Arguments:** a `memory` and one `query` of its patterns' type, dimension and dtype.
     `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.
 
-    **Returns:** (N,), in squared units of distance.
+    **Returns:** (N,), in squared units of distance; ∞ for the free places of a memory with room
+    to grow.
 
     **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory.
     """
@@ -34,7 +36,13 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 @compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    return in_tiles(compare_all, queries_at_once(memory), memory, query)
+    return in_tiles(_at_patterns, queries_at_once(memory), memory, query)
+
+
+def _at_patterns(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+    """D(ξ, Xᵢ), ∞ for free places."""
+    found, occupied = compare_all(memory, query), memory.occupied
+    return found if occupied is None else jnp.where(occupied, found, jnp.inf)
 
 
 def queries_at_once(memory: Memory) -> int:
@@ -99,7 +107,7 @@ def _weigh(
         divergences = compare_all(memory, query)
         prior = all_rows(memory.log_prior, memory.layout)
         weights = separation.weights(divergences, prior, beta)
-        return weights, heaviest(weights, divergences)
+        return weights, heaviest(weights, divergences, prior)
 
     return in_tiles(at, queries_at_once(memory), memory, query, beta)
 

@@ -206,9 +206,14 @@ def _first(marks: Array) -> Int[Array, ""]:
     return jnp.where(marks, jnp.arange(size, dtype=jnp.int32), size - 1).min()
 
 
-def heaviest(weights: Float[Array, " N"], divergences: Float[Array, " N"]) -> Int[Array, ""]:
+def heaviest(
+    weights: Float[Array, " N"],
+    divergences: Float[Array, " N"],
+    log_prior: Float[Array, " N"] | None,
+) -> Int[Array, ""]:
     """The pattern of most weight, of several the nearest."""
-    candidates = jnp.where(weights == weights.max(), divergences, jnp.inf)
+    on = True if log_prior is None else log_prior != -jnp.inf
+    candidates = jnp.where((weights == weights.max()) & on, divergences, jnp.inf)
     return candidates.argmin().astype(jnp.int32)
 
 

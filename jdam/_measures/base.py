@@ -1,8 +1,9 @@
 """What all measures share."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeAlias, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeAlias, TypeVar, get_type_hints
 
 import equinox as eqx
 import jax
@@ -32,8 +33,14 @@ class Measure(eqx.Module):
     space. `batch_shape`, `dim`, `dtype`, indexing and the repr follow from that.
 
     To let an optimizer move a measure, override `to_free` and `from_free` where arrays are
-    constrained, and `redundant` where different arrays are the same measure.
+    constrained, and `redundant` where different arrays are the same measure. Where measures of
+    different sizes may be stored together, as clouds of few and of many atoms, `padding` says how
+    arrays are filled up without changing the measure.
     """
+
+    #: For each axis that may be longer than a measure needs, how each array that has it is filled
+    #: up: a mode of `numpy.pad`, of which "constant" means zeros.
+    padding: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -76,6 +83,14 @@ class Measure(eqx.Module):
         picked: Kind = jax.tree.map(lambda leaf: leaf[index], self)
         return picked
 
+    def padded(self: Kind, **sizes: int) -> Kind:
+        """The same measure with axes of these names filled up to at least these lengths."""
+        measure = self
+        for axis, size in sizes.items():
+            if size > self.sizes[axis]:
+                measure = _filled_up(measure, axis, size - self.sizes[axis])
+        return measure
+
     def to_free(self: Kind) -> Kind:
         """Coordinates without constraints, in the same arrays: by default the arrays themselves."""
         return self
@@ -109,6 +124,22 @@ def _axes(kind: type[Measure]) -> dict[str, tuple[str, ...]]:
     return axes
 
 
+def _filled_up(measure: Kind, axis: str, missing: int) -> Kind:
+    """The measure with `missing` more entries along an axis."""
+    filled = {}
+    for name, axes in _axes(type(measure)).items():
+        if axis in axes:
+            array, mode = getattr(measure, name), measure.padding[axis][name]
+            widths = [(0, 0)] * array.ndim
+            widths[axes.index(axis) - len(axes)] = (0, missing)
+            # On the host where arrays are there: JAX would compile every shape.
+            pad: Any = np.pad if isinstance(array, np.ndarray) else jnp.pad
+            filled[name] = pad(array, widths, mode=mode)
+    picked = lambda m: [getattr(m, name) for name in filled]  # noqa: E731
+    longer: Kind = eqx.tree_at(picked, measure, list(filled.values()))
+    return longer
+
+
 def to_free(measure: AnyMeasure) -> AnyMeasure:
     """`Measure.to_free`; vectors are free."""
     return measure.to_free() if isinstance(measure, Measure) else measure
@@ -128,7 +159,7 @@ def dim_of(measure: AnyMeasure) -> int | None:
 
 def any_of(measures: AnyMeasure) -> AnyMeasure:
     """A single measure of the shape of those of a batch, which may be empty, for checks of it."""
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), measures)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), measures)
 
 
 def with_leaves(measure: M, *leaves: Array) -> M:

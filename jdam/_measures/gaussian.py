@@ -1,6 +1,11 @@
 """Gaussian measures, stored as factors of their covariances."""
 
+import functools
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -9,7 +14,9 @@ from jdam._core import checks
 from jdam._core.compile import compiled
 from jdam._core.linalg import rotation_part, safe_sqrt
 from jdam._measures.base import Measure, with_leaves
+from jdam._measures.batches import join
 from jdam._measures.moments import covariance_root, moments
+from jdam._measures.ragged import build, check_ragged
 from jdam._measures.simplex import simplex_weights
 
 
@@ -28,6 +35,8 @@ class Gaussian(Measure):
 
     mean: Float[Array, "*batch d"]
     factor: Float[Array, "*batch d r"]
+
+    padding: ClassVar[Mapping[str, Mapping[str, str]]] = {"r": {"factor": "constant"}}
 
     def __init__(self, mean: ArrayLike, factor: ArrayLike):
         mean, factor = _mean_and("factor", mean, factor)
@@ -58,9 +67,7 @@ class Gaussian(Measure):
 
     def pad(self, rank: int) -> "Gaussian":
         """The same Gaussian with its factor padded with zero columns to at least `rank`."""
-        missing = max(0, rank - self.rank)
-        widths = [(0, 0)] * (self.factor.ndim - 1) + [(0, missing)]
-        return Gaussian(self.mean, jnp.pad(self.factor, widths)) if missing else self
+        return self.padded(r=rank)
 
     @classmethod
     def from_covariance(cls, mean: ArrayLike, covariance: ArrayLike) -> "Gaussian":
@@ -115,6 +122,31 @@ class Gaussian(Measure):
             weights = jnp.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
         weights = simplex_weights(weights, samples=samples)
         return cls(*moments(samples, weights))
+
+    @classmethod
+    def from_ragged_samples(
+        cls, samples: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None = None
+    ) -> "Gaussian":
+        """A batch (N,) of Gaussians, each with the mean and covariance of its own number of
+        samples, as `from_samples`; that of one sample is 0.
+
+        **Arguments:** `samples`, a list of N arrays (nᵢ, d), nᵢ ≥ 1, which may be less than d;
+        `weights`, a list of N arrays (nᵢ,) on the simplex, uniform if None.
+
+        **Returns:** (N,), factors with min(d, max nᵢ) columns.
+
+        **Raises:** as `from_samples`, naming the Gaussian; `ValueError` for empty or unequal lists
+        and for samples of different dimension.
+        """
+        given = check_ragged("samples", "Gaussian", samples, weights)
+        # Those of like number together: what is filled up is at most as much as is there.
+        alike: dict[int, dict[int, tuple[Array, Array]]] = {}
+        for i, pair in given.items():
+            alike.setdefault((len(pair[0]) - 1).bit_length(), {})[i] = pair
+        found = [build(cls.from_samples, "Gaussian", pairs) for pairs in alike.values()]
+        order = np.argsort([i for pairs in alike.values() for i in pairs])
+        gathered: Gaussian = functools.reduce(join, found)[order]
+        return gathered
 
 
 class DiagonalGaussian(Measure):

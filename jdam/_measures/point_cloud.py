@@ -1,11 +1,10 @@
 """Weighted point clouds: discrete measures."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.moments import weighted_mean
+from jdam._measures.ragged import build, check_ragged
 from jdam._measures.simplex import simplex_weights
 
 
@@ -32,6 +32,10 @@ class PointCloud(Measure):
 
     points: Float[Array, "*batch n d"]
     weights: Float[Array, "*batch n"]
+
+    padding: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "n": {"points": "edge", "weights": "constant"}
+    }
 
     def __init__(self, points: ArrayLike, weights: ArrayLike | None = None):
         points = checks.float_array("points", points)
@@ -68,12 +72,7 @@ class PointCloud(Measure):
 
     def pad(self, num_atoms: int) -> "PointCloud":
         """The same cloud with atoms of weight 0 added, copies of its last, up to `num_atoms`."""
-        batch = [(0, 0)] * len(self.batch_shape)
-        missing = (0, max(0, num_atoms - self.num_atoms))
-        return PointCloud(
-            jnp.pad(self.points, [*batch, missing, (0, 0)], mode="edge"),
-            jnp.pad(self.weights, [*batch, missing]),
-        )
+        return self.padded(n=num_atoms)
 
     @classmethod
     def from_ragged(
@@ -87,48 +86,4 @@ class PointCloud(Measure):
         **Raises:** as `PointCloud`, naming the cloud; `ValueError` for empty or unequal lists
         and for clouds of different dimension.
         """
-        if len(points) == 0:
-            raise ValueError("points must hold at least one cloud; got an empty list")
-        if weights is not None and len(weights) != len(points):
-            raise ValueError(
-                f"weights must hold one array for each of {len(points)} clouds; got {len(weights)}"
-            )
-        sizes = [np.shape(cloud) for cloud in points]
-        for i, shape in enumerate(sizes):
-            if len(shape) != 2 or 0 in shape or shape[1] != sizes[0][1]:
-                wanted = "(n, d), n, d ≥ 1, with one d for all"
-                raise ValueError(f"points of cloud {i} must have shape {wanted}; got {shape}")
-        if weights is None:
-            weights = [
-                np.full(n, 1 / n, _dtype(x)) for x, (n, _) in zip(points, sizes, strict=True)
-            ]
-        try:
-            atoms = max(n for n, _ in sizes)
-            padded = [_padded(x, atoms, mode="edge") for x in points]
-            return cls(_stack(padded), _stack([_padded(a, atoms) for a in weights]))
-        except (TypeError, ValueError):
-            for i, (x, a) in enumerate(zip(points, weights, strict=True)):
-                try:
-                    cls(x, a)
-                except (TypeError, ValueError) as error:
-                    raise type(error)(f"cloud {i}: {error}") from error
-            raise
-
-
-def _dtype(points: ArrayLike) -> Any:
-    return points.dtype if hasattr(points, "dtype") else jnp.zeros(()).dtype
-
-
-def _padded(array: Any, atoms: int, **mode: Any) -> Array | np.ndarray:
-    # On the host where possible: padding each shape by JAX would compile each.
-    traced = isinstance(array, jax.core.Tracer)
-    array = array if traced else np.asarray(array)
-    widths = [(0, atoms - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
-    return jnp.pad(array, widths, **mode) if traced else np.pad(array, widths, **mode)
-
-
-def _stack(arrays: list[Any]) -> Array | np.ndarray:
-    traced = any(isinstance(array, jax.core.Tracer) for array in arrays)
-    if len({str(array.dtype) for array in arrays}) > 1:
-        raise TypeError("clouds must have one dtype; convert them")
-    return jnp.stack(arrays) if traced else np.stack(arrays)
+        return build(cls, "cloud", check_ragged("points", "cloud", points, weights))

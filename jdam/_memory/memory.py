@@ -1,6 +1,6 @@
 """The memory: patterns, their geometry and their prior, immutable."""
 
-from dataclasses import replace
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -9,15 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, UInt
+from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
-from jdam._core.compile import compiled, float_dtype, working_dtype
+from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
 from jdam._measures.base import AnyMeasure, Measure, any_of, dim_of
+from jdam._measures.batches import as_batch, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.point_cloud import PointCloud
+from jdam._memory import places
+from jdam._memory.prepared import fingerprint, prepare, units
 from jdam.geometry import Bures, Euclidean, Geometry
 
 
@@ -25,12 +28,23 @@ class Memory(eqx.Module):
     """N stored measures X₁…X_N, as `jdam.store` makes it: a frozen pytree.
 
     `len(memory)` is N, `memory[i]` the i-th pattern, `memory[1:3]` a batch of patterns;
-    `append` and `remove` return new memories.
+    `append`, `replace` and `remove` return new memories.
+
+    **Room to grow.** With `jdam.store(…, capacity=C)` a memory has C places, of which the first N
+    hold patterns. `append`, `replace` and `remove` then change values but no shapes: nothing is
+    compiled again while there is room, and they work inside `jax.jit` and `jax.lax.scan`. An
+    append prepares its own patterns only; with `jax.jit(jdam.Memory.append, donate_argnums=0)`
+    nothing else is copied either. `memory.reserve(2 * memory.capacity)` doubles the room. What has
+    an entry for each pattern has one for each place: a free place is infinitely far, weighs 0 and
+    is never `nearest`. Inside `jax.jit` the number of patterns is not known when shapes are:
+    `memory.size` is it, where `len(memory)` raises. What overfills a memory there, removes its last
+    pattern or names places that hold none, cannot raise; the memory then is NaN, and every recall
+    says `Status.NONFINITE`.
 
     What geometries compute of patterns once (`prepared`) belongs to these patterns and this
     geometry. Where they were changed behind its back, by `eqx.tree_at` or an optimizer's updates,
     it is not used but counts as NaN, which a recall reports as `Status.NONFINITE`. To learn a
-    memory outside of `jdam.fit`, let the loss `store` the patterns: it is differentiable.
+    memory outside of `jdam.fit`, use `jdam.parametrize`.
     """
 
     patterns: AnyMeasure
@@ -43,14 +57,40 @@ class Memory(eqx.Module):
     layout: Layout | None = eqx.field(static=True, default=None)
     #: Then also the `Geometry.scale` and `resolution` of all patterns, of which a device has some.
     units: tuple[Array, Array] | None = None
+    #: The number of places that hold patterns, the first ones, if there is room for more.
+    size: Int[Array, ""] | None = None
 
     def __len__(self) -> int:
+        if self.size is None:
+            return self.capacity
+        if not checks.is_concrete(self.size):
+            raise TypeError(
+                "a memory with room to grow has no length inside jax.jit: memory.size is the "
+                "traced number of patterns, memory.capacity that of places"
+            )
+        return int(self.size)
+
+    @property
+    def capacity(self) -> int:
+        """The number of places for patterns: N if there is no room to grow."""
         if self.layout is not None and not self.layout.inside:
             return self.layout.length
         return batch_size(self.patterns)
 
+    @property
+    def occupied(self) -> Bool[Array, " N"] | None:
+        """Which places hold patterns; None if all do."""
+        if self.size is None:
+            return None
+        return jnp.arange(self.capacity, dtype=jnp.int32) < self.size
+
     def __getitem__(self, index: Any) -> AnyMeasure:
+        if isinstance(index, Array) and not checks.is_concrete(index):
+            place = self._from_start(index)
+            return jax.tree.map(lambda leaf: leaf[place], self.patterns)
         checks.index(index, len(self), "a memory")
+        if isinstance(index, int | np.integer):
+            return jax.tree.map(lambda leaf: leaf[index % len(self)], self.patterns)
         # Parts of a sharded memory are filled up.
         return jax.tree.map(lambda leaf: leaf[: len(self)][index], self.patterns)
 
@@ -59,11 +99,18 @@ class Memory(eqx.Module):
         """The floating dtype of the patterns."""
         return float_dtype(self.patterns)
 
+    @property
+    def log_weights(self) -> Float[Array, " N"]:
+        """`log_prior`, or zeros."""
+        if self.log_prior is None:
+            return jnp.zeros(self.capacity, self.dtype)
+        return self.log_prior
+
     def units_of_patterns(self) -> tuple[Array, Array]:
         """`Geometry.scale` and `Geometry.resolution` of all patterns."""
         if self.units is not None:
             return self.units
-        return _units(self.patterns, self.geometry)
+        return units(self.patterns, self.geometry, self.occupied)
 
     def trusted(self) -> "Memory":
         """The memory with NaN for what was prepared of other patterns or another geometry."""
@@ -74,18 +121,102 @@ class Memory(eqx.Module):
             lambda leaf: jnp.where(stale.reshape(-1, *[1] * (leaf.ndim - 1)), jnp.nan, leaf),
             self.prepared,
         )
-        return replace(self, prepared=rows)
+        return dataclasses.replace(self, prepared=rows)
 
-    def append(self, patterns: AnyMeasure, *, log_prior: ArrayLike | None = None) -> "Memory":
-        """A memory with `patterns`, a batch (M,) or a single measure, added at the end.
+    def append(self, patterns: AnyMeasure, log_prior: ArrayLike | None = None) -> "Memory":
+        """A memory with `patterns`, a batch (M,), a list or a single measure, added at the end.
 
-        Factors of different rank are padded with zeros, clouds with atoms of weight 0. Where
-        only one side has a `log_prior`, the other's is log 1 = 0. `log_prior` is (M,) or one number
-        for all of them. No patterns, M = 0, change nothing.
+        Factors of lower rank are padded with zeros, smaller clouds with atoms of weight 0; without
+        a capacity the memory's own are too. Where only one side has a `log_prior`, the other's is
+        log 1 = 0. `log_prior` is (M,) or one number for all of them. No patterns, M = 0, change
+        nothing.
 
-        **Raises:** as `store`, and `ValueError` for a sharded memory.
+        **Raises:** as `store`; `ValueError` for a sharded memory and, with a capacity, for more
+        patterns than there is room for, or larger ones than those it holds.
         """
         self._check_in_one_piece()
+        patterns = self._rows(patterns)
+        count = batch_size(patterns)
+        prior = None if log_prior is None else _prior(patterns, log_prior)
+        if count == 0:
+            return self
+        if self.size is None:
+            joined = join(self.patterns, patterns)
+            if self.log_prior is None and prior is None:
+                return store(joined, self.geometry)
+            added = jnp.zeros(count, self.dtype) if prior is None else prior
+            priors = jnp.concatenate([self.log_weights, added])
+            return store(joined, self.geometry, log_prior=priors)
+        room = self.capacity - (len(self) if checks.is_concrete(self.size) else 0)
+        if count > room:
+            raise ValueError(
+                f"patterns must be at most {room}, for which the memory has room, of its capacity "
+                f"{self.capacity}; got {count}: memory.reserve({2 * self.capacity}) doubles it"
+            )
+        grown: Memory = places.append(self, self._as_large(patterns), prior)
+        return grown
+
+    def replace(self, indices: int | ArrayLike, patterns: AnyMeasure) -> "Memory":
+        """A memory with other `patterns`, (M,), at the integers `indices`, (M,), or with one
+        measure at one index. Their prior stays.
+
+        **Raises:** as `append`; `IndexError` for indices at which there is no pattern.
+        """
+        self._check_in_one_piece()
+        index = self._indices(indices)
+        patterns = self._rows(patterns)
+        if index.ndim > 1 or index.size != batch_size(patterns):
+            raise ValueError(
+                f"indices must be {batch_size(patterns)}, one for each of patterns; "
+                f"got shape {index.shape}"
+            )
+        changed: Memory = places.replace(self, index.reshape(-1), self._as_large(patterns))
+        return changed
+
+    def remove(self, indices: int | ArrayLike) -> "Memory":
+        """A memory without the patterns at `indices`, an int or integers (M,); later ones move up.
+
+        **Raises:** `IndexError` for indices at which there is no pattern, `ValueError` if none
+        would be left, `TypeError` inside `jax.jit` for a memory without a capacity.
+        """
+        self._check_in_one_piece()
+        drop = self._indices(indices)
+        if drop.size == 0:
+            return self
+        if not checks.is_concrete(drop) and self.size is None:
+            raise TypeError(
+                "indices must be known outside of jax.jit, or the memory have a capacity: "
+                "jdam.store(…, capacity=…)"
+            )
+        if checks.is_concrete(drop) and (self.size is None or checks.is_concrete(self.size)):
+            keep = np.delete(np.arange(len(self)), np.asarray(drop))
+            if keep.size == 0:
+                raise ValueError("indices must leave at least one pattern; got all of them")
+            if self.size is None:
+                kept, prior = jax.tree.map(lambda leaf: leaf[keep], (self.patterns, self.log_prior))
+                return store(kept, self.geometry, log_prior=prior)
+        shorter: Memory = places.remove(self, drop.reshape(-1))
+        return shorter
+
+    def reserve(self, capacity: int) -> "Memory":
+        """The same memory with room for `capacity` patterns in all; nothing is prepared anew.
+
+        **Raises:** `TypeError` or `ValueError` for a capacity that is no int or less than N.
+        """
+        self._check_in_one_piece()
+        capacity = checks.positive_int("capacity", capacity)
+        if capacity < length_or_capacity(self):
+            raise ValueError(f"capacity must be ≥ N = {length_or_capacity(self)}; got {capacity}")
+        roomy: Memory = places.reserve(self, capacity)
+        return roomy
+
+    def _check_in_one_piece(self) -> None:
+        if self.layout is not None:
+            raise ValueError("a sharded memory is fixed: change it before jdam.shard")
+
+    def _rows(self, patterns: AnyMeasure) -> AnyMeasure:
+        """A batch of patterns, or one measure as one, that go with the memory's."""
+        patterns = as_batch(patterns)
         try:
             patterns = self.geometry.check("patterns", patterns, 1)
         except ValueError as of_batch:
@@ -93,46 +224,66 @@ class Memory(eqx.Module):
                 patterns = self.geometry.check("patterns", patterns, 0)
             except ValueError:
                 raise of_batch from None
-            patterns = jax.tree.map(lambda leaf: leaf[None], patterns)
+            patterns = jax.tree.map(_as_row, patterns)
         check_against(self, "patterns", any_of(patterns))
-        added = None if log_prior is None else _prior(patterns, log_prior)
-        if batch_size(patterns) == 0:
-            return self
-        joined = self.geometry.join(self.patterns, patterns)
-        if self.log_prior is None and added is None:
-            return store(joined, self.geometry)
-        prior = [_prior_or_zero(self.patterns, self.log_prior), _prior_or_zero(patterns, added)]
-        return store(joined, self.geometry, log_prior=jnp.concatenate(prior))
+        for leaf in jax.tree.leaves(patterns):
+            checks.finite("patterns", leaf)
+        return patterns
 
-    def remove(self, indices: int | ArrayLike) -> "Memory":
-        """A memory without the patterns at `indices`, an int or integers (M,)."""
-        self._check_in_one_piece()
-        drop = np.asarray(indices)
-        if drop.size == 0:
-            return self
-        if not np.issubdtype(drop.dtype, np.integer) or drop.ndim > 1:
+    def _as_large(self, patterns: AnyMeasure) -> AnyMeasure:
+        """The patterns, filled up to the sizes of the memory's."""
+        if not isinstance(patterns, Measure):
+            return patterns
+        for axis, size in self.patterns.sizes.items():
+            fits = axis in patterns.padding
+            if patterns.sizes[axis] > size or (patterns.sizes[axis] < size and not fits):
+                raise ValueError(
+                    f"patterns must have {axis} {'≤' if fits else '='} {size}, for which the "
+                    f"memory has room; got {patterns.sizes[axis]}"
+                )
+        return patterns.padded(**{axis: self.patterns.sizes[axis] for axis in patterns.padding})
+
+    def _indices(self, indices: int | ArrayLike) -> Any:
+        """Integers, ≥ 0 and of patterns that are there as far as that is known."""
+        index = indices if isinstance(indices, Array) else np.asarray(indices)
+        if index.size and not jnp.issubdtype(index.dtype, jnp.integer):
             raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
-        if not (-len(self) <= drop.min() and drop.max() < len(self)):
+        if index.ndim > 1:
+            raise TypeError(f"indices must be an int or a list of ints; got shape {index.shape}")
+        if not checks.is_concrete(index) or not (
+            self.size is None or checks.is_concrete(self.size)
+        ):
+            return self._from_start(index)
+        index = np.asarray(index).astype(np.int32)
+        num = len(self)
+        if index.size and not (-num <= index.min() and index.max() < num):
             raise IndexError(
-                f"indices must be in [−N, N), N = {len(self)}; got {drop.min()} to {drop.max()}"
+                f"indices must be in [−N, N), N = {num}; got {index.min()} to {index.max()}"
             )
-        keep = np.delete(np.arange(len(self)), drop)
-        if keep.size == 0:
-            raise ValueError("indices must leave at least one pattern; got all of them")
-        kept, prior = jax.tree.map(lambda leaf: leaf[keep], (self.patterns, self.log_prior))
-        return store(kept, self.geometry, log_prior=prior)
+        return index % num
 
-    def _check_in_one_piece(self) -> None:
-        if self.layout is not None:
-            raise ValueError("a sharded memory is fixed: append and remove before jdam.shard")
+    def _from_start(self, index: Any) -> Int[Array, "..."]:
+        """Traced indices, of which those below 0 count from the end of what is stored."""
+        index = jnp.asarray(index, jnp.int32)
+        return jnp.where(index < 0, index + places.size_of(self), index)
 
     def __repr__(self) -> str:
         if not all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(self)):
             return super().__repr__()  # the shape of a memory, holding something else
-        kind = _describe(self.patterns)
-        prior = "" if self.log_prior is None else ", log_prior"
+        num: Any = self.capacity
+        if self.size is not None:
+            num = f"{len(self) if checks.is_concrete(self.size) else '…'} of {self.capacity}"
+        prior = ", log_prior" if self._has_prior() else ""
         spread = f", {self.layout.parts} shards" if self.layout else ""
-        return f"Memory({len(self)} × {kind}, {self.geometry}, {self.dtype.name}{prior}{spread})"
+        kind = _describe(self.patterns)
+        return f"Memory({num} × {kind}, {self.geometry}, {self.dtype.name}{prior}{spread})"
+
+    def _has_prior(self) -> bool:
+        if self.size is None or self.log_prior is None:
+            return self.log_prior is not None
+        if not checks.is_concrete(self.log_prior, self.size):
+            return True
+        return bool(np.asarray(self.log_prior)[: len(self)].any())
 
 
 def store(
@@ -140,19 +291,23 @@ def store(
     geometry: Geometry | None = None,
     *,
     log_prior: ArrayLike | None = None,
+    capacity: int | None = None,
 ) -> Memory:
     """A memory of `patterns`, a batch (N,) of measures.
 
     **Arguments:** `patterns`: a `Gaussian`, `DiagonalGaussian` or `PointCloud` with one batch
-    axis, or an array (N, d). `geometry`: if None, `Bures()` for Gaussians and `Euclidean()` for
-    arrays; point clouds need a `Sinkhorn(epsilon)`, whose self terms OT_ε(Xᵢ, Xᵢ) are computed
-    here, once. `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant;
-    πᵢ = 1 if None, and −inf switches a pattern off.
+    axis, a list of single ones, which is stacked (`jdam.stack`), or an array (N, d). `geometry`:
+    if None, `Bures()` for Gaussians and `Euclidean()` for arrays; point clouds need a
+    `Sinkhorn(epsilon)`, whose self terms OT_ε(Xᵢ, Xᵢ) are computed here, once. `log_prior` (N,):
+    log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if None, and −inf
+    switches a pattern off. `capacity` ≥ N: for how many patterns to make room, for a memory that
+    grows; see `Memory`.
 
     **Raises:** `TypeError` for patterns that are not this geometry's or not floats;
-    `ValueError` for an empty memory, wrong shapes, point clouds without a geometry and, where
-    values are concrete, NaN or infinity.
+    `ValueError` for an empty memory, wrong shapes, point clouds without a geometry, a capacity
+    below N and, where values are concrete, NaN or infinity.
     """
+    patterns = as_batch(patterns)
     if geometry is None and isinstance(patterns, PointCloud):
         raise ValueError(
             "geometry must be given for point clouds, because it needs its epsilon: "
@@ -171,7 +326,13 @@ def store(
         checks.finite("patterns", leaf)
     prior = None if log_prior is None else _prior(patterns, log_prior)
     geometry = _in_dtype(geometry, working_dtype(float_dtype(patterns)))
-    return Memory(patterns, geometry, prior, *_prepare(patterns, geometry))
+    memory = Memory(patterns, geometry, prior, *prepare(patterns, geometry))
+    return memory if capacity is None else memory.reserve(capacity)
+
+
+def _as_row(leaf: Array) -> Any:
+    # On the host where the value is there: JAX would compile every shape.
+    return np.asarray(leaf)[None] if checks.is_concrete(leaf) else leaf[None]
 
 
 def _describe(patterns: AnyMeasure) -> str:
@@ -204,40 +365,6 @@ def _in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
     return result
 
 
-@compiled(rounded=False)
-def _units(patterns: AnyMeasure, geometry: Geometry) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    return geometry.scale(patterns), geometry.resolution(patterns)
-
-
-@compiled(rounded=False)
-def _prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | None]:
-    prepared = geometry.prepare(patterns)
-    return prepared, None if prepared is None else fingerprint(patterns, geometry)
-
-
-def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
-    """23 bits about each pattern and the geometry's parameters, as a number in [1, 2)."""
-    read = [value for name, value in vars(geometry).items() if name not in geometry.unprepared]
-    parameters = eqx.filter(read, eqx.is_inexact_array)
-    leaves = [_digest(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(patterns)]
-    leaves += [_digest(leaf.reshape(1, -1)) for leaf in jax.tree.leaves(parameters)]
-    mixed = jnp.zeros(batch_size(patterns), jnp.uint32)
-    for leaf in leaves:
-        mixed = mixed * jnp.uint32(0x9E3779B1) + leaf
-    fraction = (mixed >> 9).astype(jnp.float32) * jnp.float32(2**-23)
-    result: Array = (1 + fraction).astype(working_dtype(float_dtype(patterns)))
-    return result
-
-
-def _digest(rows: Float[Array, "N k"]) -> UInt[Array, " N"]:
-    """A hash of the bits of each row; of −0 as of 0, which differ in nothing else."""
-    values = jnp.where(rows == 0, 0, jax.lax.stop_gradient(rows))
-    words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(rows), -1)
-    words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
-    odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
-    return jnp.sum((words ^ (words >> 13)) * odd[None], axis=1, dtype=jnp.uint32)
-
-
 def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
     num = batch_size(patterns)
     if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):
@@ -255,10 +382,10 @@ def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
     return prior
 
 
-def _prior_or_zero(patterns: AnyMeasure, log_prior: Array | None) -> Float[Array, " N"]:
-    return (
-        jnp.zeros(batch_size(patterns), float_dtype(patterns)) if log_prior is None else log_prior
-    )
+def length_or_capacity(memory: Memory) -> int:
+    """The number of patterns where it is known, that of places where it is traced."""
+    known = memory.size is None or checks.is_concrete(memory.size)
+    return len(memory) if known else memory.capacity
 
 
 def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:

@@ -33,7 +33,8 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     **Arguments:** a `memory`, the `mesh` and the name of one `axis` of it. N need not be a
     multiple of the axis' length: parts are filled up with patterns that are switched off.
 
-    **Returns:** a memory that is fixed: `append` and `remove` before. It cannot be learned.
+    **Returns:** a memory that is fixed and has no room to grow: `append` and `remove` before. It
+    cannot be learned.
 
     **Raises:** `TypeError` for arguments of other kinds, `ValueError` if the mesh has no such axis
     or the memory is sharded already.
@@ -49,6 +50,8 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     # Of axes of type Auto: of Explicit ones derivatives would need `jax.set_mesh`.
     mesh = Mesh(mesh.devices, mesh.axis_names)
     length = len(memory)
+    if memory.size is not None:  # free places stay behind
+        memory = memory.reserve(length)
     missing = -length % mesh.shape[axis]
     rows = NamedSharding(mesh, PartitionSpec(axis))
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -10,12 +10,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import batch_size
 from jdam._core.compile import compiled
 from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._measures.base import AnyMeasure, Measure
-from jdam._memory.memory import Memory, store
+from jdam._memory.memory import Memory, length_or_capacity, store
 from jdam._recall.recall import recall
 
 
@@ -33,7 +32,8 @@ def attend(
     **Arguments:** `memory`, `query`, `beta`, `separation` as in `energy`; the memory's patterns
     are the keys. `values`, one for each key:
 
-    - an array (N, …): the result is Σ wᵢ valuesᵢ, of shape (…);
+    - an array (N, …): the result is Σ wᵢ valuesᵢ, of shape (…). For a memory with room to grow
+      there may be a value for each place, so that shapes stay; those of free places weigh nothing;
     - measures with one batch axis (N,), of any type: the result is their barycentre, the
       minimiser of Σ wᵢ D(·, valuesᵢ), by at most `num_steps` fixed-point steps from the
       heaviest value. D is that of the memory's geometry where it takes such measures, else
@@ -56,13 +56,25 @@ def attend(
         if values.ndim == 0:
             raise ValueError("values must have shape (N, …); got ()")
     weights, nearest = weigh(memory, query, beta, separation)
-    if batch_size(values) != len(memory):
-        raise ValueError(f"values must be {len(memory)}, one a key; got {batch_size(values)}")
     held = values.patterns if isinstance(values, Memory) else values
+    weights = _for_values(memory, values, weights)
     checks.same_dtype(memory=weights, values=jax.tree.leaves(held)[0])
     if isinstance(values, Memory):
         return _barycentre(values, weights, nearest, num_steps)
     return _mean(values, weights)
+
+
+def _for_values(
+    memory: Memory, values: Array | Memory, weights: Float[Array, " N"]
+) -> Float[Array, " V"]:
+    """The weights, of which there is one for each place, for as many values."""
+    places = values.capacity if isinstance(values, Memory) else len(values)
+    counts = {places, length_or_capacity(values)} if isinstance(values, Memory) else {places}
+    wanted = {length_or_capacity(memory), memory.capacity}
+    if not counts & wanted:
+        listed = " or ".join(map(str, sorted(wanted)))
+        raise ValueError(f"values must be {listed}, one a key; got {max(counts)}")
+    return jnp.pad(weights, (0, max(0, places - len(weights))))[:places]
 
 
 def _store_values(memory: Memory, values: Measure) -> Memory:

@@ -1,6 +1,5 @@
 """What a geometry must know. Everything else in jdam knows only numbers and pytrees."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -123,28 +122,31 @@ class Geometry(eqx.Module):
             return measure.redundant(tangent)
         return jax.tree.map(jnp.zeros_like, tangent)
 
-    def scale(self, patterns: AnyMeasure) -> Float[Array, ""]:
+    def scale(
+        self, patterns: AnyMeasure, weights: Float[Array, " N"] | None = None
+    ) -> Float[Array, ""]:
         """The root mean square size of the patterns, in the units of `residual`: that of the
-        default tolerance."""
-        return norm(patterns) / math.sqrt(batch_size(patterns))
+        default tolerance. `weights` sum to one; None for equal ones. They are given for memories
+        with room to grow, in which free places have weight 0."""
+        rows = jax.tree.map(lambda leaf: leaf.reshape(len(leaf), -1), patterns)
+        first, *rest = (jnp.vecdot(x, x) for x in jax.tree.leaves(rows))
+        return safe_sqrt(average(sum(rest, first), weights))
 
-    def resolution(self, patterns: AnyMeasure) -> Float[Array, ""]:
+    def resolution(
+        self, patterns: AnyMeasure, weights: Float[Array, " N"] | None = None
+    ) -> Float[Array, ""]:
         """The smallest change of energy that says anything, where steps need attempts: by default
         the rounding of the square of `scale`."""
         if self.max_backtracks == 0:
             return jnp.zeros((), float_dtype(patterns))
-        return 4 * float(jnp.finfo(float_dtype(patterns)).eps) * self.scale(patterns) ** 2
+        scale = self.scale(patterns) if weights is None else self.scale(patterns, weights)
+        return 4 * float(jnp.finfo(float_dtype(patterns)).eps) * scale**2
 
     # ------------------------------------------------------------- what is computed once
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         """The query, padded to array shapes that go together with these patterns'."""
         return query
-
-    def join(self, first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
-        """Two batches of patterns as one."""
-        first, second = self.match(first, second), self.match(second, first)
-        return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), first, second)
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         """What `compare` needs of the patterns beside themselves, computed once when they are
@@ -196,6 +198,11 @@ def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
     if len(measure.batch_shape) != batch_ndim:
         wanted = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
         raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
+
+
+def average(rows: Float[Array, "N ..."], weights: Float[Array, " N"] | None) -> Array:
+    """Σ weightsᵢ·rowsᵢ, their mean if None."""
+    return rows.mean(0) if weights is None else jnp.tensordot(weights, rows, 1)
 
 
 def norm(tree: AnyMeasure) -> Float[Array, ""]:

@@ -51,6 +51,7 @@ from jdam.geometry.protocol import (
     Comparison,
     Geometry,
     Patterns,
+    average,
     check_batch_ndim,
 )
 
@@ -146,10 +147,6 @@ class Sinkhorn(Geometry):
             )
         check_batch_ndim(name, measure, batch_ndim)
         return measure
-
-    def join(self, first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
-        atoms = max(first.num_atoms, second.num_atoms)
-        return super().join(first.pad(atoms), second.pad(atoms))
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         centre = jax.lax.stop_gradient(patterns.mean)
@@ -320,22 +317,22 @@ class Sinkhorn(Geometry):
         reaction = safe_sqrt(self.hellinger_scale) * centred
         return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
 
-    def scale(self, patterns: AnyMeasure) -> Array:
+    def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
         distance to the origin, where coordinates round."""
-        mean = patterns.mean.mean(0)
+        mean = average(patterns.mean, weights)
         centred = without_padding(patterns.points - mean[None, None], patterns.weights)
-        spread = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)).mean()
+        spread = average(jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)), weights)
         eps = float(jnp.finfo(patterns.dtype).eps)
         result: Array = jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
         return result
 
-    def resolution(self, patterns: AnyMeasure) -> Array:
+    def resolution(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
         eps = float(jnp.finfo(patterns.dtype).eps)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
-        return max(eps, self._tol**2) * variances.mean() / 2
+        return max(eps, self._tol**2) * average(variances, weights) / 2
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull

@@ -54,23 +54,25 @@ def around(
     """All patterns as the one at `index` sees them: √(D/c), exact where it matters at β.
 
     If D is no squared metric and a `triangle` inequality is needed, the distances of means."""
-    own = jnp.arange(len(memory), dtype=jnp.int32) == index
+    own = jnp.arange(memory.capacity, dtype=jnp.int32) == index
     measure = memory[index]
     if triangle and not memory.geometry.is_squared_metric:
         distance = distances_of_means(memory, measure)
     else:
-        prior = jnp.zeros(len(memory), memory.dtype)
+        prior = jnp.zeros(memory.capacity, memory.dtype)
         others = replace(memory, log_prior=jnp.where(own, -jnp.inf, prior))
         measure = memory.geometry.match(measure, memory.patterns)
         floor = explore(SEARCH, others, measure, beta).floor
         distance = jnp.sqrt(jnp.maximum(floor, 0) / cost_scale(memory))
-    log_odds = jnp.zeros(len(memory), memory.dtype)
+    log_odds = jnp.zeros(memory.capacity, memory.dtype)
     if memory.log_prior is not None:
         # To a pattern that is switched off all others are infinitely likely.
         log_odds = memory.log_prior - memory.log_prior[index]
         most = float(jnp.finfo(log_odds.dtype).max) / 4
         log_odds = jnp.where(memory.log_prior[index] == -jnp.inf, most, log_odds)
     off = own | (log_odds == -jnp.inf)
+    if memory.occupied is not None:
+        off |= ~memory.occupied[index]  # to a free place there are no others
     return Around(jnp.where(off, jnp.inf, distance), jnp.where(off, -jnp.inf, log_odds))
 
 
@@ -119,7 +121,7 @@ def over_patterns(
     def one(item: tuple[Array, Array]) -> T:
         return learn(around(memory, *item, triangle=triangle))
 
-    indices = jnp.arange(len(memory), dtype=jnp.int32)
+    indices = jnp.arange(memory.capacity, dtype=jnp.int32)
     coldest = math.sqrt(float(jnp.finfo(memory.dtype).max))
     beta = jnp.asarray(coldest, memory.dtype) if beta is None else beta
     betas = jnp.broadcast_to(beta, indices.shape)
@@ -130,6 +132,7 @@ def reliable_beta(memory: Memory, *, triangle: bool = True) -> Float[Array, " N"
     """The β of each pattern at which β times D to the nearest other is log N + 5: where recall is
     reliable, and beyond which few others matter."""
     nearest = over_patterns(memory, lambda others: others.distance.min(), triangle=triangle)
-    wanted = math.log(len(memory)) + 5
+    num = memory.capacity if memory.size is None else memory.size
+    wanted = jnp.log(jnp.asarray(num, memory.dtype)) + 5
     known = (nearest > 0) & (nearest < jnp.inf)
     return wanted / (cost_scale(memory) * jnp.where(known, nearest, 1) ** 2)

@@ -23,7 +23,7 @@ from jdam._core import checks
 from jdam._core.compile import compiled, working_dtype
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, length_or_capacity
 from jdam.theory._around import (
     Around,
     around,
@@ -379,7 +379,7 @@ def _one_of(
     if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
         raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
     if checks.is_concrete(index):
-        checks.index(int(index), len(memory), "a memory")
+        checks.index(int(index), length_or_capacity(memory), "a memory")
     index = index.astype(jnp.int32)
     return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 

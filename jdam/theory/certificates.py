@@ -82,7 +82,9 @@ def _by_distances(
 ) -> tuple[Array, Array]:
     others = around(memory, seen.nearest, beta)
     b, tol = beta * cost_scale(memory), default_tolerance(memory)
-    prior = jnp.zeros(len(memory), memory.dtype) if memory.log_prior is None else memory.log_prior
+    prior = (
+        jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
+    )
     on = prior > -jnp.inf
     bounds = jnp.where(on, seen.floor + jnp.where(on, prior, 0) / beta, 0) / cost_scale(memory)
     distances = jnp.sqrt(jnp.maximum(bounds, 0))
@@ -97,13 +99,15 @@ def _by_means(
     memory: Memory, query: AnyMeasure, beta: Array, seen: Explored
 ) -> tuple[Array, Array]:
     nearest, b = memory[seen.nearest], beta * cost_scale(memory)
-    own = jnp.arange(len(memory), dtype=jnp.int32) == seen.nearest
+    own = jnp.arange(memory.capacity, dtype=jnp.int32) == seen.nearest
     distances = jnp.where(own, jnp.inf, distances_of_means(memory, nearest))
     shift = query.mean - nearest.mean
     tol = default_tolerance(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
     highest = seen.energy + STEPS * memory.units_of_patterns()[1]
-    prior = jnp.zeros(len(memory), memory.dtype) if memory.log_prior is None else memory.log_prior
+    prior = (
+        jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
+    )
 
     def logs(a: Array) -> Array:
         """log of the most that others can weigh while the mean is within a."""

@@ -20,7 +20,7 @@ from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
 from jdam._entropic.response import respond
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, length_or_capacity
 from jdam.geometry import Sinkhorn
 from jdam.geometry.protocol import Patterns
 from jdam.theory._around import check_memory
@@ -58,7 +58,7 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
     _check_clouds(memory)
     index = jnp.asarray(index, jnp.int32)
     if checks.is_concrete(index):
-        checks.index(int(index), len(memory), "a memory")
+        checks.index(int(index), length_or_capacity(memory), "a memory")
     return _constants(
         memory, index, checks.positive("step_size", step_size, working_dtype(memory.dtype))
     )
@@ -156,7 +156,7 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         return result
 
     result: Array = jax.lax.map(one, (memory.patterns, memory.prepared))
-    return result
+    return result if memory.occupied is None else jnp.where(memory.occupied, result, 0)
 
 
 def shk_drift_bound(

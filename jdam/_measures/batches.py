@@ -1,0 +1,104 @@
+"""Single measures put together to a batch, and batches to one."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jdam._core import checks
+from jdam._core.compile import float_dtype
+from jdam._measures.base import AnyMeasure, Measure
+
+
+def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
+    """Single measures of one kind, or vectors, as one batch (N,).
+
+    What may be padded is: factors of Gaussians with zero columns to the largest rank, clouds with
+    atoms of weight 0 to the largest number.
+
+    **Arguments:** `measures`: a list of N `jdam.Measure`s without batch axes, or of N arrays (d,).
+
+    **Raises:** naming the first element that does not go with the one before it, `TypeError` for
+    measures of different kinds or dtypes, `ValueError` for batches, for different dimensions and
+    for an empty list.
+    """
+    if not isinstance(measures, list | tuple):
+        kind = type(measures).__name__
+        raise TypeError(f"measures must be a list of single measures; got {kind}")
+    if not measures:
+        raise ValueError("measures must hold at least one measure; got an empty list")
+    single = [_single(f"measures[{i}]", measure) for i, measure in enumerate(measures)]
+    for i, measure in enumerate(single[1:], start=1):
+        _check_alike(f"measures[{i}]", measure, "measures[0]", single[0])
+    # On the host where values are concrete: JAX would compile every shape.
+    if all(checks.is_concrete(*jax.tree.leaves(measure)) for measure in single):
+        held = _evened(jax.tree.map(np.asarray, single))
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *held)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *_evened(single))
+
+
+def join(first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
+    """Two batches (N,) and (M,) of one kind as one, padded as by `stack`."""
+    _check_alike("second", second, "first", first)
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), *_evened([first, second]))
+
+
+def as_batch(measures: AnyMeasure) -> AnyMeasure:
+    """The batch that a list of measures makes; anything else as it is."""
+    listed = isinstance(measures, list | tuple) and len(measures) > 0
+    return stack(measures) if listed and isinstance(measures[0], Measure) else measures
+
+
+def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
+    if isinstance(measure, Measure):
+        if measure.batch_shape:
+            raise ValueError(
+                f"{name} must be a single measure, batch shape (); got {measure.batch_shape}"
+            )
+        return measure
+    array = measure if isinstance(measure, np.ndarray) else jnp.asarray(measure)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be a jdam.Measure or an array of floats; got {measure!r}")
+    if array.ndim != 1:
+        raise ValueError(f"{name} must be a vector (d,); got shape {array.shape}")
+    return array
+
+
+def _check_alike(name: str, measure: AnyMeasure, first_name: str, first: AnyMeasure) -> None:
+    """Raise unless both are of one kind, dtype and, but for what may be padded, size."""
+    kind, wanted = _kind(measure), _kind(first)
+    if kind != wanted:
+        raise TypeError(f"{name} must be like {first_name}, of kind {wanted}; got {kind}")
+    if float_dtype(measure) != float_dtype(first):
+        raise TypeError(
+            f"{name} must have the dtype of {first_name}, {float_dtype(first)}; "
+            f"got {float_dtype(measure)}: convert one of them"
+        )
+    for axis, size in _sizes(first).items():
+        padded = isinstance(first, Measure) and axis in first.padding
+        if not padded and _sizes(measure)[axis] != size:
+            raise ValueError(
+                f"{name} must have the size of {first_name}, {axis} = {size}; "
+                f"got {_sizes(measure)[axis]}"
+            )
+
+
+def _kind(measure: AnyMeasure) -> str:
+    return "vector" if isinstance(measure, Array | np.ndarray) else type(measure).__name__
+
+
+def _sizes(measure: AnyMeasure) -> dict[str, int]:
+    if isinstance(measure, Measure):
+        return measure.sizes
+    return {"d": measure.shape[-1]} if isinstance(measure, Array | np.ndarray) else {}
+
+
+def _evened(measures: Sequence[AnyMeasure]) -> list[AnyMeasure]:
+    """The measures padded to the same sizes."""
+    first = measures[0]
+    if not isinstance(first, Measure):
+        return list(measures)
+    sizes = {axis: max(measure.sizes[axis] for measure in measures) for axis in first.padding}
+    return [measure.padded(**sizes) for measure in measures]

@@ -1,0 +1,119 @@
+"""A memory with room to grow: changes of its values that leave all shapes as they are."""
+
+from dataclasses import replace as replaced
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, Int
+
+from jdam._core.batching import batch_size
+from jdam._measures.base import AnyMeasure
+from jdam._memory.prepared import prepare
+
+if TYPE_CHECKING:
+    from jdam._memory.memory import Memory
+
+
+@jax.jit(static_argnames="capacity")
+def reserve(memory: "Memory", capacity: int) -> "Memory":
+    """The memory with so many places, free ones with copies of the last pattern, which are switched
+    off by the prior."""
+
+    def resize(leaf: Array, **fill: Any) -> Array:
+        missing = max(0, capacity - len(leaf))
+        widths = [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)
+        return jnp.pad(leaf, widths, **fill)[:capacity]
+
+    rows = jax.tree.map(lambda leaf: resize(leaf, mode="edge"), _rows(memory))
+    prior = resize(memory.log_weights, constant_values=-jnp.inf)
+    return _with_rows(memory, rows, prior, size_of(memory))
+
+
+@jax.jit
+def append(
+    memory: "Memory", patterns: AnyMeasure, log_prior: Float[Array, " M"] | None
+) -> "Memory":
+    """The memory with patterns at the first free places."""
+    count, size = batch_size(patterns), size_of(memory)
+    fits = size + count <= memory.capacity
+    first = jnp.where(fits, size, 0)
+
+    def write(old: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new, first, 0)
+
+    def put(old: Array, new: Array) -> Array:
+        kept = jax.lax.dynamic_slice_in_dim(old, first, count)
+        return write(old, jnp.where(fits, new, kept))
+
+    prior = jnp.zeros(count, memory.dtype) if log_prior is None else log_prior
+    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns))
+    # As `_nan_unless`, but in one write, which needs no copy.
+    prior = write(memory.log_weights, jnp.where(fits, prior, jnp.nan))
+    return _with_rows(memory, rows, prior, jnp.where(fits, size + count, size))
+
+
+@jax.jit
+def replace(memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure) -> "Memory":
+    """The memory with other patterns at some places."""
+    there = (index >= 0) & (index < size_of(memory))
+    place = jnp.where(there, index, memory.capacity)
+
+    def put(old: Array, new: Array) -> Array:
+        return old.at[place].set(new, mode="drop")
+
+    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns))
+    return _nan_unless(there.all(), _with_rows(memory, rows, memory.log_prior, memory.size))
+
+
+@jax.jit
+def remove(memory: "Memory", index: Int[Array, " M"]) -> "Memory":
+    """The memory without the patterns at some places, those behind them moved up."""
+    there = (index >= 0) & (index < size_of(memory))
+    drop = jnp.where(there, index, memory.capacity)
+    number = jnp.arange(memory.capacity, dtype=jnp.int32)
+    kept = (number < size_of(memory)).at[drop].set(False, mode="drop")
+    size = kept.sum(dtype=jnp.int32)
+    order = jnp.argsort(~kept, stable=True)
+    order = order[jnp.minimum(number, jnp.maximum(size - 1, 0))]
+    rows, prior = jax.tree.map(lambda leaf: leaf[order], (_rows(memory), memory.log_prior))
+    prior = jnp.where(number < size, prior, -jnp.inf)
+    return _nan_unless(there.all() & (size > 0), _with_rows(memory, rows, prior, size))
+
+
+def size_of(memory: "Memory") -> Int[Array, ""]:
+    """The number of patterns, as an array."""
+    return jnp.asarray(memory.capacity if memory.size is None else memory.size, jnp.int32)
+
+
+def _rows(memory: "Memory") -> tuple[Any, Any, Any]:
+    """All that has a row for each pattern, but for the prior."""
+    return memory.patterns, memory.prepared, memory.fingerprint
+
+
+def _prepared_rows(memory: "Memory", patterns: AnyMeasure) -> tuple[Any, Any, Any]:
+    return patterns, *prepare(patterns, memory.geometry)
+
+
+def _with_rows(memory: "Memory", rows: tuple[Any, Any, Any], prior: Any, size: Any) -> "Memory":
+    patterns, prepared, fingerprint = rows
+    return replaced(
+        memory,
+        patterns=patterns,
+        prepared=prepared,
+        fingerprint=fingerprint,
+        log_prior=prior,
+        size=size,
+    )
+
+
+def _nan_unless(good: Bool[Array, ""], memory: "Memory") -> "Memory":
+    """The memory if that is good, else one of which every recall says that it is not finite."""
+
+    def mark(leaf: Array) -> Array:
+        return leaf.at[0].set(jnp.where(good, leaf[0], jnp.nan))
+
+    if memory.log_prior is not None:
+        return replaced(memory, log_prior=mark(memory.log_prior))
+    return replaced(memory, patterns=jax.tree.map(mark, memory.patterns))

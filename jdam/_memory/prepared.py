@@ -1,0 +1,56 @@
+"""What is computed once of patterns, and a few bits by which to tell what it was computed of."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Bool, Float, UInt
+
+from jdam._core.batching import batch_size
+from jdam._core.compile import compiled, float_dtype, working_dtype
+from jdam._measures.base import AnyMeasure
+from jdam.geometry import Geometry
+
+
+@compiled(rounded=False)
+def units(
+    patterns: AnyMeasure, geometry: Geometry, occupied: Bool[Array, " N"] | None
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """`Geometry.scale` and `Geometry.resolution` of the patterns at the occupied places."""
+    if occupied is None:
+        return geometry.scale(patterns), geometry.resolution(patterns)
+    weights = occupied.astype(float_dtype(patterns))
+    weights = weights / weights.sum()
+    return geometry.scale(patterns, weights), geometry.resolution(patterns, weights)
+
+
+@compiled(rounded=False)
+def prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | None]:
+    """What the geometry computes once of patterns, and the fingerprint of these."""
+    prepared = geometry.prepare(patterns)
+    return prepared, None if prepared is None else fingerprint(patterns, geometry)
+
+
+def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
+    """23 bits about each pattern and the geometry's parameters, as a number in [1, 2)."""
+    read = [value for name, value in vars(geometry).items() if name not in geometry.unprepared]
+    parameters = eqx.filter(read, eqx.is_inexact_array)
+    leaves = [_digest(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(patterns)]
+    leaves += [_digest(leaf.reshape(1, -1)) for leaf in jax.tree.leaves(parameters)]
+    mixed = jnp.zeros(batch_size(patterns), jnp.uint32)
+    for leaf in leaves:
+        mixed = mixed * jnp.uint32(0x9E3779B1) + leaf
+    fraction = (mixed >> 9).astype(jnp.float32) * jnp.float32(2**-23)
+    result: Array = (1 + fraction).astype(working_dtype(float_dtype(patterns)))
+    return result
+
+
+def _digest(rows: Float[Array, "N k"]) -> UInt[Array, " N"]:
+    """A hash of the bits of each row; of −0 as of 0, which differ in nothing else."""
+    values = jnp.where(rows == 0, 0, jax.lax.stop_gradient(rows))
+    words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(rows), -1)
+    words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
+    odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
+    return jnp.sum((words ^ (words >> 13)) * odd[None], axis=1, dtype=jnp.uint32)

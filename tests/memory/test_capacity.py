@@ -1,0 +1,288 @@
+"""A memory with room to grow is the memory of what it holds."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import monitoring
+
+import jdam
+from tests.cases import KINDS, all_of, alike, close, every_kind, some_and_clouds, some_kinds
+from tests.helpers import clouds, gaussians, near, vectors
+
+CAPACITY, BETA = 8, 3.0
+
+
+def rows(patterns, start, stop):
+    return jax.tree.map(lambda leaf: leaf[start:stop], patterns)
+
+
+def single(patterns, i):
+    return jax.tree.map(lambda leaf: leaf[i], patterns)
+
+
+def grown(patterns, geometry, **options):
+    """Two patterns, then one, then the rest at once, in one of many places."""
+    memory = jdam.store(rows(patterns, 0, 2), geometry, capacity=CAPACITY, **options)
+    return memory.append(single(patterns, 2)).append(rows(patterns, 3, None))
+
+
+def pair(rng, kind, num=5, d=3):
+    """A grown memory, the stored one, and a query."""
+    make, geometry = KINDS[kind]
+    patterns = make(rng, num, d)
+    stored = jdam.store(patterns, geometry)
+    return grown(patterns, geometry), stored, near(rng, stored[2], 0.1)
+
+
+@every_kind
+def test_energies_and_steps(rng, kind):
+    memory, stored, query = pair(rng, kind)
+    found, wanted = all_of(memory, query, BETA), all_of(stored, query, BETA)
+    assert (np.asarray(found[0][5:]) == np.inf).all()
+    assert (np.asarray(found[2][5:]) == 0).all()
+    close([found[0][:5], found[1], found[2][:5]], wanted[:3], rtol=1e-9, atol=1e-9)
+    alike(found[3], wanted[3], rtol=1e-8, atol=1e-8)
+
+
+@some_and_clouds
+@pytest.mark.parametrize("search", [jdam.Exhaustive(), jdam.Certified(2)])
+def test_recall(rng, kind, search):
+    memory, stored, query = pair(rng, kind)
+    recall = jax.jit(partial(jdam.recall, max_steps=3, search=search))
+    found, wanted = recall(memory, query, BETA), recall(stored, query, BETA)
+    assert (found.nearest, found.status) == (wanted.nearest, wanted.status)
+    alike(found.measure, wanted.measure, rtol=1e-7, atol=1e-7)
+    close(found.energy, wanted.energy, rtol=1e-9, atol=1e-9)
+
+
+def test_tolerances_do_not_see_free_places(rng):
+    for kind in ("gaussian", "clouds", "sliced, from outside"):
+        memory, stored, _ = pair(rng, kind)
+        close(memory.units_of_patterns(), stored.units_of_patterns(), rtol=1e-14)
+
+
+@pytest.mark.parametrize("separation", [jdam.Entmax(), jdam.Epanechnikov()])
+@pytest.mark.parametrize("beta", [0.05, 1e4])
+def test_other_separations(rng, separation, beta):
+    memory, stored, query = pair(rng, "gaussian")
+    for function in (jdam.energy, jdam.step):
+        found, wanted = (function(m, query, beta, separation=separation) for m in (memory, stored))
+        close(found, wanted, rtol=1e-10, atol=1e-10)
+    recalled = jdam.recall(memory, query, beta, separation=separation)
+    wanted = jdam.recall(stored, query, beta, separation=separation)
+    assert (recalled.nearest, recalled.status) == (wanted.nearest, wanted.status)
+
+
+@some_kinds
+def test_derivatives_of_what_is_free_are_zero(rng, kind):
+    memory, stored, query = pair(rng, kind)
+    slope = jax.grad(lambda patterns, m: jdam.energy(jdam.store(patterns, m.geometry, log_prior=m.log_weights), query, BETA))  # fmt: skip
+    found, wanted = slope(memory.patterns, memory), slope(stored.patterns, stored)
+    close(rows(found, 0, 5), wanted, rtol=1e-9, atol=1e-9)
+    for leaf in jax.tree.leaves(rows(found, 5, None)):
+        assert not np.asarray(leaf).any()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "euclidean", "clouds"])
+def test_theory(rng, kind):
+    memory, stored, query = pair(rng, kind)
+    theory = jdam.theory
+    for function in (theory.separations, partial(theory.basin_radius, beta=BETA)):
+        found = function(memory)
+        close(found[:5], function(stored), rtol=1e-2)  # bounds, which depend on the search
+        assert (np.asarray(found[5:]) == np.inf).all()
+    error = 0.01
+    close(theory.minimum_beta(memory, error), theory.minimum_beta(stored, error), rtol=1e-6)
+    beta = theory.minimum_beta(stored, error)
+    found, wanted = (theory.certify(m, query, beta) for m in (memory, stored))
+    close(found, wanted, rtol=1e-6)
+    with pytest.raises(IndexError, match="index 5 is out of range"):
+        theory.one_step_bound(memory, 5, 0.1, BETA)
+
+
+def test_weight_stiffness(rng):
+    memory, stored, _ = pair(rng, "clouds")
+    found = jdam.theory.weight_stiffness(memory)
+    close(found, np.append(jdam.theory.weight_stiffness(stored), [0, 0, 0]), rtol=1e-9)
+
+
+def test_values_for_patterns_and_for_places(rng):
+    memory, stored, query = pair(rng, "gaussian")
+    values = rng.normal(size=(CAPACITY, 2))
+    wanted = jdam.attend(stored, query, BETA, values[:5])
+    for given in (values, values[:5]):
+        close(jdam.attend(memory, query, BETA, given), wanted, rtol=1e-10)
+    completed = jdam.attend(memory, query, BETA, memory)
+    alike(completed, jdam.attend(stored, query, BETA, stored), rtol=1e-8, atol=1e-8)
+    alike(completed, jdam.attend(stored, query, BETA, memory), rtol=1e-8, atol=1e-8)
+    with pytest.raises(ValueError, match="values must be 5 or 8, one a key; got 6"):
+        jdam.attend(memory, query, BETA, values[:6])
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows by one with every program that is compiled."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("make", [gaussians, vectors, clouds])
+def test_nothing_recompiles_while_there_is_room(rng, make, compilations):
+    geometry = jdam.Sinkhorn(0.4) if make is clouds else None
+    patterns = jax.tree.map(np.asarray, make(rng, 31, 2, dtype=np.float32))
+    memory = jdam.store(rows(patterns, 0, 2), geometry, capacity=31)
+    compilations.clear()
+    for i in range(2, 31):
+        memory = memory.append(single(patterns, i))
+        found = jdam.recall(memory, single(patterns, i), 1e3, max_steps=3)
+        assert int(found.nearest) == i
+    assert len(compilations) <= 2
+    assert len(memory) == 31
+
+
+@some_and_clouds
+def test_inside_jit_and_scan(rng, kind):
+    make, geometry = KINDS[kind]
+    patterns = make(rng, 6, 3)
+    memory = jdam.store(rows(patterns, 0, 2), geometry, capacity=CAPACITY)
+
+    @jax.jit
+    def run(memory, more):
+        def turn(memory, pattern):
+            memory = memory.append(pattern).replace(0, pattern)
+            return memory, memory.size
+
+        memory, sizes = jax.lax.scan(turn, memory, more)
+        return memory.remove(jnp.array([1, -1])), sizes
+
+    found, sizes = run(memory, rows(patterns, 2, None))
+    assert sizes.tolist() == [3, 4, 5, 6]
+    assert len(found) == 4
+    wanted = jdam.store(patterns, geometry).replace(0, single(patterns, 5)).remove([1, 5])
+    alike(found[:], wanted[:], rtol=1e-12)
+    query = near(rng, wanted[1], 0.1)
+    close(jdam.energy(found, query, BETA), jdam.energy(wanted, query, BETA), rtol=1e-9, atol=1e-9)
+
+
+def test_append_copies_and_prepares_its_own_patterns_only(rng):
+    """In place, if the memory may be used up; what it needs beside does not depend on N."""
+    extra = []
+    for capacity in (64, 4096):
+        memory = jdam.store(gaussians(rng, 2, 4), capacity=capacity)
+        append = jax.jit(jdam.Memory.append, donate_argnums=0)
+        used = append.lower(memory, memory[0]).compile().memory_analysis()
+        extra.append(used.temp_size_in_bytes)
+        assert used.alias_size_in_bytes >= capacity * (4 + 16) * 8
+    assert extra[1] == extra[0]
+
+
+def test_more_than_there_is_room_for(rng):
+    patterns = gaussians(rng, 4, 3)
+    memory = jdam.store(rows(patterns, 0, 3), capacity=4)
+    full = memory.append(single(patterns, 3))
+    assert len(full) == full.capacity == 4
+    message = r"patterns must be at most 0, .* capacity 4; got 1: memory.reserve\(8\) doubles it"
+    with pytest.raises(ValueError, match=message):
+        full.append(patterns[0])
+    with pytest.raises(ValueError, match="patterns must be at most 1, .*; got 4"):
+        memory.append(patterns)
+    longer = full.reserve(8).append(patterns)
+    assert (len(longer), longer.capacity) == (8, 8)
+    with pytest.raises(ValueError, match="capacity must be ≥ N = 8; got 7"):
+        longer.reserve(7)
+    with pytest.raises(ValueError, match="capacity must be ≥ N = 4; got 3"):
+        jdam.store(patterns, capacity=3)
+    with pytest.raises(TypeError, match="capacity must be an int"):
+        jdam.store(patterns, capacity=8.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda memory, pattern: memory.append(pattern).append(pattern),
+        lambda memory, pattern: memory.replace(jnp.array(3), pattern),
+        lambda memory, pattern: memory.remove(jnp.array([-4])),
+        lambda memory, pattern: memory.remove(jnp.arange(3)),
+    ],
+)
+def test_what_cannot_raise_inside_jit_is_not_finite(rng, change):
+    for geometry, make in ((jdam.Bures(), gaussians), (jdam.Euclidean(), vectors)):
+        patterns = make(rng, 3, 3)
+        memory = jdam.store(patterns, geometry, capacity=4)
+        changed = jax.jit(change)(memory, memory[0])
+        for search in (jdam.Exhaustive(), jdam.Certified()):
+            found = jdam.recall(changed, memory[0], BETA, search=search)
+            assert jdam.Status(int(found.status)) is jdam.Status.NONFINITE
+
+
+def test_replace_without_a_capacity(rng):
+    memory = jdam.store(gaussians(rng, 4, 3), log_prior=np.arange(4.0))
+    others = gaussians(rng, 2, 3, rank=2)
+    changed = memory.replace([3, 0], others)
+    assert changed.log_prior.tolist() == [0, 1, 2, 3]
+    alike(changed[3], others[0], rtol=1e-15)
+    alike(changed[0], others[1], rtol=1e-15)
+    alike(changed[1], memory[1], rtol=0)
+    close(jdam.divergences(changed, changed[0])[0], 0, atol=1e-12)
+    with pytest.raises(IndexError, match="indices must be in"):
+        memory.replace(4, others[0])
+    with pytest.raises(ValueError, match="indices must be 2, one for each of patterns"):
+        memory.replace([1], others)
+    with pytest.raises(ValueError, match="patterns must have r ≤ 3, for which .*; got 5"):
+        memory.replace(0, gaussians(rng, 1, 3, rank=5)[0])
+    lost = jax.jit(lambda m, i: m.replace(i, others[0]))(memory, 9)
+    assert int(jdam.recall(lost, memory[1], BETA).status) == jdam.Status.NONFINITE
+
+
+def test_length_indexing_iteration_repr(rng):
+    memory, stored, _ = pair(rng, "gaussian")
+    assert repr(memory) == "Memory(5 of 8 × Gaussian(dim=3, rank=3), Bures(), float64)"
+    assert (len(memory), len(list(memory)), memory.capacity) == (5, 5, 8)
+    for index in (-1, 2, slice(1, None), np.array([0, -1])):
+        alike(memory[index], stored[index], rtol=1e-15)
+    for index in (5, -6):
+        with pytest.raises(IndexError, match="is out of range for a memory of 5"):
+            memory[index]
+    with_prior = grown(stored.patterns, stored.geometry, log_prior=np.array([0.0, -1.0]))
+    assert repr(with_prior).endswith("float64, log_prior)")
+    assert with_prior.log_prior.tolist() == [0, -1, 0, 0, 0, *[-np.inf] * 3]
+
+    def inside(memory):
+        assert "… of 8 ×" in repr(memory)
+        with pytest.raises(TypeError, match="no length inside jax.jit: memory.size is the traced"):
+            len(memory)
+        return memory[memory.size - 1], memory[jnp.asarray(-1)]
+
+    for last in jax.jit(inside)(memory):
+        alike(last, stored[4], rtol=1e-15)
+
+
+def test_remove_keeps_the_order_and_the_prior(rng):
+    patterns = vectors(rng, 6, 2)
+    memory = jdam.store(patterns, log_prior=np.arange(6.0), capacity=7).remove([1, -2, 1])
+    np.testing.assert_array_equal(memory[:], np.asarray(patterns)[[0, 2, 3, 5]])
+    assert memory.log_prior.tolist() == [0, 2, 3, 5, *[-np.inf] * 3]
+    assert len(memory.append(patterns[0])) == 5
+    with pytest.raises(ValueError, match="indices must leave at least one"):
+        memory.remove(range(4))
+    with pytest.raises(TypeError, match="indices must be known outside of jax.jit"):
+        jax.jit(lambda m, i: m.remove(i))(jdam.store(patterns), 1)
+
+
+def test_halves(rng):
+    patterns = gaussians(rng, 3, 2, dtype=np.float32)
+    patterns = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), patterns)
+    memory = jdam.store(patterns, capacity=4).append(patterns[0])
+    close(
+        jdam.divergences(memory, patterns[1]), jdam.divergences(jdam.store(memory[:]), patterns[1])
+    )
