@@ -32,9 +32,11 @@ from jdam import plot as plot
 from jdam import random as random
 from jdam import theory as theory
 from jdam._energy.certified import Certified as Certified
+from jdam._energy.choosing import suggest_beta as suggest_beta
 from jdam._energy.energy import divergences as divergences
 from jdam._energy.energy import energy as energy
 from jdam._energy.energy import gibbs_weights as gibbs_weights
+from jdam._energy.pairs import pairwise as pairwise
 from jdam._energy.search import Exhaustive as Exhaustive
 from jdam._energy.search import Search as Search
 from jdam._energy.separation import Entmax as Entmax

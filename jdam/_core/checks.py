@@ -19,7 +19,8 @@ def float_array(name: str, value: ArrayLike) -> Array:
     """`value` as a JAX array of floating dtype."""
     try:
         # `device_put` compiles nothing.
-        array = jax.device_put(value) if isinstance(value, np.ndarray) else jnp.asarray(value)
+        put: Any = jax.device_put if isinstance(value, np.ndarray) else jnp.asarray
+        array: Array = put(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} must be an array of floats; got {type(value).__name__}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
@@ -93,7 +94,8 @@ def positive(name: str, value: Any, dtype: jnp.dtype, *, or_zero: bool = False) 
         raise ValueError(f"{name} must be finite and {wanted}; got {number:g}")
     if not float(limits.tiny) <= number <= float(limits.max):
         raise ValueError(f"{name} must be within the range of {dtype}; got {number:g}")
-    return jax.device_put(np.asarray(number, dtype))  # which compiles nothing
+    scalar: Array = jax.device_put(np.asarray(number, dtype))  # which compiles nothing
+    return scalar
 
 
 def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:

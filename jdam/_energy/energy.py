@@ -15,7 +15,8 @@ from jdam._energy.average import Settings, compare_all, evaluate
 from jdam._energy.evaluation import Start
 from jdam._energy.separation import LogSumExp, Separation, heaviest
 from jdam._energy.separation import check as check_separation
-from jdam._measures.base import AnyMeasure
+from jdam._measures.base import AnyMeasure, any_of
+from jdam._measures.batches import as_batch
 from jdam._memory.memory import Memory, check_against
 
 
@@ -36,10 +37,10 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 @compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    return in_tiles(_at_patterns, queries_at_once(memory), memory, query)
+    return in_tiles(divergences_of, queries_at_once(memory), memory, query)
 
 
-def _at_patterns(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
+def divergences_of(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     """D(ξ, Xᵢ), ∞ for free places."""
     found, occupied = compare_all(memory, query), memory.occupied
     return found if occupied is None else jnp.where(occupied, found, jnp.inf)
@@ -119,6 +120,15 @@ def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
     query = memory.geometry.check("query", query, 0)
     check_against(memory, "query", query)
     return memory.geometry.match(query, memory.patterns)
+
+
+def fit_queries(memory: Memory, queries: AnyMeasure) -> AnyMeasure:
+    """A batch of queries (Q,), or a list, checked and padded likewise."""
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+    queries = memory.geometry.check("queries", as_batch(queries), 1)
+    check_against(memory, "queries", any_of(queries))
+    return memory.geometry.match(queries, memory.patterns)
 
 
 def inverse_temperature(memory: Memory, beta: Any) -> Float[Array, ""]:

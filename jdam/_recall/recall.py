@@ -12,11 +12,11 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._core.batching import in_tiles, map_in_chunks
 from jdam._core.compile import compiled, working_dtype
-from jdam._energy.energy import fit_query, inverse_temperature, queries_at_once
+from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, queries_at_once
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
-from jdam._measures.base import AnyMeasure, any_of
+from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.flow import Flow
@@ -148,8 +148,7 @@ def recall_batch(
 
     **Raises:** as `recall`.
     """
-    queries = memory.geometry.check("queries", queries, 1)
-    fit_query(memory, any_of(queries))
+    queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)

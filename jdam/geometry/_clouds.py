@@ -15,6 +15,8 @@ from jdam._measures.point_cloud import PointCloud
 FARTHEST = 100.0
 #: In units of ρ, costs at which no mass is transported.
 FREE = 100.0
+#: For a typical cost, of how many atoms of a cloud and pairs of all to take the median.
+MOST_ATOMS, MOST_PAIRS = 512, 2**22
 #: By what factors a step is shortened whose reweighting would not be linear.
 SHORTENING = 2.0
 
@@ -45,6 +47,30 @@ class Pull(NamedTuple):
     variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
 
 
+def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
+    """The median of ½|x−y|² over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
+    counted once; of large batches over some clouds and atoms, evenly spread."""
+    step = -(-clouds.num_atoms // MOST_ATOMS)
+    points, weights = clouds.points[:, ::step], clouds.weights[:, ::step]
+    pairs = points.shape[1] ** 2
+    skip = -(-len(points) * pairs // MOST_PAIRS)
+    points, weights = points[::skip], weights[::skip]
+    gaps = points[:, :, None] - points[:, None]
+    apart = ~jnp.eye(points.shape[1], dtype=bool)[None]
+    masses = jnp.where(apart, weights[:, :, None] * weights[:, None], 0)
+    total = masses.sum((1, 2), keepdims=True)
+    masses = (masses / jnp.where(total > 0, total, 1)).reshape(-1)
+    costs = jnp.where(masses > 0, (jnp.vecdot(gaps, gaps) / 2).reshape(-1), 0)
+    order = jnp.argsort(costs)
+    below = jnp.cumsum(masses[order])
+    half = below[-1] / 2
+    # Where half of the mass is below a gap between two costs, the middle of it, as of equal masses.
+    eps = float(jnp.finfo(half.dtype).eps) ** 0.75
+    first = jnp.searchsorted(below, half * (1 - eps))
+    last = jnp.searchsorted(below, half * (1 + eps))
+    return (costs[order[first]] + costs[order[last]]) / 2
+
+
 def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:
     """Of balls about 0 that hold all atoms with mass."""
     squares = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0)
@@ -68,6 +94,25 @@ def about(
     far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
     nearer = centred * (reach / jnp.where(far, largest, 1))
     return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
+
+
+def place(
+    marginals: Marginals,
+    view: View,
+    centres: Float[Array, "B d"],
+    centred: Float[Array, "B m d"],
+    weights: Float[Array, "B m"],
+) -> tuple[Float[Array, "B d"], Float[Array, " B"], Float[Array, "B m d"]]:
+    """Where to compare clouds with the query: about their own centres, the shift between which
+    and its cost are added to the result; or, where marginals are relaxed, where they are."""
+    shift = view.centre[None] - centres
+    if marginals.rho is not None:
+        return jnp.zeros_like(shift), jnp.zeros_like(shift[:, 0]), centred - shift[:, None]
+    # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
+    # centres, and without the digits that large coordinates lose.
+    offset = view.query.weights @ view.centred
+    offsets = jnp.vecmat(weights, centred)
+    return shift, jnp.vecdot(shift, shift / 2 + offset[None] - offsets), centred
 
 
 def rounding_of(

@@ -1,7 +1,6 @@
 """Weighted point clouds under the debiased Sinkhorn divergence, balanced or unbalanced, moved by
 spherical Hellinger–Kantorovich (SHK) gradient flow."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,13 +12,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam._core import checks
-from jdam._core.batching import map_in_chunks
-from jdam._core.linalg import rounding, safe_sqrt
-from jdam._entropic.bounds import (
-    cost_of_masses,
-    dual_after_half_iteration,
-    dual_after_some_iterations,
-)
+from jdam._core.compile import compiled
+from jdam._core.linalg import safe_sqrt
+from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
 from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import (
     Cloud,
@@ -33,15 +28,19 @@ from jdam._entropic.problem import (
 from jdam._entropic.response import respond
 from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud
+from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
     Pull,
     View,
     about,
+    place,
     radius_of,
     rounding_of,
     shortening,
+    typical_cost,
     without_padding,
 )
 from jdam.geometry.protocol import (
@@ -140,6 +139,39 @@ class Sinkhorn(Geometry):
             raise ValueError(f"solver must be 'stabilised' or 'ott'; got {solver!r}")
         self.solver = solver
 
+    @classmethod
+    def relative(
+        cls,
+        patterns: AnyMeasure,
+        epsilon: float = 0.05,
+        *,
+        rho: float | None = None,
+        hellinger_scale: float = 0.0,
+        **settings: Any,
+    ) -> "Sinkhorn":
+        """A `Sinkhorn` in units of the patterns, so that it follows their unit of length: with u
+        the median of ½|x−y|² within patterns, over pairs of different atoms of a cloud, it is
+        `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u)`.
+
+        ε = 0.05 places points well; 0.2 is faster and blurs, 0.01 slower and sharper. With cues
+        that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1.
+
+        **Arguments:** `patterns`: clouds with any batch axes, or a list; `settings`: `tol`,
+        `max_iterations` and `solver`.
+
+        **Raises:** as `Sinkhorn`; `TypeError` for other measures; `ValueError` where u is 0, as of
+        clouds of one atom.
+        """
+        patterns = as_batch(patterns)
+        if not isinstance(patterns, PointCloud):
+            raise TypeError(f"patterns must be jdam.PointClouds; got {type(patterns).__name__}")
+        checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
+        unit = _unit(patterns)
+        if checks.is_concrete(unit) and not unit > 0:
+            raise ValueError("patterns must have different atoms in a cloud; got a median of 0")
+        price = None if rho is None else rho * unit
+        return cls(epsilon * unit, rho=price, hellinger_scale=hellinger_scale / unit, **settings)
+
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, PointCloud):
             raise TypeError(
@@ -173,7 +205,7 @@ class Sinkhorn(Geometry):
         centres = jax.lax.stop_gradient(prepared.centre)
         centred = about(centres, patterns.measures, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
-        shift, means, placed = self._place(view, centres, centred, weights)
+        shift, means, placed = place(self._marginals, view, centres, centred, weights)
 
         def one(points: Array, weights: Array, guess: Array) -> Coupling:
             pair = Pair(view.centred, query.weights, points, weights, self._marginals)
@@ -198,66 +230,12 @@ class Sinkhorn(Geometry):
             inliers=None if self.rho is None else shares,
         )
 
-    def _place(
-        self, view: View, centres: Array, centred: Array, weights: Array
-    ) -> tuple[Float[Array, "B d"], Float[Array, " B"], Float[Array, "B m d"]]:
-        """Where to compare clouds with the query: about their own centres, the shift between which
-        and its cost are added to the result; or, where marginals are relaxed, where they are."""
-        shift = view.centre[None] - centres
-        if self.rho is not None:
-            return jnp.zeros_like(shift), jnp.zeros_like(shift[:, 0]), centred - shift[:, None]
-        # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
-        # centres, and without the digits that large coordinates lose.
-        offset = view.query.weights @ view.centred
-        offsets = jnp.vecmat(weights, centred)
-        return shift, jnp.vecdot(shift, shift / 2 + offset[None] - offsets), centred
-
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """By means, or by the gap between clouds if ρ is given; and by dual values after half an
         iteration from the potential of the pattern with itself and after some more."""
-        first = self._by_means if self.rho is None else partial(self._by_gap, self.rho)
+        first = by_means if self.rho is None else partial(by_gap, self.epsilon, self.rho)
         duals = (dual_after_half_iteration, dual_after_some_iterations)
-        return first, *(partial(self._by_dual, partial(dual, self._solver)) for dual in duals)
-
-    def _by_means(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
-        """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
-        offset, prepared = view.query.weights @ view.centred, patterns.prepared
-        shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
-        return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
-
-    def _by_gap(self, rho: Array, view: View, patterns: Patterns) -> Float[Array, " B"]:
-        """All mass of each cloud counted at the nearest points of balls that hold them; S ≥ 0."""
-        prepared, clouds = patterns.prepared, patterns.measures
-        shift = view.centre[None] - prepared.centre
-        distance = safe_sqrt(jnp.vecdot(shift, shift))
-        radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
-        error = rounding(clouds.dim, shift.dtype)
-        gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
-        selves = (view.known.cost + prepared.known.cost) / 2
-        cost = cost_of_masses(self.epsilon, rho, gap**2 / 2)
-        slack = rounding(view.query.num_atoms + clouds.num_atoms, shift.dtype) * rho
-        return jnp.maximum(cost - selves - slack, 0)
-
-    def _by_dual(
-        self, dual_value: Callable[..., Array], view: View, patterns: Patterns
-    ) -> Float[Array, " B"]:
-        """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value; where
-        marginals are relaxed, of the clouds where they are."""
-        prepared, clouds = patterns.prepared, patterns.measures
-        centred = about(prepared.centre, clouds, self.epsilon)
-        _, means, placed = self._place(view, prepared.centre, centred, clouds.weights)
-
-        def dual(cloud: tuple[Array, Array, Array]) -> Array:
-            points, weights, potential = cloud
-            query = view.centred, view.query.weights
-            return dual_value(Pair(*query, points, weights, self._marginals), potential)
-
-        at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
-        duals = map_in_chunks(dual, at_once, (placed, clouds.weights, prepared.known.potential))
-        selves = (view.known.cost + prepared.known.cost) / 2
-        error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
-        result: Array = means + duals - selves - error
-        return result
+        return first, *(partial(by_dual, dual, self._solver, self._marginals) for dual in duals)
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
         return self.backtrack(view, pull, step_size, 0)
@@ -375,6 +353,12 @@ class Sinkhorn(Geometry):
         self, points: Array, weights: Array, known: SelfCoupling | None = None
     ) -> SelfCoupling:
         return couple_with_itself(self._solver, Cloud(points, weights), self._marginals, known)
+
+
+@compiled(rounded=False)
+def _unit(patterns: PointCloud) -> Float[Array, ""]:
+    batch = len(patterns.batch_shape)
+    return typical_cost(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns))
 
 
 def _shown(value: Array) -> str:

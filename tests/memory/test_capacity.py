@@ -9,7 +9,7 @@ import pytest
 from jax import monitoring
 
 import jdam
-from tests.cases import KINDS, all_of, alike, close, every_kind, some_and_clouds, some_kinds
+from tests.cases import KINDS, alike, all_of, close, every_kind, some_and_clouds, some_kinds
 from tests.helpers import clouds, gaussians, near, vectors
 
 CAPACITY, BETA = 8, 3.0

@@ -1,0 +1,163 @@
+"""Choosing β from data."""
+
+import logging
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Bool, Float, Int
+
+from jdam._core import checks
+from jdam._core.compile import compiled
+from jdam._core.loops import repeat
+from jdam._energy.energy import fit_queries
+from jdam._energy.pairs import pairwise
+from jdam._measures.base import AnyMeasure
+from jdam._memory.memory import Memory
+
+#: Told apart is a query whose nearest pattern has this weight, and at β this share of queries is.
+WEIGHT, SHARE = 0.99, 0.95
+#: How many patterns stand for all of them, and for how many comparisons at most.
+SAMPLE, FEWEST, COMPARISONS = 256, 16, 2**18
+#: A mean of −log w below which a larger β is not likelier in any way that matters.
+CERTAIN = 1e-4
+HALVINGS = 50
+
+logger = logging.getLogger("jdam")
+
+
+def suggest_beta(
+    memory: Memory, queries: AnyMeasure | None = None, targets: ArrayLike | None = None
+) -> Float[Array, ""]:
+    """A β to recall with, in the inverse units of D: it follows the unit of length.
+
+    - **From the patterns alone** one at which they are told apart: 95 % of them have 99 % of the
+      Gibbs weight at themselves. (Of large memories up to 256 are asked.)
+    - **With queries**, better, if they are as those to come: one at which 95 % of these are told
+      apart, so that their nearest pattern has 99 % of the weight, right or wrong. Recall then
+      ends at the nearest pattern about as often, and need not pass by others.
+    - **With queries and targets**, the indices of the patterns that they belong to, the likeliest:
+      it maximises Σⱼ log w_targetⱼ(ξⱼ), which is concave in β, so that weights are calibrated
+      probabilities. Where a larger β is always likelier, as all queries are nearest to their
+      targets, the first at which the mean of −log w is 10⁻⁴. Where targets are often not the
+      nearest it is small, and recall may mix patterns: the second way makes it decide.
+
+    The reason of the value is logged at level DEBUG by the logger "jdam". Patterns that coincide
+    are not told apart at any β, and count as one. All queries are compared with all patterns.
+
+    **Arguments:** a `memory`; `queries` with one batch axis (Q,), or a list; `targets` (Q,), ints.
+
+    **Returns:** a scalar > 0; where all patterns are the same, 1 over the mean square of their
+    size.
+
+    **Raises:** as `pairwise`; `TypeError`, `ValueError` or `IndexError` for targets that are no
+    indices of patterns or without queries.
+    """
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+    if queries is None:
+        if targets is not None:
+            raise ValueError("targets need queries, whose patterns they are; got none")
+        num = len(memory)
+        count = min(num, SAMPLE, max(FEWEST, COMPARISONS // num))
+        asked, who = memory[np.linspace(0, num - 1, count).round().astype(int)], "patterns"
+    else:
+        asked, who = fit_queries(memory, queries), "queries"
+    divergences = pairwise(memory, asked)
+    if targets is None:
+        beta, reason = _apart(memory, divergences), f"tells 95 % of {len(divergences)} {who} apart"
+    else:
+        indices = _targets(memory, targets, len(divergences))
+        beta, reason = _likeliest(memory, divergences, indices), "is the likeliest for the targets"
+    if checks.is_concrete(beta):
+        logger.debug("suggest_beta: %.4g %s", float(beta), reason)
+    return beta
+
+
+def _targets(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
+    indices = jnp.asarray(targets)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"targets must be integers; got {indices.dtype}")
+    if indices.shape != (num,):
+        raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
+    if checks.is_concrete(indices, memory.log_weights):
+        for i in np.unique(np.asarray(indices)):
+            checks.index(i, len(memory), "a memory")
+            if np.asarray(memory.log_weights)[i] == -np.inf:
+                raise ValueError(f"targets must be switched on by the prior; pattern {i} is off")
+    return indices.astype(jnp.int32)
+
+
+@compiled()
+def _apart(memory: Memory, divergences: Float[Array, "Q N"]) -> Float[Array, ""]:
+    gaps, odds, rivals = _gaps(memory, divergences)
+    odds = jnp.where(rivals, odds, 0)
+    least = jnp.where(rivals, gaps, jnp.inf).min(1)
+    unit = jnp.where(least < jnp.inf, least, 1)
+    wanted = WEIGHT / (1 - WEIGHT)
+    # Of βD, D the gap to the nearest rival: Σ oddsₖ exp(−βgapₖ) is surely small enough at the top.
+    top = jnp.maximum(jnp.log(odds.sum(1) * wanted), 0)
+
+    def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        rest = (odds * jnp.exp(-(middle / unit)[:, None] * gaps)).sum(1)
+        enough = rest * wanted <= 1
+        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+
+    _, found = repeat(HALVINGS, halve, (jnp.zeros_like(top), top), gaps)
+    betas = jnp.where(least < jnp.inf, found / unit, jnp.nan)
+    return _positive(memory, jnp.nanquantile(betas, SHARE))
+
+
+@compiled()
+def _likeliest(
+    memory: Memory, divergences: Float[Array, "Q N"], targets: Int[Array, " Q"]
+) -> Float[Array, ""]:
+    gaps, odds, rivals = _gaps(memory, divergences)
+    unit = jnp.nanmedian(jnp.where(rivals, gaps, jnp.nan))
+    gaps, rows = gaps / jnp.where(unit > 0, unit, 1), jnp.arange(len(gaps), dtype=jnp.int32)
+    own, likely = gaps[rows, targets], odds[rows, targets]
+
+    def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        beta = jnp.exp(middle)
+        masses = odds * jnp.exp(-beta * gaps)
+        total = masses.sum(1)
+        loss = (beta * own - jnp.log(likely / total)).mean()
+        slope = (own - (masses * gaps).sum(1) / total).mean()
+        more = (slope < 0) & (loss > CERTAIN)
+        return jnp.where(more, middle, low), jnp.where(more, high, middle)
+
+    ends = jnp.full_like(unit, -16), jnp.full_like(unit, 40)
+    low, high = repeat(HALVINGS, halve, ends, gaps)
+    return _positive(memory, jnp.exp((low + high) / 2) / unit)
+
+
+def _gaps(
+    memory: Memory, divergences: Float[Array, "Q N"]
+) -> tuple[Float[Array, "Q N"], Float[Array, "Q N"], Bool[Array, "Q N"]]:
+    """How much farther than the nearest all patterns are, their prior in units of its, and which
+    of them are patterns that do not coincide with it."""
+    log_prior = memory.log_weights
+    on = (log_prior > -jnp.inf)[None]
+    distances = jnp.where(on, divergences, jnp.inf)
+    nearest = distances.argmin(1)
+    lowest = distances.min(1, keepdims=True)
+    gaps = jnp.where(on, divergences - lowest, 0)
+    shares = jnp.where(on, log_prior[None] - log_prior[nearest][:, None], 0)
+    odds = jnp.where(on, jnp.exp(shares), 0)
+    rounding = 64 * float(jnp.finfo(gaps.dtype).eps)
+    size = jnp.where(on, jnp.abs(divergences), 0).max(1, keepdims=True)
+    return gaps, odds, on & (gaps > rounding * size)
+
+
+def _positive(memory: Memory, beta: Float[Array, ""]) -> Float[Array, ""]:
+    """β within the range of its dtype, or that of the size of patterns that are all the same."""
+    scale, _ = memory.units_of_patterns()
+    limits = jnp.finfo(beta.dtype)
+    alone = 1 / jnp.where(scale > 0, scale, 1) ** 2
+    chosen = jnp.where(jnp.isnan(beta), alone, beta)
+    return jnp.clip(chosen, float(limits.tiny), float(limits.max) / 4)

@@ -1,0 +1,62 @@
+"""Proved lower bounds on S_ε between a query and clouds, rounding included."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core.batching import map_in_chunks
+from jdam._core.linalg import rounding, safe_sqrt
+from jdam._entropic.bounds import cost_of_masses
+from jdam._entropic.problem import Marginals, Pair, Solver
+from jdam.geometry._clouds import View, about, place, radius_of
+from jdam.geometry.protocol import Patterns
+
+
+def by_means(view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
+    offset, prepared = view.query.weights @ view.centred, patterns.prepared
+    shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
+    return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
+
+
+def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """For a given ρ, all mass of each cloud counted at the nearest points of balls that hold them;
+    S ≥ 0."""
+    prepared, clouds = patterns.prepared, patterns.measures
+    shift = view.centre[None] - prepared.centre
+    distance = safe_sqrt(jnp.vecdot(shift, shift))
+    radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
+    error = rounding(clouds.dim, shift.dtype)
+    gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
+    selves = (view.known.cost + prepared.known.cost) / 2
+    cost = cost_of_masses(epsilon, rho, gap**2 / 2)
+    slack = rounding(view.query.num_atoms + clouds.num_atoms, shift.dtype) * rho
+    return jnp.maximum(cost - selves - slack, 0)
+
+
+def by_dual(
+    dual_value: Callable[[Solver, Pair, Array], Array],
+    solver: Solver,
+    marginals: Marginals,
+    view: View,
+    patterns: Patterns,
+) -> Float[Array, " B"]:
+    """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value; where
+    marginals are relaxed, of the clouds where they are."""
+    prepared, clouds = patterns.prepared, patterns.measures
+    centred = about(prepared.centre, clouds, marginals.epsilon)
+    _, means, placed = place(marginals, view, prepared.centre, centred, clouds.weights)
+
+    def dual(cloud: tuple[Array, Array, Array]) -> Array:
+        points, weights, potential = cloud
+        query = view.centred, view.query.weights
+        return dual_value(solver, Pair(*query, points, weights, marginals), potential)
+
+    at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
+    duals = map_in_chunks(dual, at_once, (placed, clouds.weights, prepared.known.potential))
+    selves = (view.known.cost + prepared.known.cost) / 2
+    error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
+    result: Array = means + duals - selves - error
+    return result
