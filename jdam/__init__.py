@@ -54,6 +54,8 @@ from jdam._measures.batches import stack as stack
 from jdam._measures.gaussian import DiagonalGaussian as DiagonalGaussian
 from jdam._measures.gaussian import Gaussian as Gaussian
 from jdam._measures.point_cloud import PointCloud as PointCloud
+from jdam._memory.files import load as load
+from jdam._memory.files import save as save
 from jdam._memory.memory import Memory as Memory
 from jdam._memory.memory import store as store
 from jdam._memory.sharding import shard as shard

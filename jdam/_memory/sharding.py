@@ -1,6 +1,6 @@
 """A memory over many devices and hosts."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,46 +41,70 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     """
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
+    if memory.layout is not None:
+        raise ValueError(f"memory must not be sharded already; got {memory}")
+    parts = parts_of(mesh, axis, len(memory))
+    # As each process has all of it, it can serve whichever devices are its own.
+    rows = (memory.patterns, memory.prepared, memory.fingerprint)
+    patterns, prepared, marks = jax.tree.map(lambda leaf: parts.rows(np.asarray(leaf)), rows)
+    prior = memory.log_prior
+    if parts.missing and prior is None:
+        prior = jnp.zeros(len(memory), memory.dtype)
+    if prior is not None:
+        prior = parts.rows(np.asarray(prior), fill=-np.inf)
+    geometry, units = parts.everywhere((memory.geometry, memory.units_of_patterns()))
+    return Memory(patterns, geometry, prior, prepared, marks, parts.layout, units)
+
+
+class Parts(NamedTuple):
+    """Where the rows of a memory go."""
+
+    layout: Layout
+
+    @property
+    def missing(self) -> int:
+        """How many rows fill up the last parts."""
+        return -self.layout.length % self.layout.parts
+
+    def rows(self, held: Any, *, fill: float | None = None) -> Array:
+        """Rows, an array or what is indexed by slices as one, in parts, each read for its own
+        device alone; filled up with `fill` or copies of the last row."""
+        length, axis = self.layout.length, self.layout.axis
+        shape = (length + self.missing, *_shape(held)[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            rows = held[min(start, length - 1) : min(stop, length)][: stop - start]
+            last = rows[-1:] if fill is None else np.full_like(rows[-1:], fill)
+            there = max(0, min(stop, length) - start)
+            return np.concatenate([rows[:there], *[last] * (stop - start - there)])
+
+        return self._put(shape, PartitionSpec(axis), part)
+
+    def everywhere(self, tree: Any) -> Any:
+        """The same on every device."""
+
+        def put(leaf: Any) -> Array:
+            whole = np.asarray(leaf)
+            return self._put(whole.shape, PartitionSpec(), lambda index: whole[index])
+
+        return jax.tree.map(put, tree)
+
+    def _put(self, shape: tuple[int, ...], spec: PartitionSpec, read: Any) -> Array:
+        return jax.make_array_from_callback(shape, NamedSharding(self.layout.mesh, spec), read)
+
+
+def parts_of(mesh: Mesh, axis: str, length: int) -> Parts:
+    """The parts of so many patterns along an axis of a mesh.
+
+    **Raises:** `TypeError` or `ValueError` for what is none."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh must be a jax.sharding.Mesh; got {type(mesh).__name__}")
     if axis not in mesh.axis_names:
         raise ValueError(f"axis must be one of the mesh's {mesh.axis_names}; got {axis!r}")
-    if memory.layout is not None:
-        raise ValueError(f"memory must not be sharded already; got {memory}")
     # Of axes of type Auto: of Explicit ones derivatives would need `jax.set_mesh`.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
-    length = len(memory)
-    if memory.size is not None:  # free places stay behind
-        memory = memory.reserve(length)
-    missing = -length % mesh.shape[axis]
-    rows = NamedSharding(mesh, PartitionSpec(axis))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    return Parts(Layout(Mesh(mesh.devices, mesh.axis_names), axis, length))
 
-    def fill(leaf: Any) -> np.ndarray:
-        leaf = np.asarray(leaf)
-        return np.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
 
-    def place(tree: Any, sharding: NamedSharding) -> Any:
-        # As each process has all of it, it can serve whichever devices are its own.
-        def put(leaf: Any) -> Array:
-            leaf = np.asarray(leaf)
-            return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
-
-        return jax.tree.map(put, tree)
-
-    prior = memory.log_prior
-    if missing and prior is None:
-        prior = jnp.zeros(length, memory.dtype)
-    if prior is not None:
-        prior = jnp.pad(prior, (0, missing), constant_values=-jnp.inf)
-    held = (memory.patterns, memory.prepared, memory.fingerprint)
-    patterns, prepared, marks = jax.tree.map(fill, held)
-    return Memory(
-        place(patterns, rows),
-        place(memory.geometry, everywhere),
-        place(prior, rows),
-        place(prepared, rows),
-        place(marks, rows),
-        Layout(mesh, axis, length),
-        place(memory.units_of_patterns(), everywhere),
-    )
+def _shape(held: Any) -> tuple[int, ...]:
+    return tuple(held.shape if hasattr(held, "shape") else held.get_shape())

@@ -1,0 +1,255 @@
+"""A memory in a file, in the format of safetensors: a header, arrays, and no code."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from jdam._core.batching import batch_size
+from jdam._memory.encoding import OWN, decode, encode, name_of
+from jdam._memory.memory import Memory
+from jdam._memory.prepared import prepare
+from jdam._memory.sharding import parts_of
+from jdam.geometry import Geometry
+
+#: What the header says that the file is; of a newer version it is refused.
+FORMAT, VERSION = "jdam", 1
+#: Bytes to read at once, for the checksum.
+PIECE = 2**26
+#: The most that safetensors allows a header to have.
+LONGEST_HEADER = 100_000_000
+
+
+def save(path: str | os.PathLike[str], memory: Memory) -> None:
+    """Write a memory to one file, from which `jdam.load` has it back to the last bit.
+
+    The format is that of safetensors: a header in JSON, then the arrays, what was prepared of the
+    patterns among them, so that nothing is computed again; with a checksum. A file of this name is
+    replaced at once when all is written, or stays as it is. A sharded memory is written whole, and
+    can be loaded onto other devices; under `jax.distributed` all processes have to call this,
+    and the first writes.
+
+    **Raises:** `TypeError` for what is no memory, and for a geometry with static fields other than
+    None, bools, numbers, strings, and tuples, lists or dicts of them; `OSError` as `open`.
+    """
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
+    path = Path(path)
+    arrays: dict[str, Any] = {}
+    length = batch_size(memory.patterns) if memory.layout is None else len(memory)
+    description = {
+        "patterns": encode(memory.patterns, "patterns", arrays),
+        "geometry": encode(memory.geometry, "geometry", arrays),
+    }
+    others = {
+        "log_prior": memory.log_prior,
+        "fingerprint": memory.fingerprint,
+        "size": memory.size,
+        "units": memory.units_of_patterns(),
+        "prepared": jax.tree.leaves(memory.prepared),
+    }
+    description |= {name: encode(value, name, arrays) for name, value in others.items()}
+    # Parts of a sharded memory are filled up.
+    held = {name: _on_host(x)[:length] if np.ndim(x) else _on_host(x) for name, x in arrays.items()}
+    text = json.dumps({"places": length, **description}, sort_keys=True)
+    parts = ((name, x.shape, [x]) for name, x in sorted(held.items()))
+    header = {"format": FORMAT, "version": str(VERSION), "memory": text}
+    header["checksum"] = _checksum(text, parts)
+    if jax.process_index() == 0:
+        _write(path, held, header)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"jdam.save {path}")
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf, order="C")
+
+
+def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        safetensors.numpy.save_file(arrays, temporary, header)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    mesh: Mesh | None = None,
+    axis: str | None = None,
+    classes: tuple[type[eqx.Module], ...] = (),
+) -> Memory:
+    """The memory that `jdam.save` wrote.
+
+    **Arguments:** `mesh`, `axis`: to have it as `jdam.shard(memory, mesh, axis)`, the part of each
+    device read from the file alone, so that the whole is never in memory. `classes`: kinds of
+    geometries and measures that are not jdam's, for memories of such. Files have only their names,
+    and nothing is imported or run because of a file.
+
+    **Raises:** `ValueError` that says which, for a file that is damaged, cut off, written by a
+    newer jdam, or no memory; for classes that are missing in `classes`; for float64 unless
+    `jax_enable_x64` is set; for a mesh without such an axis. `OSError` as `open`.
+    """
+    path = Path(path)
+    if (mesh is None) != (axis is None):
+        raise TypeError(f"mesh and axis go together; got mesh={mesh} and axis={axis!r}")
+    description, checksum = _header(path)
+    known: dict[str, type] = {name_of(kind): kind for kind in OWN + tuple(classes)}
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            _check_contents(path, file, checksum)
+            if mesh is None or axis is None:
+                return _read(file, description, known)
+            return _read_parts(file, description, known, mesh, axis)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _header(path: Path) -> tuple[dict[str, Any], tuple[str, str]]:
+    """The description of the memory, and its text and the checksum."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(9)
+        length = int.from_bytes(start[:8], "little")
+        if start[8:] != b"{" or length > LONGEST_HEADER:
+            cut = "it is empty or cut off" if size < 9 else "it is no safetensors file"
+            raise ValueError(f"{path} is no memory that jdam.save wrote: {cut}")
+        raw = start[8:] + file.read(length - 1)
+    if len(raw) < length:
+        raise ValueError(f"{path} is cut off: it has {size} bytes, its header alone {8 + length}")
+    try:
+        header = json.loads(raw)
+        found = header.pop("__metadata__", {})
+        end = 8 + length + max(array["data_offsets"][1] for array in header.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ValueError(f"{path} is no memory that jdam.save wrote, but another safetensors file")
+    if size != end:
+        what = "cut off" if size < end else "damaged"
+        raise ValueError(f"{path} is {what}: it has {size} bytes, and should have {end}")
+    try:
+        version = int(found["version"])
+        text, checksum = found["memory"], found["checksum"]
+        description = json.loads(text) if version <= VERSION else {}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: its header cannot be read") from error
+    if version != VERSION:
+        raise ValueError(
+            f"{path} was written by a newer jdam, in version {version} of the format; this one "
+            f"reads version {VERSION}: update jdam"
+        )
+    return description, (text, checksum)
+
+
+def _check_contents(path: Path, file: Any, checksum: tuple[str, str]) -> None:
+    def pieces(name: str) -> Iterator[np.ndarray]:
+        part = file.get_slice(name)
+        shape = part.get_shape()
+        if not shape:
+            yield file.get_tensor(name)
+            return
+        numbers = max(1, int(np.prod(shape[1:])))
+        rows = max(1, PIECE // (8 * numbers))
+        for first in range(0, shape[0], rows):
+            yield part[first : min(first + rows, shape[0])]
+
+    text, wanted = checksum
+    names = sorted(file.keys())
+    parts = ((name, file.get_slice(name).get_shape(), pieces(name)) for name in names)
+    if _checksum(text, parts) != wanted:
+        raise ValueError(f"{path} is damaged: its checksum is not that of its contents")
+
+
+def _checksum(text: str, parts: Any) -> str:
+    """Of the description and (name, shape, pieces of the values) of all arrays."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, shape, pieces in parts:
+        digest.update(json.dumps([name, shape]).encode())
+        for i, piece in enumerate(pieces):
+            digest.update(piece.dtype.name.encode() if i == 0 else b"")
+            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _read(file: Any, description: dict[str, Any], classes: dict[str, type]) -> Memory:
+    """The memory in one piece."""
+    memory = _assembled(description, classes, partial(_whole, file))
+    size = decode(description["size"], partial(_whole, file), classes)
+    return dataclasses.replace(memory, size=size)
+
+
+def _read_parts(
+    file: Any, description: dict[str, Any], classes: dict[str, type], mesh: Mesh, axis: str
+) -> Memory:
+    """The memory in parts, without free places."""
+    size = decode(description["size"], partial(_whole, file), classes)
+    parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
+
+    def array(name: str) -> Array:
+        if name.startswith(("geometry.", "units.")):
+            scalar: Array = parts.everywhere(_whole(file, name))
+            return scalar
+        _check_dtype(name, file.get_slice(name)[:1])
+        return parts.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
+
+    memory = _assembled(description, classes, array)
+    prior = memory.log_prior
+    if parts.missing and prior is None:
+        prior = parts.rows(np.zeros(parts.layout.length, memory.dtype), fill=-np.inf)
+    units = decode(description["units"], array, classes)
+    return dataclasses.replace(memory, log_prior=prior, units=units, layout=parts.layout)
+
+
+def _assembled(
+    description: dict[str, Any], classes: dict[str, type], array: Callable[[str], Array]
+) -> Memory:
+    held = {
+        name: decode(description[name], array, classes)
+        for name in ("geometry", "patterns", "log_prior", "prepared", "fingerprint")
+    }
+    geometry: Geometry = held["geometry"]
+    patterns = geometry.check("patterns", held["patterns"], 1)
+    expected, _ = jax.eval_shape(prepare, patterns, geometry)
+    wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
+    if wanted != [(leaf.shape, leaf.dtype) for leaf in held["prepared"]]:
+        raise ValueError(
+            f"what was prepared is not what {geometry} prepares now: store the patterns again"
+        )
+    prepared = jax.tree.unflatten(jax.tree.structure(expected), held["prepared"])
+    return Memory(patterns, geometry, held["log_prior"], prepared, held["fingerprint"])
+
+
+def _whole(file: Any, name: str) -> Array:
+    value = file.get_tensor(name)
+    _check_dtype(name, value)
+    array: Array = jax.device_put(value)
+    return array
+
+
+def _check_dtype(name: str, value: np.ndarray) -> None:
+    if jax.dtypes.canonicalize_dtype(value.dtype) != value.dtype:
+        raise ValueError(
+            f"{name} is {value.dtype}, for which to be loaded JAX needs "
+            "jax.config.update('jax_enable_x64', True)"
+        )
