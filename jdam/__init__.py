@@ -13,11 +13,11 @@ The folders, from the bottom up; each uses only those above it in this list:
     _measures   the kinds of measures: `Gaussian`, `DiagonalGaussian`, `PointCloud`
     _entropic   entropic transport between point clouds
     geometry    D and how to move: `Bures`, `EntropicBures`, `Sinkhorn`, `Euclidean`, `DotProduct`
-    _memory     `Memory`, `store`, `shard`
-    _energy     the average over the patterns; separations and searches
+    _memory     `Memory`, `store`, room to grow, files, `shard`
+    _energy     the average over the patterns; separations and searches; `pairwise`, `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`
-    _learning   `fit`, `descend`
-    theory, random, plot, demo
+    _learning   `parametrize`, `fit`, `descend`
+    nn, theory, random, plot, demo
 
 The way of one recall: `_recall/recall.py` checks what is asked, `_recall/flow.py` is the loop of
 steps and evaluations, `_energy/average.py` goes through the patterns for an evaluation, and the
@@ -28,6 +28,7 @@ it. A geometry of one's own is a class with `check` and `compare`: see `jdam.Geo
 from importlib.metadata import version as _version
 
 from jdam import geometry as geometry
+from jdam import nn as nn
 from jdam import plot as plot
 from jdam import random as random
 from jdam import theory as theory
@@ -49,6 +50,7 @@ from jdam._learning.fit import Learner as Learner
 from jdam._learning.fit import descend as descend
 from jdam._learning.fit import fit as fit
 from jdam._learning.fit import recall_error as recall_error
+from jdam._learning.parametrize import parametrize as parametrize
 from jdam._measures.base import Measure as Measure
 from jdam._measures.batches import stack as stack
 from jdam._measures.gaussian import DiagonalGaussian as DiagonalGaussian

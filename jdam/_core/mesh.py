@@ -12,7 +12,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
@@ -45,14 +47,30 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
         jax.tree.map(lambda _: parts, memory),
         jax.tree.map(lambda _: everywhere, (memory.geometry, memory.units)),
     )
+    mesh, axes = layout.mesh, set(layout.mesh.axis_names)
+    if typed := _explicit_mesh(layout, args):
+        # Queries may be spread over its other axes, along which they stay where they are.
+        mesh, axes = typed, {layout.axis}
+        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+        memory = jax.tree.map(jax.reshard, memory, places)
     spread = jax.shard_map(
         on_one,
-        mesh=layout.mesh,
+        mesh=mesh,
         in_specs=(specs, *(everywhere for _ in args)),
         out_specs=everywhere,
+        axis_names=axes,
         check_vma=False,
     )
     return spread(memory, *args)
+
+
+def _explicit_mesh(layout: Layout, args: Any) -> Any:
+    """The mesh of `jax.set_mesh`, or one that is part of the arguments' types, if its axes are
+    `Explicit`."""
+    meshes = [jax.sharding.get_abstract_mesh()]
+    meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
+    explicit = (mesh for mesh in meshes if not mesh.empty and mesh.are_all_axes_explicit)
+    return next((m for m in explicit if m.shape == layout.mesh.shape), None)
 
 
 def where_it_is(function: Callable[..., Any], batched: Any, args: tuple[Any, ...]) -> Any:
@@ -77,6 +95,20 @@ def where_it_is(function: Callable[..., Any], batched: Any, args: tuple[Any, ...
         check_vma=False,
     )
     return local(*args)
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """The values of an array that may be spread over the devices of several processes."""
+    if isinstance(leaf, Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf, order="C")
+
+
+def in_one_piece(array: Array) -> Array:
+    """The array on one device of each process."""
+    spread = not isinstance(array, jax.core.Tracer) and len(array.devices()) > 1
+    whole: Array = jax.device_put(on_host(array)) if spread else array
+    return whole
 
 
 def is_whole(memory: Any) -> bool:

@@ -11,10 +11,11 @@ from jaxtyping import Bool, Float, Int
 from jdam._core import checks
 from jdam._core.compile import compiled
 from jdam._core.loops import repeat
+from jdam._core.mesh import in_one_piece
 from jdam._energy.energy import fit_queries
 from jdam._energy.pairs import pairwise
 from jdam._measures.base import AnyMeasure
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, length_or_capacity
 
 #: Told apart is a query whose nearest pattern has this weight, and at β this share of queries is.
 WEIGHT, SHARE = 0.99, 0.95
@@ -64,34 +65,41 @@ def suggest_beta(
         asked, who = memory[np.linspace(0, num - 1, count).round().astype(int)], "patterns"
     else:
         asked, who = fit_queries(memory, queries), "queries"
-    divergences = pairwise(memory, asked)
+    divergences = in_one_piece(pairwise(memory, asked))
+    log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if targets is None:
-        beta, reason = _apart(memory, divergences), f"tells 95 % of {len(divergences)} {who} apart"
+        beta = _apart(divergences, log_prior)
+        reason = f"tells 95 % of {len(divergences)} {who} apart"
     else:
-        indices = _targets(memory, targets, len(divergences))
-        beta, reason = _likeliest(memory, divergences, indices), "is the likeliest for the targets"
+        indices = _targets(memory, log_prior, targets, len(divergences))
+        beta, reason = _likeliest(divergences, log_prior, indices), "is the likeliest for targets"
+    scale, _ = memory.units_of_patterns()
+    beta = _positive(beta, in_one_piece(scale))
     if checks.is_concrete(beta):
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
     return beta
 
 
-def _targets(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
+def _targets(
+    memory: Memory, log_prior: Float[Array, " N"], targets: ArrayLike, num: int
+) -> Int[Array, " Q"]:
     indices = jnp.asarray(targets)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"targets must be integers; got {indices.dtype}")
     if indices.shape != (num,):
         raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
-    if checks.is_concrete(indices, memory.log_weights):
+    if checks.is_concrete(indices, log_prior):
         for i in np.unique(np.asarray(indices)):
-            checks.index(i, len(memory), "a memory")
-            if np.asarray(memory.log_weights)[i] == -np.inf:
+            checks.index(i, length_or_capacity(memory), "a memory")
+            if log_prior[i] == -np.inf:
                 raise ValueError(f"targets must be switched on by the prior; pattern {i} is off")
     return indices.astype(jnp.int32)
 
 
 @compiled()
-def _apart(memory: Memory, divergences: Float[Array, "Q N"]) -> Float[Array, ""]:
-    gaps, odds, rivals = _gaps(memory, divergences)
+def _apart(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> Float[Array, ""]:
+    """NaN where no two patterns can be told apart."""
+    gaps, odds, rivals = _gaps(divergences, log_prior)
     odds = jnp.where(rivals, odds, 0)
     least = jnp.where(rivals, gaps, jnp.inf).min(1)
     unit = jnp.where(least < jnp.inf, least, 1)
@@ -108,14 +116,15 @@ def _apart(memory: Memory, divergences: Float[Array, "Q N"]) -> Float[Array, ""]
 
     _, found = repeat(HALVINGS, halve, (jnp.zeros_like(top), top), gaps)
     betas = jnp.where(least < jnp.inf, found / unit, jnp.nan)
-    return _positive(memory, jnp.nanquantile(betas, SHARE))
+    return jnp.nanquantile(betas, SHARE)
 
 
 @compiled()
 def _likeliest(
-    memory: Memory, divergences: Float[Array, "Q N"], targets: Int[Array, " Q"]
+    divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"], targets: Int[Array, " Q"]
 ) -> Float[Array, ""]:
-    gaps, odds, rivals = _gaps(memory, divergences)
+    """NaN likewise."""
+    gaps, odds, rivals = _gaps(divergences, log_prior)
     unit = jnp.nanmedian(jnp.where(rivals, gaps, jnp.nan))
     gaps, rows = gaps / jnp.where(unit > 0, unit, 1), jnp.arange(len(gaps), dtype=jnp.int32)
     own, likely = gaps[rows, targets], odds[rows, targets]
@@ -133,15 +142,15 @@ def _likeliest(
 
     ends = jnp.full_like(unit, -16), jnp.full_like(unit, 40)
     low, high = repeat(HALVINGS, halve, ends, gaps)
-    return _positive(memory, jnp.exp((low + high) / 2) / unit)
+    result: Array = jnp.exp((low + high) / 2) / unit
+    return result
 
 
 def _gaps(
-    memory: Memory, divergences: Float[Array, "Q N"]
+    divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]
 ) -> tuple[Float[Array, "Q N"], Float[Array, "Q N"], Bool[Array, "Q N"]]:
     """How much farther than the nearest all patterns are, their prior in units of its, and which
     of them are patterns that do not coincide with it."""
-    log_prior = memory.log_weights
     on = (log_prior > -jnp.inf)[None]
     distances = jnp.where(on, divergences, jnp.inf)
     nearest = distances.argmin(1)
@@ -154,9 +163,9 @@ def _gaps(
     return gaps, odds, on & (gaps > rounding * size)
 
 
-def _positive(memory: Memory, beta: Float[Array, ""]) -> Float[Array, ""]:
+@compiled()
+def _positive(beta: Float[Array, ""], scale: Float[Array, ""]) -> Float[Array, ""]:
     """β within the range of its dtype, or that of the size of patterns that are all the same."""
-    scale, _ = memory.units_of_patterns()
     limits = jnp.finfo(beta.dtype)
     alone = 1 / jnp.where(scale > 0, scale, 1) ** 2
     chosen = jnp.where(jnp.isnan(beta), alone, beta)

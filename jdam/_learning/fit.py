@@ -22,6 +22,7 @@ from jdam._energy.energy import divergences, energy, fit_query, inverse_temperat
 from jdam._energy.search import Exhaustive
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
+from jdam._learning.parametrize import PATTERNS, PRIOR, check_learn, parametrize
 from jdam._measures.base import AnyMeasure, from_free, to_free
 from jdam._memory.memory import Memory, store
 from jdam._recall.flow import End, Flow
@@ -31,7 +32,8 @@ from jdam._recall.result import Recall
 #: (memory, β, query, target) ↦ how wrong the memory is about one query.
 Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
 
-PATTERNS, BETA, PRIOR = LEARNABLE = ("patterns", "beta", "prior")
+BETA = "beta"
+LEARNABLE = (PATTERNS, BETA, PRIOR)
 
 
 def recall_error(
@@ -60,10 +62,10 @@ class Learner:
     """How to learn a memory: pure functions `init` and `update`, as those of optax.
 
     **Arguments:** an optax `optimizer`; `loss(memory, beta, query, target)` of one query and its
-    target, any pytree, `jdam.recall_error` if not given; `learn`, which of "patterns", "beta" and
-    "prior". Factors of Gaussians, logarithms of β, of the prior and of the weights of
-    point clouds are what the optimizer moves, so that measures remain measures; atoms of weight
-    0 and patterns that the prior switches off stay so.
+    target, any pytree, `jdam.recall_error` if not given; `learn`, some of "beta", whose logarithm
+    the optimizer moves, and of what `jdam.parametrize` knows: "patterns", "prior", and parameters
+    of the geometry, as "epsilon". Measures remain measures; atoms of weight 0 and patterns that
+    the prior switches off stay so.
     """
 
     optimizer: optax.GradientTransformation
@@ -71,28 +73,15 @@ class Learner:
     learn: tuple[str, ...] = LEARNABLE
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.learn if name not in LEARNABLE]
-        if unknown or not self.learn or not isinstance(self.learn, tuple):
-            raise ValueError(f"learn must be a tuple of some of {LEARNABLE}; got {self.learn!r}")
+        check_learn(self.learn)
 
     def init(self, memory: Memory, beta: ArrayLike) -> FitState:
         """The state before the first update."""
         beta = inverse_temperature(memory, beta).astype(memory.dtype)
-        if memory.layout is not None:
-            raise ValueError("memory must not be sharded: learn it before jdam.shard")
-        prior = memory.log_prior
-        if prior is None:
-            prior = jnp.zeros(len(memory), memory.dtype)
-        free = {
-            PATTERNS: to_free(memory.patterns),
-            BETA: jnp.log(beta),
-            PRIOR: jnp.where(prior == -jnp.inf, 0, prior),
-        }
-        inside = working_dtype(memory.dtype)
-        free = {
-            name: jax.tree.map(lambda leaf: jnp.asarray(leaf, inside), free[name])
-            for name in self.learn
-        }
+        free = {BETA: jnp.log(beta).astype(working_dtype(memory.dtype))}
+        free = {} if BETA not in self.learn else free
+        if named := _but_beta(self.learn):
+            free |= parametrize(memory, named)[0]
         return FitState(memory, beta, free, self.optimizer.init(free))
 
     def update(
@@ -120,18 +109,17 @@ def _update(
 
 
 def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
-    memory = state.memory
-    patterns, prior, beta = memory.patterns, memory.log_prior, state.beta
-    dtype = memory.dtype
-    if PATTERNS in free:
-        moved = from_free(patterns, free[PATTERNS])
-        patterns = jax.tree.map(lambda leaf: leaf.astype(dtype), moved)
+    memory, beta = state.memory, state.beta
     if BETA in free:
-        beta = jnp.exp(free[BETA]).astype(dtype)
-    if PRIOR in free:
-        off = jnp.zeros(len(memory), bool) if prior is None else prior == -jnp.inf
-        prior = jnp.where(off, -jnp.inf, free[PRIOR]).astype(dtype)
-    return store(patterns, memory.geometry, log_prior=prior), beta
+        beta = jnp.exp(free[BETA]).astype(memory.dtype)
+    if named := _but_beta(tuple(free)):
+        _, rebuild = parametrize(memory, named)
+        memory = rebuild({name: free[name] for name in named})
+    return memory, beta
+
+
+def _but_beta(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name != BETA)
 
 
 def _moved(

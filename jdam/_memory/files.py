@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jdam._core.batching import batch_size
+from jdam._core.mesh import on_host
 from jdam._memory.encoding import OWN, decode, encode, name_of
 from jdam._memory.memory import Memory
 from jdam._memory.prepared import prepare
@@ -64,7 +65,7 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     }
     description |= {name: encode(value, name, arrays) for name, value in others.items()}
     # Parts of a sharded memory are filled up.
-    held = {name: _on_host(x)[:length] if np.ndim(x) else _on_host(x) for name, x in arrays.items()}
+    held = {name: on_host(x)[:length] if np.ndim(x) else on_host(x) for name, x in arrays.items()}
     text = json.dumps({"places": length, **description}, sort_keys=True)
     parts = ((name, x.shape, [x]) for name, x in sorted(held.items()))
     header = {"format": FORMAT, "version": str(VERSION), "memory": text}
@@ -73,12 +74,6 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         _write(path, held, header)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"jdam.save {path}")
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf, order="C")
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:

@@ -13,19 +13,11 @@ from jdam._measures.base import AnyMeasure
 
 
 class Status(enum.IntEnum):
-    """How a recall ended; int32 under jit. Of several that apply the last one listed counts.
+    """How a recall ended: its `message` says what that means and what to do.
 
-    CONVERGED:    a fixed point, residual ≤ tol, at which one pattern has more than half the weight.
-    MIXTURE:      a fixed point between patterns: raise beta to recall one.
-    MAX_STEPS:    residual > tol after max_steps: raise max_steps, beta or tol.
-    STALLED:      residual > tol, and no step lowers the energy by more than its rounding: raise
-                  tol, or compute in float64; where an inner solver is involved, lower its tol.
-    SOLVER:       an inner solver missed its tolerance: raise its max_iterations, tol or epsilon.
-    UNCERTIFIED:  the search cannot bound what it left out: raise its max_candidates, or beta.
-    NONFINITE:    NaN or infinity in query, memory or on the way; beta, step_size ≤ 0 or tol < 0.
-    OUT_OF_REACH: no pattern within reach of an `Epanechnikov` separation: lower beta.
-
-    Whether a recall ended between patterns can be read from `Recall.mixture` in any case.
+    Inside `jax.jit` a status is its number, int32, and `jdam.Status(code)` has name and message. Of
+    several that apply the last one listed counts. Whether a recall ended between patterns can be
+    read from `Recall.mixture` in any case.
     """
 
     CONVERGED = 0
@@ -36,6 +28,26 @@ class Status(enum.IntEnum):
     UNCERTIFIED = 4
     NONFINITE = 5
     OUT_OF_REACH = 6
+
+    @property
+    def message(self) -> str:
+        """What it means, and what to do."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.CONVERGED: "a fixed point, residual ≤ tol, at which one pattern has most of the weight",
+    Status.MIXTURE: "a fixed point between patterns: raise beta to recall one of them",
+    Status.MAX_STEPS: "residual > tol after max_steps: raise max_steps, beta or tol",
+    Status.STALLED: "residual > tol, and no step lowers the energy by more than its rounding: raise "
+    "tol, or compute in float64; where an inner solver is involved, lower its tol",
+    Status.SOLVER: "an inner solver missed its tolerance: raise its max_iterations, tol or epsilon",
+    Status.UNCERTIFIED: "the search cannot bound what it left out: raise its max_candidates, or "
+    "beta",
+    Status.NONFINITE: "NaN or infinity in the query, the memory or on the way; beta or step_size "
+    "≤ 0, tol < 0; or a memory that was overfilled, or changed behind its back",
+    Status.OUT_OF_REACH: "no pattern within reach of an Epanechnikov separation: lower beta",
+}
 
 
 class Trace(eqx.Module):
@@ -94,7 +106,7 @@ class Recall(eqx.Module):
         if not checks.is_concrete(self.status):
             return super().__repr__()
         codes, counts = np.unique(np.asarray(self.status), return_counts=True)
-        names = [Status(code).name for code in codes]
+        names = [Status(int(code)).name for code in codes]
         if self.status.ndim == 0:
             if self.mixture and Status.MIXTURE.name not in names:
                 names = [f"{names[0]}, {Status.MIXTURE.name}"]

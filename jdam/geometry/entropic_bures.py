@@ -61,6 +61,7 @@ class EntropicBures(Gaussians):
     epsilon: Float[Array, ""]
 
     cost_scale: ClassVar[float | None] = 0.5
+    positive: ClassVar[tuple[str, ...]] = ("epsilon",)
 
     def __init__(self, epsilon: ArrayLike):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))

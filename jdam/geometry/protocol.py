@@ -68,6 +68,8 @@ class Geometry(eqx.Module):
     cost_scale: ClassVar[float | None] = None
     #: Whether D is c times the square of a metric.
     is_squared_metric: ClassVar[bool] = False
+    #: Arrays that are > 0, of which `jdam.parametrize` makes logarithms.
+    positive: ClassVar[tuple[str, ...]] = ()
     #: Fields that `prepare` does not read, and which may change without preparing again.
     unprepared: ClassVar[tuple[str, ...]] = ()
 

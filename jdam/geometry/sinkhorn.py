@@ -115,6 +115,7 @@ class Sinkhorn(Geometry):
     solver: str = eqx.field(static=True)
 
     max_backtracks: ClassVar[int] = 15
+    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale")
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
 
     def __init__(

@@ -1,0 +1,140 @@
+"""A memory as arrays without constraints, for optimizers and models of any kind."""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core import checks
+from jdam._core.compile import working_dtype
+from jdam._measures.base import AnyMeasure, Measure, from_free, to_free
+from jdam._memory.memory import Memory
+from jdam._memory.prepared import prepare
+from jdam.geometry import Geometry
+
+PATTERNS, PRIOR = "patterns", "prior"
+
+
+def parametrize(
+    memory: Memory, learn: tuple[str, ...] = (PATTERNS,)
+) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Memory]]:
+    """A memory as parameters that may take any values, and the way back.
+
+        params, rebuild = jdam.parametrize(memory)
+        loss = lambda params: jdam.energy(rebuild(params), query, beta)   # jit, grad, vmap, optax
+
+    `rebuild(params)` is pure and differentiable, and prepares what it returns anew, so that nothing
+    of it is stale. It keeps what is not learned: other parts of the memory, atoms of weight 0,
+    patterns that the prior switches off, and room to grow.
+
+    **Arguments:** a `memory` in one piece; `learn`, some of
+
+    - "patterns": factors of Gaussians and means, standard deviations (of either sign), points and
+      logarithms of weights of clouds, vectors; as `Measure.to_free` has them;
+    - "prior": log πᵢ;
+    - arrays of the geometry by name, of "epsilon", "rho" and "hellinger_scale" the logarithms.
+
+    **Returns:** `params`, a dictionary by these names of arrays, or of dictionaries of arrays for
+    measures of several, in at least float32; and `rebuild`.
+
+    **Raises:** `TypeError` for other kinds of arguments, `ValueError` for a sharded memory, for
+    names that are not of these or that the geometry has no value for, and for κ = 0, which has no
+    logarithm.
+    """
+    if not isinstance(memory, Memory):
+        raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
+    if memory.layout is not None:
+        raise ValueError("memory must not be sharded: learn it before jdam.shard")
+    check_learn(learn)
+    possible = (PATTERNS, PRIOR, *_arrays(memory.geometry))
+    for name in learn:
+        if name not in possible:
+            raise ValueError(f"learn must be a tuple of some of {possible}; got {name!r}")
+    params: dict[str, Any] = {}
+    for name in learn:
+        if name == PATTERNS:
+            params[name] = _as_fields(to_free(memory.patterns))
+        elif name == PRIOR:
+            prior = memory.log_weights
+            params[name] = jnp.where(prior == -jnp.inf, 0, prior)
+        else:
+            params[name] = _logarithm_of(memory.geometry, name)
+    inside = working_dtype(memory.dtype)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, inside), params)
+
+    def rebuild(params: dict[str, Any]) -> Memory:
+        if set(params) != set(learn):
+            raise ValueError(f"params must have the names {learn}; got {tuple(params)}")
+        return _rebuilt(memory, params)
+
+    return params, rebuild
+
+
+def check_learn(learn: object) -> None:
+    """Raise unless it is a tuple of names."""
+    named = isinstance(learn, tuple | list) and all(isinstance(name, str) for name in learn)
+    if not named or not learn:
+        raise ValueError(f"learn must be a tuple of names, as ('patterns',); got {learn!r}")
+
+
+def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
+    patterns, prior, geometry = memory.patterns, memory.log_prior, memory.geometry
+    if PATTERNS in params:
+        moved = from_free(patterns, _with_fields(to_free(patterns), params[PATTERNS]))
+        patterns = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), moved, patterns)
+    if PRIOR in params:
+        off = memory.log_weights == -jnp.inf
+        prior = jnp.where(off, -jnp.inf, params[PRIOR]).astype(memory.dtype)
+    for name in params:
+        if name not in (PATTERNS, PRIOR):
+            old = getattr(geometry, name)
+            value = jnp.exp(params[name]) if name in geometry.positive else params[name]
+            geometry = eqx.tree_at(operator.attrgetter(name), geometry, value.astype(old.dtype))
+    prepared, fingerprint = memory.prepared, memory.fingerprint
+    if set(params) != {PRIOR}:
+        prepared, fingerprint = prepare(patterns, geometry)
+    return dataclasses.replace(
+        memory,
+        patterns=patterns,
+        geometry=geometry,
+        log_prior=prior,
+        prepared=prepared,
+        fingerprint=fingerprint,
+    )
+
+
+def _arrays(geometry: Geometry) -> tuple[str, ...]:
+    """The names of the geometry's arrays of floats."""
+    names = (field.name for field in dataclasses.fields(geometry))
+    return tuple(name for name in names if eqx.is_inexact_array(getattr(geometry, name)))
+
+
+def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
+    value: Array = getattr(geometry, name)
+    if name not in geometry.positive:
+        return value
+    if checks.is_concrete(value) and not (value > 0).all():
+        raise ValueError(f"{name} must be > 0 to be learned; got {float(value.min()):g}")
+    return jnp.log(value)
+
+
+def _as_fields(measure: AnyMeasure) -> Any:
+    """The arrays of a measure by name; those of anything else as they are."""
+    if not isinstance(measure, Measure):
+        return measure
+    fields = {field.name: getattr(measure, field.name) for field in dataclasses.fields(measure)}
+    return {name: value for name, value in fields.items() if eqx.is_inexact_array(value)}
+
+
+def _with_fields(measure: AnyMeasure, fields: Any) -> AnyMeasure:
+    """The measure with these arrays, unchecked."""
+    if not isinstance(measure, Measure):
+        return fields
+    names = list(fields)
+    return eqx.tree_at(lambda m: [getattr(m, n) for n in names], measure, [*fields.values()])

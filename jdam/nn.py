@@ -1,0 +1,103 @@
+"""Layers for models in Equinox. (For others see `jdam.parametrize`.)"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from jdam._core import checks
+from jdam._core.compile import working_dtype
+from jdam._energy.choosing import suggest_beta
+from jdam._energy.energy import inverse_temperature
+from jdam._energy.separation import LogSumExp, Separation
+from jdam._energy.separation import check as check_separation
+from jdam._learning.parametrize import parametrize
+from jdam._measures.base import AnyMeasure
+from jdam._memory.memory import Memory
+from jdam._recall.attention import attend
+
+BETA = "beta"
+
+
+class MeasureAttention(eqx.Module):
+    """Attention from a measure to learned measures: Σ wᵢ(ξ) valuesᵢ, w the Gibbs weights.
+
+        layer = jdam.nn.MeasureAttention(memory, 10, key=key)
+        jax.vmap(layer)(queries)                  # (Q, 10)
+
+    The keys are the memory's patterns, of any kind, and move as `jdam.parametrize` says, so that
+    measures remain measures under any optimizer. All arrays of the module are parameters, as is
+    usual in Equinox: `keys`, `values` and, if it is learned, `log_beta`.
+
+    **Arguments:** `memory`: the keys to begin with, in their geometry. `values`: the number of
+    outputs, drawn from N(0, 1/N) by `key`, or an array (N, …) to begin with. `beta`: a number > 0,
+    to begin with or for good; if None, what `jdam.suggest_beta` says of the memory. `learn`: names
+    as of `parametrize`, and "beta". `separation`: as of `jdam.attend`.
+
+    **Raises:** as `parametrize`; `TypeError` or `ValueError` for other values or β.
+    """
+
+    keys: dict[str, Any]
+    values: Float[Array, "N ..."]
+    log_beta: Float[Array, ""] | None
+    given_beta: float | None = eqx.field(static=True)
+    rebuild: Callable[[dict[str, Any]], Memory] = eqx.field(static=True)
+    separation: Separation = eqx.field(static=True)
+
+    def __init__(
+        self,
+        memory: Memory,
+        values: int | ArrayLike,
+        *,
+        beta: ArrayLike | None = None,
+        learn: tuple[str, ...] = ("patterns", BETA),
+        separation: Separation = LogSumExp(),
+        key: Array | None = None,
+    ):
+        named = tuple(name for name in learn if name != BETA)
+        fixed: tuple[dict[str, Any], Callable[[Any], Memory]] = {}, lambda _: memory
+        self.keys, self.rebuild = parametrize(memory, named) if named else fixed
+        inside = working_dtype(memory.dtype)
+        if isinstance(values, int):
+            if key is None:
+                raise TypeError("key must be given to draw values; or values as an array")
+            shape = (memory.capacity, checks.positive_int("values", values))
+            drawn = jax.random.normal(key, shape, inside) / math.sqrt(memory.capacity)
+            self.values = drawn.astype(memory.dtype)
+        else:
+            self.values = checks.float_array("values", values)
+            if self.values.shape[:1] != (memory.capacity,):
+                wanted = f"(N, …), N = {memory.capacity}"
+                raise ValueError(f"values must have shape {wanted}; got {self.values.shape}")
+        beta = suggest_beta(memory) if beta is None else inverse_temperature(memory, beta)
+        self.log_beta = jnp.log(beta) if BETA in learn else None
+        self.given_beta = None if BETA in learn else float(beta)
+        check_separation(separation)
+        self.separation = separation
+
+    @property
+    def memory(self) -> Memory:
+        """The keys as they are now."""
+        return self.rebuild(self.keys)
+
+    @property
+    def beta(self) -> Float[Array, ""]:
+        """β as it is now."""
+        if self.log_beta is not None:
+            return jnp.exp(self.log_beta)
+        return jnp.asarray(self.given_beta, working_dtype(self.values.dtype))
+
+    def __call__(
+        self, query: AnyMeasure, *, beta: ArrayLike | None = None, key: Array | None = None
+    ) -> Float[Array, "..."]:
+        """Σ wᵢ(ξ) valuesᵢ for one query: use `jax.vmap` over a batch. `beta` stands for the layer's
+        own if given; `key` is not used."""
+        beta = self.beta if beta is None else beta
+        found: Array = attend(self.memory, query, beta, self.values, separation=self.separation)
+        return found
