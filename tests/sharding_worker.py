@@ -1,15 +1,17 @@
 """Compares memories in one piece with the same on several devices: a program of its own, because
 devices are counted and processes meet when JAX starts.
 
-    python -m tests.sharding_worker                        on 4 devices of one process
-    python -m tests.sharding_worker address count index    one of several processes
+    python -m tests.sharding_worker folder                        on 4 devices of one process
+    python -m tests.sharding_worker folder address count index    one of several processes
 """
 
 import os
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
-address = sys.argv[1:]
+folder, *address = sys.argv[1:]
 devices = 2 if address else 4
 flags = os.environ.get("XLA_FLAGS", "")
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
@@ -133,6 +135,66 @@ def check_queries(kind, function, *, more=True):
             assert leaf.sharding.spec[0] == "queries"
 
 
+def check_both(kind):
+    """Patterns along one axis of a mesh as `jax.make_mesh` gives it, queries along another, before
+    and after a file."""
+    make, geometry = KINDS[kind]
+    rng = np.random.default_rng(7)
+    memory = jdam.store(make(rng, NUM, DIM), geometry, capacity=NUM + 3)
+    queries = near(rng, jax.tree.map(lambda leaf: leaf[:8], memory.patterns), 0.1)
+    mesh = jax.make_mesh((2, jax.device_count() // 2), ("patterns", "queries"))
+    rows = NamedSharding(mesh, PartitionSpec("queries"))
+
+    def place(leaf):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, rows, lambda index: leaf[index])
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "memory"
+        jdam.save(path, memory)
+        sharded = jdam.load(path, mesh=mesh, axis="patterns")
+    other = jdam.shard(memory, mesh, "patterns")
+    assert jax.tree.structure(sharded) == jax.tree.structure(other)
+    for x, y in zip(jax.tree.leaves(sharded), jax.tree.leaves(other), strict=True):
+        assert x.sharding == y.sharding
+        for mine, theirs in zip(x.addressable_shards, y.addressable_shards, strict=True):
+            np.testing.assert_array_equal(mine.data, theirs.data)
+
+    placed = jax.tree.map(place, queries)
+    recall = jax.vmap(partial(jdam.recall, max_steps=3), (None, 0, None))
+    wanted = recall(memory, queries, BETA)
+    found = recall(sharded, placed, BETA)
+    batch = jdam.recall_batch(sharded, placed, BETA, max_steps=3)
+    pairs = jdam.pairwise(sharded, placed)
+    for result, expected in (
+        (found.energy, wanted.energy),
+        (batch.energy, wanted.energy),
+        (pairs, jdam.pairwise(memory, queries)[:, :NUM]),
+    ):
+        assert result.sharding.spec[0] == "queries"
+        for part in result.addressable_shards:
+            same(part.data, np.asarray(expected)[part.index])
+    chosen = jdam.suggest_beta(sharded, placed)
+    same(chosen, jdam.suggest_beta(memory, queries))
+    with jax.set_mesh(mesh):
+        again = recall(sharded, placed, BETA)
+    for part, other in zip(
+        again.energy.addressable_shards, found.energy.addressable_shards, strict=True
+    ):
+        same(part.data, other.data)
+    return memory, sharded
+
+
+def check_saved(memory, sharded, folder):
+    """A sharded memory is written whole, to one file."""
+    path = Path(folder) / "memory"
+    jdam.save(path, sharded)
+    whole = jdam.load(path)
+    assert len(whole) == NUM
+    same(whole[:], memory[:], 0)
+    same(jdam.pairwise(sharded), jdam.pairwise(whole))
+
+
 def certified(memory, query):
     return jdam.recall(memory, query, BETA, max_steps=3, search=SEARCHES[1]).energy
 
@@ -149,6 +211,7 @@ ALL = (jdam.gibbs_weights, jdam.energy, jdam.step, divergences)
 if address:
     mesh = jax.make_mesh((2 * int(address[1]),), ("patterns",))
     check("Gaussians", mesh, (jdam.energy,), SEARCHES[1:])
+    check_saved(*check_both("Gaussians"), folder)
     jax.distributed.shutdown()
 else:
     mesh = jax.make_mesh((2, 2), ("patterns", "queries"))
@@ -157,6 +220,7 @@ else:
     for kind in ("diagonal", "inner products"):
         check(kind, mesh, ALL, SEARCHES[:1])
     check("unbalanced", mesh, (jdam.energy,), SEARCHES, ("queries",))
+    check_saved(*check_both("Gaussians"), folder)
     check_queries("Gaussians", certified)
     check_queries("clouds", cold, more=False)
 print("the same")

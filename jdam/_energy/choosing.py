@@ -12,7 +12,7 @@ from jdam._core import checks
 from jdam._core.compile import compiled
 from jdam._core.loops import repeat
 from jdam._core.mesh import in_one_piece
-from jdam._energy.energy import fit_queries
+from jdam._energy.energy import check_memory, fit_queries
 from jdam._energy.pairs import pairwise
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory, length_or_capacity
@@ -55,8 +55,7 @@ def suggest_beta(
     **Raises:** as `pairwise`; `TypeError`, `ValueError` or `IndexError` for targets that are no
     indices of patterns or without queries.
     """
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+    check_memory(memory)
     if queries is None:
         if targets is not None:
             raise ValueError("targets need queries, whose patterns they are; got none")

@@ -113,10 +113,15 @@ def _weigh(
     return in_tiles(at, queries_at_once(memory), memory, query, beta)
 
 
-def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
-    """The query, checked against the memory and padded to go with its patterns."""
+def check_memory(memory: object) -> None:
+    """Raise unless it is a memory."""
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+
+
+def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
+    """The query, checked against the memory and padded to go with its patterns."""
+    check_memory(memory)
     query = memory.geometry.check("query", query, 0)
     check_against(memory, "query", query)
     return memory.geometry.match(query, memory.patterns)
@@ -124,8 +129,7 @@ def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
 
 def fit_queries(memory: Memory, queries: AnyMeasure) -> AnyMeasure:
     """A batch of queries (Q,), or a list, checked and padded likewise."""
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+    check_memory(memory)
     queries = memory.geometry.check("queries", as_batch(queries), 1)
     check_against(memory, "queries", any_of(queries))
     return memory.geometry.match(queries, memory.patterns)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from jdam._core.batching import in_tiles
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
-from jdam._energy.energy import divergences_of, fit_queries, queries_at_once
+from jdam._energy.energy import check_memory, divergences_of, fit_queries, queries_at_once
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 
@@ -30,6 +30,7 @@ def pairwise(memory: Memory, queries: AnyMeasure | None = None) -> Float[Array, 
 
     **Raises:** as `divergences`.
     """
+    check_memory(memory)
     if queries is not None:
         queries = fit_queries(memory, queries)
     return _pairwise(memory, queries)

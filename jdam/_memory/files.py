@@ -29,6 +29,8 @@ from jdam.geometry import Geometry
 
 #: What the header says that the file is; of a newer version it is refused.
 FORMAT, VERSION = "jdam", 1
+#: What has a row for each place.
+ROWS = ("patterns", "prepared", "fingerprint", "log_prior")
 #: Bytes to read at once, for the checksum.
 PIECE = 2**26
 #: The most that safetensors allows a header to have.
@@ -41,8 +43,8 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     The format is that of safetensors: a header in JSON, then the arrays, what was prepared of the
     patterns among them, so that nothing is computed again; with a checksum. A file of this name is
     replaced at once when all is written, or stays as it is. A sharded memory is written whole, and
-    can be loaded onto other devices; under `jax.distributed` all processes have to call this,
-    and the first writes.
+    can be loaded onto other devices; where these belong to several processes, all have to call
+    this, and the first writes.
 
     **Raises:** `TypeError` for what is no memory, and for a geometry with static fields other than
     None, bools, numbers, strings, and tuples, lists or dicts of them; `OSError` as `open`.
@@ -64,16 +66,19 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         "prepared": jax.tree.leaves(memory.prepared),
     }
     description |= {name: encode(value, name, arrays) for name, value in others.items()}
-    # Parts of a sharded memory are filled up.
-    held = {name: on_host(x)[:length] if np.ndim(x) else on_host(x) for name, x in arrays.items()}
+    held = {name: on_host(x) for name, x in arrays.items()}
+    for name in held:
+        if name.split(".")[0] in ROWS:  # parts of a sharded memory are filled up
+            held[name] = held[name][:length]
     text = json.dumps({"places": length, **description}, sort_keys=True)
     parts = ((name, x.shape, [x]) for name, x in sorted(held.items()))
     header = {"format": FORMAT, "version": str(VERSION), "memory": text}
     header["checksum"] = _checksum(text, parts)
-    if jax.process_index() == 0:
+    shared = memory.layout is not None and jax.process_count() > 1
+    if not shared or jax.process_index() == 0:
         _write(path, held, header)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"jdam.save {path}")
+    if shared:
+        multihost_utils.sync_global_devices("jdam.save")
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
@@ -202,9 +207,9 @@ def _read_parts(
     parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
 
     def array(name: str) -> Array:
-        if name.startswith(("geometry.", "units.")):
-            scalar: Array = parts.everywhere(_whole(file, name))
-            return scalar
+        if name.split(".")[0] not in ROWS:
+            everywhere: Array = parts.everywhere(_whole(file, name))
+            return everywhere
         _check_dtype(name, file.get_slice(name)[:1])
         return parts.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
 

@@ -20,7 +20,7 @@ from jdam._measures.batches import as_batch, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory import places
-from jdam._memory.prepared import fingerprint, prepare, units
+from jdam._memory.prepared import fingerprint, in_dtype, prepare, units
 from jdam.geometry import Bures, Euclidean, Geometry
 
 
@@ -325,7 +325,7 @@ def store(
     for leaf in jax.tree.leaves(patterns):
         checks.finite("patterns", leaf)
     prior = None if log_prior is None else _prior(patterns, log_prior)
-    geometry = _in_dtype(geometry, working_dtype(float_dtype(patterns)))
+    geometry = in_dtype(geometry, working_dtype(float_dtype(patterns)))
     memory = Memory(patterns, geometry, prior, *prepare(patterns, geometry))
     return memory if capacity is None else memory.reserve(capacity)
 
@@ -345,24 +345,6 @@ def _describe(patterns: AnyMeasure) -> str:
 
 def _is_gaussian(patterns: AnyMeasure) -> bool:
     return isinstance(patterns, Gaussian | DiagonalGaussian)
-
-
-def _in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
-    """The geometry with its floats as arrays of this dtype."""
-
-    def cast(path: Any, leaf: Any) -> Any:
-        if isinstance(leaf, float):
-            return jnp.asarray(leaf, dtype)
-        if not isinstance(leaf, Array | np.ndarray):
-            raise TypeError(
-                f"geometry must have fields that are arrays of floats, or static; got {leaf!r} for "
-                f"{type(geometry).__name__}{jax.tree_util.keystr(path)}: declare it with "
-                "equinox.field(static=True)"
-            )
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-
-    result: Geometry = jax.tree_util.tree_map_with_path(cast, geometry)
-    return result
 
 
 def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, UInt
 
@@ -12,6 +13,24 @@ from jdam._core.batching import batch_size
 from jdam._core.compile import compiled, float_dtype, working_dtype
 from jdam._measures.base import AnyMeasure
 from jdam.geometry import Geometry
+
+
+def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
+    """The geometry with its floats as arrays of this dtype."""
+
+    def cast(path: Any, leaf: Any) -> Any:
+        if isinstance(leaf, float):
+            return jnp.asarray(leaf, dtype)
+        if not isinstance(leaf, Array | np.ndarray):
+            raise TypeError(
+                f"geometry must have fields that are arrays of floats, or static; got {leaf!r} for "
+                f"{type(geometry).__name__}{jax.tree_util.keystr(path)}: declare it with "
+                "equinox.field(static=True)"
+            )
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    result: Geometry = jax.tree_util.tree_map_with_path(cast, geometry)
+    return result
 
 
 @compiled(rounded=False)

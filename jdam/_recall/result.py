@@ -39,8 +39,8 @@ _MESSAGES = {
     Status.CONVERGED: "a fixed point, residual ≤ tol, at which one pattern has most of the weight",
     Status.MIXTURE: "a fixed point between patterns: raise beta to recall one of them",
     Status.MAX_STEPS: "residual > tol after max_steps: raise max_steps, beta or tol",
-    Status.STALLED: "residual > tol, and no step lowers the energy by more than its rounding: raise "
-    "tol, or compute in float64; where an inner solver is involved, lower its tol",
+    Status.STALLED: "residual > tol, and no step lowers the energy by more than its rounding: "
+    "raise tol, or compute in float64; where an inner solver is involved, lower its tol",
     Status.SOLVER: "an inner solver missed its tolerance: raise its max_iterations, tol or epsilon",
     Status.UNCERTIFIED: "the search cannot bound what it left out: raise its max_candidates, or "
     "beta",

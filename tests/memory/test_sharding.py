@@ -29,15 +29,15 @@ def finish(process):
     assert printed.endswith("the same\n")
 
 
-def test_four_devices():
-    finish(start())
+def test_four_devices(tmp_path):
+    finish(start(str(tmp_path)))
 
 
-def test_two_processes():
+def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    processes = [start(f"localhost:{port}", "2", str(index)) for index in range(2)]
+    processes = [start(str(tmp_path), f"localhost:{port}", "2", str(index)) for index in range(2)]
     for process in processes:
         finish(process)
 

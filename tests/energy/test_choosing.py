@@ -1,0 +1,152 @@
+"""A β from data: its recall rate, its likelihood, and its unit."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+import jdam
+from tests.helpers import clouds, gaussians, near, vectors
+
+MAKES = {
+    "gaussians": (gaussians, lambda unit: jdam.Bures()),
+    "vectors": (vectors, lambda unit: jdam.Euclidean()),
+    "clouds": (clouds, lambda unit: jdam.Sinkhorn(0.3 * unit**2)),
+    "unbalanced": (clouds, lambda unit: jdam.Sinkhorn(0.3 * unit**2, rho=unit**2)),
+}
+
+
+def scaled(measures, unit):
+    if isinstance(measures, jdam.PointCloud):
+        return jdam.PointCloud(unit * measures.points, measures.weights)
+    return jax.tree.map(lambda leaf: unit * leaf, measures)
+
+
+def setting(rng, kind, unit=1.0, off=0.3):
+    make, geometry = MAKES[kind]
+    patterns = make(rng, 12, 3)
+    targets = np.arange(24) % 12
+    queries = near(rng, jax.tree.map(lambda leaf: leaf[targets], patterns), off)
+    return jdam.store(scaled(patterns, unit), geometry(unit)), scaled(queries, unit), targets
+
+
+@pytest.mark.parametrize("kind", MAKES)
+def test_recall_is_right_as_often_as_the_nearest_neighbour(rng, kind):
+    memory, queries, targets = setting(rng, kind)
+    nearest = np.asarray(jdam.pairwise(memory, queries)).argmin(1)
+    for args in ((), (queries,), (queries, targets)):
+        beta = jdam.suggest_beta(memory, *args)
+        found = np.asarray(jdam.recall_batch(memory, queries, beta, max_steps=8).nearest)
+        assert (found == targets).mean() >= (nearest == targets).mean() - 0.05
+
+
+@pytest.mark.parametrize("kind", MAKES)
+@pytest.mark.parametrize("unit", [1e-5, 1e5])
+def test_it_follows_the_unit_of_length(kind, unit):
+    one = setting(np.random.default_rng(1), kind)
+    other = setting(np.random.default_rng(1), kind, unit)
+    for number in (1, 2, 3):
+        beta = jdam.suggest_beta(*other[:number]) * unit**2
+        np.testing.assert_allclose(beta, jdam.suggest_beta(*one[:number]), rtol=1e-4)
+
+
+def test_what_it_promises(rng):
+    memory, queries, _ = setting(rng, "gaussians")
+    for beta, measures in (
+        (jdam.suggest_beta(memory), memory.patterns),
+        (jdam.suggest_beta(memory, queries), queries),
+    ):
+        weights = jax.vmap(jdam.gibbs_weights, (None, 0, None))(memory, measures, beta)
+        assert (weights.max(1) >= 0.99 - 1e-9).mean() >= 0.9
+        weights = jax.vmap(jdam.gibbs_weights, (None, 0, None))(memory, measures, beta / 4)
+        assert (weights.max(1) >= 0.99).mean() < 0.9
+
+
+@pytest.mark.parametrize("off", [0.3, 1.5])
+def test_the_likeliest(rng, off):
+    memory, queries, targets = setting(rng, "gaussians", off=off)
+    divergences = np.asarray(jdam.pairwise(memory, queries))
+    own = divergences[np.arange(24), targets]
+
+    def loss(log_beta):
+        beta = np.exp(log_beta)
+        return (beta * own + logsumexp(-beta * divergences, axis=1)).mean()
+
+    found = float(jdam.suggest_beta(memory, queries, targets))
+    best = minimize_scalar(loss, bounds=(-12, 12), method="bounded", options={"xatol": 1e-10})
+    assert loss(np.log(found)) <= max(best.fun, 1e-4) + 1e-9
+    if best.fun > 1e-2:
+        np.testing.assert_allclose(found, np.exp(best.x), rtol=1e-4)
+
+
+def test_it_never_fails(rng):
+    patterns = vectors(rng, 6, 2)
+    same = jdam.store(jnp.ones((4, 2)))
+    np.testing.assert_allclose(jdam.suggest_beta(same), 0.5)
+    np.testing.assert_allclose(jdam.suggest_beta(same, jnp.ones((2, 2)), [0, 1]), 0.5)
+    assert jdam.suggest_beta(jdam.store(jnp.zeros((1, 2)))) == 1
+    memory = jdam.store(patterns)
+    twice = jdam.store(jnp.concatenate([patterns, patterns]))
+    np.testing.assert_allclose(jdam.suggest_beta(twice), jdam.suggest_beta(memory), rtol=0.3)
+    wrong = jdam.suggest_beta(memory, patterns, np.roll(np.arange(6), 1))
+    assert 0 < wrong < 1e-3
+    off = jdam.store(
+        jnp.concatenate([patterns, patterns + 1e-3]), log_prior=[0.0] * 6 + [-np.inf] * 6
+    )
+    np.testing.assert_allclose(
+        jdam.suggest_beta(off, patterns), jdam.suggest_beta(memory, patterns)
+    )
+    roomy = jdam.store(patterns, capacity=9)
+    np.testing.assert_allclose(jdam.suggest_beta(roomy), jdam.suggest_beta(memory), rtol=1e-12)
+    targets = np.arange(6)
+    for held in (memory, roomy):
+        close = jdam.suggest_beta(held, patterns + 0.1, targets)
+        np.testing.assert_allclose(
+            close, jdam.suggest_beta(jdam.store(patterns), patterns + 0.1, targets)
+        )
+
+
+def test_a_prior_counts(rng):
+    """Of a rival that is e⁸ times likelier, β has to outweigh that too."""
+    patterns = vectors(rng, 2, 2)
+    gap = jdam.pairwise(jdam.store(patterns))[0, 1]
+    memory = jdam.store(patterns, log_prior=[0.0, 8.0])
+    beta = jdam.suggest_beta(memory, patterns[:1])
+    np.testing.assert_allclose(jdam.gibbs_weights(memory, patterns[0], beta)[0], 0.99, rtol=1e-6)
+    np.testing.assert_allclose(beta * gap, 8 + np.log(99), rtol=1e-6)
+
+
+def test_it_says_why(rng, caplog):
+    memory, queries, targets = setting(rng, "vectors")
+    with caplog.at_level(logging.DEBUG, "jdam"):
+        jdam.suggest_beta(memory)
+        jdam.suggest_beta(memory, queries, targets)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first.endswith("tells 95 % of 12 patterns apart")
+    assert second.endswith("is the likeliest for targets")
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        (lambda q: (None, [0]), ValueError, "targets need queries"),
+        (lambda q: (q, [0]), ValueError, r"targets must have shape \(Q,\) = \(24,\); got \(1,\)"),
+        (lambda q: (q, [0.5] * 24), TypeError, "targets must be integers"),
+        (lambda q: (q, [12] * 24), IndexError, "index 12 is out of range"),
+        (lambda q: (q, [3] * 24), ValueError, "targets must be switched on .*; pattern 3 is off"),
+        (lambda q: (q[0],), ValueError, r"queries must have shape \(N, d\)"),
+    ],
+)
+def test_bad_arguments_are_named(rng, args, error, message):
+    memory, queries, _ = setting(rng, "vectors")
+    prior = np.zeros(12)
+    prior[3] = -np.inf
+    memory = jdam.store(memory.patterns, log_prior=prior)
+    with pytest.raises(error, match=message):
+        jdam.suggest_beta(memory, *args(queries))
+    with pytest.raises(TypeError, match="memory must be a jdam.Memory"):
+        jdam.suggest_beta(memory.patterns)

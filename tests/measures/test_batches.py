@@ -1,0 +1,117 @@
+"""Lists of measures, and samples of different numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdam
+from tests.cases import every_kind, problem
+from tests.helpers import clouds, diagonals, gaussians, vectors
+
+
+@every_kind
+def test_stack_undoes_indexing(rng, kind):
+    memory, _ = problem(rng, kind)
+    singles = [memory[i] for i in range(len(memory))]
+    stacked = jdam.stack(singles)
+    assert jax.tree.structure(stacked) == jax.tree.structure(memory.patterns)
+    for x, y in zip(jax.tree.leaves(stacked), jax.tree.leaves(memory.patterns), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+    again = jax.jit(lambda *singles: jdam.stack(list(singles)))(*singles)
+    np.testing.assert_array_equal(*(jax.tree.leaves(m)[0] for m in (again, stacked)))
+
+
+def test_ranks_and_atoms_are_padded(rng):
+    low, high = gaussians(rng, 1, 3, rank=1)[0], gaussians(rng, 1, 3)[0]
+    both = jdam.stack([low, high])
+    assert both.rank == 3
+    np.testing.assert_array_equal(both[0].covariance, low.covariance)
+    few = jdam.PointCloud(rng.normal(size=(2, 3)))
+    many = jdam.PointCloud(rng.normal(size=(4, 3)), rng.dirichlet(np.ones(4)))
+    both = jdam.stack([few, many])
+    np.testing.assert_array_equal(both.weights[0], [0.5, 0.5, 0, 0])
+    np.testing.assert_array_equal(both.points[1], many.points)
+
+
+def test_memories_of_lists(rng):
+    patterns = clouds(rng, 3, 2)
+    geometry = jdam.Sinkhorn(0.5)
+    ragged = [jdam.PointCloud(rng.normal(size=(n, 2))) for n in (3, 7)]
+    memory = jdam.store(ragged, geometry)
+    assert len(memory) == 2
+    alone = [jdam.divergences(jdam.store([c], geometry), patterns[0])[0] for c in ragged]
+    np.testing.assert_allclose(jdam.divergences(memory, patterns[0]), alone, rtol=1e-9)
+    assert len(memory.append([patterns[0], patterns[1]])) == 4
+    lists = [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]
+    np.testing.assert_array_equal(jdam.store(lists).patterns, lists)
+    np.testing.assert_array_equal(jdam.stack([np.array(x) for x in lists]), lists)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda r: [], ValueError, "measures must hold at least one measure"),
+        (lambda r: gaussians(r, 2, 2), TypeError, "measures must be a list .*; got Gaussian"),
+        (lambda r: [gaussians(r, 2, 2)], ValueError, r"measures\[0\] must be a single measure"),
+        (
+            lambda r: [gaussians(r, 1, 2)[0], diagonals(r, 1, 2)[0]],
+            TypeError,
+            r"measures\[1\] must be like measures\[0\], of kind Gaussian; got DiagonalGaussian",
+        ),
+        (
+            lambda r: [gaussians(r, 1, 2)[0], gaussians(r, 1, 3)[0]],
+            ValueError,
+            r"measures\[1\] must have the size of measures\[0\], d = 2; got 3",
+        ),
+        (
+            lambda r: [gaussians(r, 1, 2)[0], gaussians(r, 1, 2, dtype=np.float32)[0]],
+            TypeError,
+            r"measures\[1\] must have the dtype of measures\[0\], float64; got float32",
+        ),
+        (lambda r: [vectors(r, 2, 2)], ValueError, r"measures\[0\] must be a vector \(d,\)"),
+        (lambda r: [np.arange(2)], TypeError, r"measures\[0\] must be a jdam.Measure or an array"),
+        (lambda r: [np.ones(2), np.ones(3)], ValueError, "d = 2; got 3"),
+    ],
+)
+def test_what_does_not_go_together_is_named(rng, make, error, message):
+    with pytest.raises(error, match=message):
+        jdam.stack(make(rng))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gaussians_of_samples_of_any_number(rng, dtype):
+    numbers = (5, 1, 2, 17, 3, 40, 1)
+    samples = [(3 + rng.normal(size=(n, 4))).astype(dtype) for n in numbers]
+    found = jdam.Gaussian.from_ragged_samples(samples)
+    assert found.dtype == dtype
+    assert found.factor.shape == (7, 4, 4)
+    tolerance = (
+        {"rtol": 2e-6, "atol": 2e-6} if dtype is np.float32 else {"rtol": 1e-13, "atol": 1e-14}
+    )
+    for gaussian, x in zip(found, samples, strict=True):
+        np.testing.assert_allclose(gaussian.mean, x.mean(0), **tolerance)
+        np.testing.assert_allclose(gaussian.covariance, np.cov(x.T, bias=True), **tolerance)
+    assert not np.asarray(found.factor[1]).any()
+
+
+def test_weighted_samples_of_any_number(rng):
+    numbers = (3, 9, 2)
+    samples = [rng.normal(size=(n, 5)) for n in numbers]
+    weights = [rng.dirichlet(np.ones(n)) for n in numbers]
+    found = jdam.Gaussian.from_ragged_samples(samples, weights)
+    for gaussian, x, a in zip(found, samples, weights, strict=True):
+        one = jdam.Gaussian.from_samples(x, a)
+        np.testing.assert_allclose(gaussian.covariance, one.covariance, atol=1e-15)
+    thin = jdam.Gaussian.from_ragged_samples([rng.normal(size=(n, 50)) for n in (3, 4)])
+    assert thin.factor.shape == (2, 50, 4)
+    slope = jax.grad(lambda x: jdam.Gaussian.from_ragged_samples([x, samples[1]]).covariance.sum())
+    assert jnp.isfinite(slope(jnp.asarray(samples[0]))).all()
+    bad = [weights[0], weights[1], 2 * weights[2]]
+    with pytest.raises(ValueError, match="Gaussian 2: weights must sum to one"):
+        jdam.Gaussian.from_ragged_samples(samples, bad)
+    with pytest.raises(ValueError, match="samples of Gaussian 1 must have shape"):
+        jdam.Gaussian.from_ragged_samples([samples[0], samples[1][:, :2]])
+    with pytest.raises(ValueError, match="samples must hold at least one Gaussian"):
+        jdam.Gaussian.from_ragged_samples([])
