@@ -36,7 +36,8 @@ class Status(enum.IntEnum):
 
 
 _MESSAGES = {
-    Status.CONVERGED: "a fixed point, residual ≤ tol, more than half of whose weight is at one pattern",
+    Status.CONVERGED: "a fixed point, residual ≤ tol, at which one pattern has more than half of "
+    "the weight",
     Status.MIXTURE: "a fixed point between patterns: raise beta to recall one of them",
     Status.MAX_STEPS: "residual > tol after max_steps: raise max_steps, beta or tol",
     Status.STALLED: "residual > tol, and no step lowers the energy by more than its rounding: "
