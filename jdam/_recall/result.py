@@ -51,6 +51,12 @@ _MESSAGES = {
 }
 
 
+# So that `help` has them, and they are written once.
+Status.__doc__ = "\n".join(
+    [f"{Status.__doc__}", *(f"    {status.name}: {status.message}." for status in Status)]
+)
+
+
 class Trace(eqx.Module):
     """What recall saw after each step; after convergence entries repeat the last.
 
