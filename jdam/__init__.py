@@ -55,6 +55,7 @@ from jdam._measures.base import Measure as Measure
 from jdam._measures.batches import stack as stack
 from jdam._measures.gaussian import DiagonalGaussian as DiagonalGaussian
 from jdam._measures.gaussian import Gaussian as Gaussian
+from jdam._measures.mixture import GaussianMixture as GaussianMixture
 from jdam._measures.point_cloud import PointCloud as PointCloud
 from jdam._memory.files import load as load
 from jdam._memory.files import save as save
@@ -79,6 +80,7 @@ from jdam.geometry import DotProduct as DotProduct
 from jdam.geometry import EntropicBures as EntropicBures
 from jdam.geometry import Euclidean as Euclidean
 from jdam.geometry import Geometry as Geometry
+from jdam.geometry import MixtureWasserstein as MixtureWasserstein
 from jdam.geometry import Patterns as Patterns
 from jdam.geometry import Sinkhorn as Sinkhorn
 

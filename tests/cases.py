@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.helpers import clouds, diagonals, gaussians, near, vectors
+from tests.helpers import clouds, diagonals, gaussians, mixtures, near, vectors
 from tests.outside import Cramer, SlicedWasserstein, directions, even_clouds, histograms
 
 KINDS = {
@@ -19,6 +19,7 @@ KINDS = {
     "entropic, diagonal": (diagonals, jdam.EntropicBures(0.3)),
     "euclidean": (vectors, jdam.Euclidean()),
     "dot product": (vectors, jdam.DotProduct()),
+    "mixtures": (partial(mixtures, rank=2), jdam.MixtureWasserstein()),
     "clouds": (clouds, jdam.Sinkhorn(0.5, hellinger_scale=0.2)),
     "sliced, from outside": (even_clouds, SlicedWasserstein(directions(2))),
     "histograms, from outside": (histograms, Cramer()),
@@ -26,9 +27,12 @@ KINDS = {
 #: Those whose D vanishes between equals only, and whose full steps end at patterns.
 METRIC = ["gaussian", "low rank", "diagonal", "euclidean"]
 every_kind = pytest.mark.parametrize("kind", KINDS)
+#: Of weights that sum to 1.
+WEIGHTED = ["mixtures", "clouds"]
 #: Programs on clouds take seconds to compile, and their weights cannot be varied one by one:
-#: what these tests say of them is tested along the simplex in test_sinkhorn and test_entropic.
-quick_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "clouds"])
+#: what these tests say of them is tested along the simplex in test_sinkhorn, test_entropic and
+#: test_mixture.
+quick_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WEIGHTED])
 #: One of each way to compare and move, where a kind makes no other difference.
 some_kinds = pytest.mark.parametrize("kind", ["gaussian", "entropic, low rank", "euclidean"])
 some_and_clouds = pytest.mark.parametrize("kind", [*some_kinds.args[1], "clouds"])
@@ -53,6 +57,10 @@ def alike(first, second, **tolerance):
     """Equal as measures: factors up to rotation."""
     if isinstance(first, jdam.Gaussian):
         first, second = (first.mean, first.covariance), (second.mean, second.covariance)
+    if isinstance(first, jdam.GaussianMixture):
+        first, second = (
+            (m.weights, m.components.mean, m.components.covariance) for m in (first, second)
+        )
     close(first, second, **tolerance)
 
 

@@ -39,6 +39,13 @@ def clouds(rng, num, d, n=6, dtype=np.float64, spread=1.0):
     return jdam.PointCloud(points.astype(dtype), weights.astype(dtype))
 
 
+def mixtures(rng, num, d, components=3, rank=None, dtype=np.float64, spread=1.0):
+    weights = rng.dirichlet(np.full(components, 5.0), size=num)
+    means = spread * rng.normal(size=(num, components, d)) + rng.normal(size=(num, 1, d))
+    factors = 0.5 * rng.normal(size=(num, components, d, rank or d)) / np.sqrt(d)
+    return jdam.GaussianMixture(*(x.astype(dtype) for x in (weights, means, factors)))
+
+
 def near(rng, measure, amount):
     """A measure a little off: every array plus noise, scales kept positive and weights as
     they are."""
@@ -49,6 +56,8 @@ def near(rng, measure, amount):
 
     if isinstance(measure, jdam.PointCloud):
         return jdam.PointCloud(shift(measure.points), measure.weights)
+    if isinstance(measure, jdam.GaussianMixture):
+        return jdam.GaussianMixture(measure.weights, shift(measure.means), shift(measure.factors))
     if isinstance(measure, Histogram):
         return measure.from_free(Histogram(jnp.asarray(shift(measure.to_free().probabilities))))
     moved = jax.tree.map(shift, measure)

@@ -39,23 +39,23 @@ def moments(
     rest = (samples - centre) - shift
     offset = _mean(rest, weights)[..., None, :]
     mean = centre + (shift + offset)
-    return mean[..., 0, :], _factor(rest - offset, weights)
+    return mean[..., 0, :], factor_of(rest - offset, weights)
 
 
 @jax.custom_jvp
-def _factor(centred: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]) -> Array:
+def factor_of(centred: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]) -> Array:
     """A factor L of Σ aₖcₖcₖᵀ."""
     scaled = jnp.sqrt(weights)[..., None] * centred
     return (scaled if centred.shape[-2] < centred.shape[-1] else triangle(scaled)).mT
 
 
-@_factor.defjvp
+@factor_of.defjvp
 @full_precision
-def _factor_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _factor_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
     # Of A = diag(√a) C = Q Lᵀ the derivative dL = dAᵀQ has dL Lᵀ + L dLᵀ = d(AᵀA) for a fixed Q,
     # even where A has no full rank; and with Q = diag(√a) C L⁻ᵀ no root of a weight is divided by.
     (centred, weights), (dcentred, dweights) = primals, tangents
-    factor = _factor(centred, weights)
+    factor = factor_of(centred, weights)
     root = jnp.sqrt(weights)
     on = root > 0
     safe = jnp.where(on, root, 1)

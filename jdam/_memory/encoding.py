@@ -10,13 +10,22 @@ from jax import Array
 
 from jdam._measures.base import Measure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam.geometry import Bures, DotProduct, EntropicBures, Euclidean, Geometry, Sinkhorn
+from jdam.geometry import (
+    Bures,
+    DotProduct,
+    EntropicBures,
+    Euclidean,
+    Geometry,
+    MixtureWasserstein,
+    Sinkhorn,
+)
 
 #: What is read without being passed in.
 OWN: tuple[type, ...] = (
-    *(Gaussian, DiagonalGaussian, PointCloud),
-    *(Bures, EntropicBures, Sinkhorn, Euclidean, DotProduct),
+    *(Gaussian, DiagonalGaussian, PointCloud, GaussianMixture),
+    *(Bures, EntropicBures, Sinkhorn, MixtureWasserstein, Euclidean, DotProduct),
 )
 
 

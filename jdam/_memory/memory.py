@@ -18,10 +18,11 @@ from jdam._core.mesh import Layout
 from jdam._measures.base import AnyMeasure, Measure, any_of, dim_of
 from jdam._measures.batches import as_batch, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory import places
 from jdam._memory.prepared import fingerprint, in_dtype, prepare, units
-from jdam.geometry import Bures, Euclidean, Geometry
+from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
 
 
 class Memory(eqx.Module):
@@ -297,7 +298,8 @@ def store(
 
     **Arguments:** `patterns`: a `Gaussian`, `DiagonalGaussian` or `PointCloud` with one batch
     axis, a list of single ones, which is stacked (`jdam.stack`), or an array (N, d). `geometry`:
-    if None, `Bures()` for Gaussians and `Euclidean()` for arrays; point clouds need a
+    if None, `Bures()` for Gaussians, `MixtureWasserstein()` for mixtures of them and `Euclidean()`
+    for arrays; point clouds need a
     `Sinkhorn(epsilon)`, whose self terms OT_ε(Xᵢ, Xᵢ) are computed here, once. `log_prior` (N,):
     log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if None, and −inf
     switches a pattern off. `capacity` ≥ N: for how many patterns to make room, for a memory that
@@ -313,10 +315,8 @@ def store(
             "geometry must be given for point clouds, because it needs its epsilon: "
             "jdam.store(patterns, jdam.Sinkhorn(epsilon=…))"
         )
-    if geometry is None and isinstance(patterns, Measure) and not _is_gaussian(patterns):
-        raise ValueError(f"geometry must be given for measures of type {type(patterns).__name__}")
     if geometry is None:
-        geometry = Bures() if _is_gaussian(patterns) else Euclidean()
+        geometry = _ordinary(patterns)
     if not isinstance(geometry, Geometry):
         raise TypeError(f"geometry must be a jdam geometry, such as jdam.Bures(); got {geometry!r}")
     patterns = geometry.check("patterns", patterns, 1)
@@ -343,8 +343,15 @@ def _describe(patterns: AnyMeasure) -> str:
     return type(patterns).__name__
 
 
-def _is_gaussian(patterns: AnyMeasure) -> bool:
-    return isinstance(patterns, Gaussian | DiagonalGaussian)
+def _ordinary(patterns: AnyMeasure) -> Geometry:
+    """The geometry of these measures unless another is given."""
+    if isinstance(patterns, Gaussian | DiagonalGaussian):
+        return Bures()
+    if isinstance(patterns, GaussianMixture):
+        return MixtureWasserstein()
+    if isinstance(patterns, Measure):
+        raise ValueError(f"geometry must be given for measures of type {type(patterns).__name__}")
+    return Euclidean()
 
 
 def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:

@@ -4,6 +4,7 @@ from jdam.geometry.bures import Bures as Bures
 from jdam.geometry.entropic_bures import EntropicBures as EntropicBures
 from jdam.geometry.euclidean import DotProduct as DotProduct
 from jdam.geometry.euclidean import Euclidean as Euclidean
+from jdam.geometry.mixture import MixtureWasserstein as MixtureWasserstein
 from jdam.geometry.protocol import BatchSizes as BatchSizes
 from jdam.geometry.protocol import Comparison as Comparison
 from jdam.geometry.protocol import Geometry as Geometry
