@@ -10,9 +10,10 @@ steps down it.
 The folders, from the bottom up; each uses only those above it in this list:
 
     _core       what JAX lacks: batching, collectives, decompositions, checks
-    _measures   the kinds of measures: `Gaussian`, `DiagonalGaussian`, `PointCloud`
+    _measures   the kinds: `Gaussian`, `DiagonalGaussian`, `GaussianMixture`, `PointCloud`
     _entropic   entropic transport between point clouds
-    geometry    D and how to move: `Bures`, `EntropicBures`, `Sinkhorn`, `Euclidean`, `DotProduct`
+    geometry    D and how to move: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
+                `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
     _energy     the average over the patterns; separations and searches; `pairwise`, `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`

@@ -15,6 +15,7 @@ from jdam import _pictures as pictures
 from jdam._energy.energy import energy, inverse_temperature
 from jdam._measures.base import AnyMeasure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory.memory import Memory, check_against
 from jdam._recall.recall import step
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def ellipses(
-    gaussian: Gaussian | DiagonalGaussian,
+    gaussian: Gaussian | DiagonalGaussian | GaussianMixture,
     *,
     axes: tuple[int, int] = (0, 1),
     num_std: float = 2.0,
@@ -33,8 +34,8 @@ def ellipses(
     **style: Any,
 ) -> "Axes":
     """The contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians, of their marginals on two
-    coordinates `axes`; those of singular ones are segments and dots. One unit is as long on
-    both axes.
+    coordinates `axes`; those of singular ones are segments and dots. Of mixtures those of
+    all components, the fainter the less they weigh. One unit is as long on both axes.
 
     **Arguments:** `gaussian`, a single one or a batch, d ≥ 2; `style` of a
     `matplotlib.collections.PolyCollection`.
@@ -42,18 +43,24 @@ def ellipses(
     **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
     two of the coordinates and for `num_std` ≤ 0.
     """
-    _check_type("gaussian", gaussian, Gaussian, DiagonalGaussian)
+    _check_type("gaussian", gaussian, Gaussian, DiagonalGaussian, GaussianMixture)
     pair = pictures.coordinates("gaussian", gaussian.dim, axes)
     if not 0 < num_std < math.inf:
         raise ValueError(f"num_std must be finite and > 0; got {num_std:g}")
     ax = _axes(ax)
     from matplotlib.collections import PolyCollection
+    from matplotlib.colors import to_rgba
 
     style = _styled(style, PolyCollection, facecolor="none", linewidth=1.5, joinstyle="round")
     # A colour is that of the line; whoever wants a filled ellipse says so by facecolor.
     colour = style.pop("color", None)
     if "edgecolor" not in style:
         style["edgecolor"] = _next_colour(ax) if colour is None else colour
+    if isinstance(gaussian, GaussianMixture):
+        weights = pictures.numpy(gaussian.weights)
+        shares = (weights / weights.max(-1, keepdims=True)).reshape(-1)
+        style["edgecolor"] = [to_rgba(style["edgecolor"], np.sqrt(share)) for share in shares]
+        gaussian = gaussian.components
     outlines = pictures.outlines(gaussian, pair, num_std)
     ax.add_collection(PolyCollection(list(outlines), **style))
     _dots(ax, outlines, style["edgecolor"])

@@ -17,6 +17,7 @@ from jdam._core.lapack import cholesky, qr
 from jdam._core.linalg import squared_norm
 from jdam._measures.base import AnyMeasure, Measure, with_leaves
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 
 #: How often to try to place an atom at its distance from the others.
@@ -263,8 +264,11 @@ def perturb(
     * `"atoms"`, clouds only: each atom by `radius` in a direction of its own. Exact as long as
       none moves more than half the distance between two atoms, which is required.
 
-    **Arguments:** `key`, one for the whole batch; `measure`, a Gaussian, a cloud or an array
-    (…, d) of vectors (which only have a mean), of any batch shape; `radius` ≥ 0, W₂ distances
+    Each component of a `GaussianMixture` is perturbed by `radius`, which then is MW₂ as long as
+    all stay nearer to their own than to other components.
+
+    **Arguments:** `key`, one for the whole batch; `measure`, a Gaussian, a mixture, a cloud or an
+    array (…, d) of vectors (which only have a mean), of any batch shape; `radius` ≥ 0, W₂ distances
     (not squared), a scalar or of the batch shape.
 
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds, and for
@@ -304,6 +308,10 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
     for_mean, for_shape = jax.random.split(key)
     if not isinstance(measure, Measure):
         return measure + radius[..., None] * _directions(for_mean, measure.shape, measure.dtype)
+    if isinstance(measure, GaussianMixture):
+        each = jnp.broadcast_to(radius[..., None], measure.weights.shape)
+        moved = _perturb(key, measure.components, each, where)
+        return with_leaves(measure, measure.weights, moved.mean, moved.factor)
     if isinstance(measure, PointCloud) and where == "atoms":
         return _move_atoms(for_shape, measure, radius)
     share = {"mean": (1.0, 0.0), "covariance": (0.0, 1.0), "both": (0.5, 0.5)}[where]

@@ -10,6 +10,7 @@ import pytest
 from numpy.testing import assert_allclose
 
 import jdam
+from tests.helpers import mixtures
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -274,3 +275,11 @@ def test_missing_matplotlib_is_said():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "jdam.plot needs matplotlib: pip install 'jdam[plot]'"
+
+
+def test_light_components_are_faint(rng, ax):
+    mixture = mixtures(rng, 2, 3)
+    drawn = jdam.plot.ellipses(mixture, axes=(0, 2), ax=ax).collections[0]
+    shares = np.asarray(mixture.weights / mixture.weights.max(1, keepdims=True)).reshape(-1)
+    np.testing.assert_allclose(drawn.get_edgecolor()[:, 3], np.sqrt(shares))
+    assert len(drawn.get_paths()) == 6

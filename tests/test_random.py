@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 import jdam
-from tests.helpers import clouds, diagonals, gaussians, w2_squared_of
+from tests.helpers import clouds, diagonals, gaussians, mixtures, w2_squared_of
 
 KEY = jax.random.key(2509)
 
@@ -219,3 +219,14 @@ def test_float32_radii(rng):
     for i in range(5):
         distance = float(w2_squared_of(before[i], after[i])) ** 0.5
         np.testing.assert_allclose(distance, 0.7, rtol=1e-6)
+
+
+def test_components_are_perturbed(rng):
+    """By the radius each, which is MW₂ while none comes near another."""
+    patterns = mixtures(rng, 3, 2, spread=4.0)
+    memory = jdam.store(patterns)
+    for where in ("mean", "covariance", "both"):
+        moved = jdam.random.perturb(jax.random.key(0), patterns, 0.05, where=where)
+        distances = np.sqrt(np.diag(jdam.pairwise(memory, moved)))
+        np.testing.assert_allclose(distances, 0.05, rtol=1e-6)
+        np.testing.assert_array_equal(moved.weights, patterns.weights)
