@@ -17,7 +17,7 @@ from jdam._energy.choosing import suggest_beta
 from jdam._energy.energy import inverse_temperature
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
-from jdam._learning.parametrize import parametrize
+from jdam._learning.parametrize import Rebuild, check_learn, parametrize
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.attention import attend
@@ -60,9 +60,10 @@ class MeasureAttention(eqx.Module):
         separation: Separation = LogSumExp(),
         key: Array | None = None,
     ):
+        if learn:
+            check_learn(learn)
         named = tuple(name for name in learn if name != BETA)
-        fixed: tuple[dict[str, Any], Callable[[Any], Memory]] = {}, lambda _: memory
-        self.keys, self.rebuild = parametrize(memory, named) if named else fixed
+        self.keys, self.rebuild = parametrize(memory, named) if named else ({}, Rebuild(memory, ()))
         inside = working_dtype(memory.dtype)
         if isinstance(values, int):
             if key is None:
@@ -76,6 +77,7 @@ class MeasureAttention(eqx.Module):
                 wanted = f"(N, …), N = {memory.capacity}"
                 raise ValueError(f"values must have shape {wanted}; got {self.values.shape}")
         beta = suggest_beta(memory) if beta is None else inverse_temperature(memory, beta)
+        beta = beta.astype(inside)
         self.log_beta = jnp.log(beta) if BETA in learn else None
         self.given_beta = None if BETA in learn else float(beta)
         check_separation(separation)

@@ -165,10 +165,14 @@ def check_both(kind):
     wanted = recall(memory, queries, BETA)
     found = recall(sharded, placed, BETA)
     batch = jdam.recall_batch(sharded, placed, BETA, max_steps=3)
+    few = jdam.recall_batch(sharded, placed, BETA, max_steps=3, batch_size=2)
+    plain = jdam.recall_batch(memory, placed, BETA, max_steps=3, batch_size=3)
     pairs = jdam.pairwise(sharded, placed)
     for result, expected in (
         (found.energy, wanted.energy),
         (batch.energy, wanted.energy),
+        (few.energy, wanted.energy),
+        (plain.energy, wanted.energy),
         (pairs, jdam.pairwise(memory, queries)[:, :NUM]),
     ):
         assert result.sharding.spec[0] == "queries"
@@ -193,6 +197,8 @@ def check_saved(memory, sharded, folder):
     assert len(whole) == NUM
     same(whole[:], memory[:], 0)
     same(jdam.pairwise(sharded), jdam.pairwise(whole))
+    completed = (jdam.attend(held, memory[1], BETA, held).mean for held in (sharded, whole))
+    same(*completed)
 
 
 def certified(memory, query):

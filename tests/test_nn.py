@@ -74,6 +74,15 @@ def test_what_is_a_parameter(rng):
     np.testing.assert_allclose(sparse(queries[0]), values[0], rtol=1e-6)
 
 
+def test_layers_of_one_memory_have_one_structure(rng):
+    memory, queries, _ = setting(rng, "gaussians")
+    first, second = (jdam.nn.MeasureAttention(memory, 3, key=jax.random.key(i)) for i in (0, 1))
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
+    np.testing.assert_allclose(mean(queries[0]).shape, (3,))
+    other = jdam.nn.MeasureAttention(jdam.store(memory[:]), 3, key=jax.random.key(0))
+    assert jax.tree.structure(other) != jax.tree.structure(first)
+
+
 def test_it_can_be_saved_as_equinox_does(rng, tmp_path):
     memory, queries, _ = setting(rng, "gaussians")
     layer, other = (jdam.nn.MeasureAttention(memory, 3, key=jax.random.key(i)) for i in (0, 1))

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
+
+EXPLICIT = AxisType.Explicit
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,12 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
         jax.tree.map(lambda _: everywhere, (memory.geometry, memory.units)),
     )
     mesh, axes = layout.mesh, set(layout.mesh.axis_names)
-    if typed := _explicit_mesh(layout, args):
+    if typed := _mesh_in_use(layout, args):
         # Queries may be spread over its other axes, along which they stay where they are.
         mesh, axes = typed, {layout.axis}
-        places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
-        memory = jax.tree.map(jax.reshard, memory, places)
+        if dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[layout.axis] is EXPLICIT:
+            places = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+            memory = jax.tree.map(jax.reshard, memory, places)
     spread = jax.shard_map(
         on_one,
         mesh=mesh,
@@ -64,13 +67,14 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
     return spread(memory, *args)
 
 
-def _explicit_mesh(layout: Layout, args: Any) -> Any:
-    """The mesh of `jax.set_mesh`, or one that is part of the arguments' types, if its axes are
-    `Explicit`."""
-    meshes = [jax.sharding.get_abstract_mesh()]
-    meshes += [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
-    explicit = (mesh for mesh in meshes if not mesh.empty and mesh.are_all_axes_explicit)
-    return next((m for m in explicit if m.shape == layout.mesh.shape), None)
+def _mesh_in_use(layout: Layout, args: Any) -> Any:
+    """The mesh of `jax.set_mesh` or `jax.shard_map`, or one with `Explicit` axes that is part of
+    the arguments' types."""
+    context = jax.sharding.get_abstract_mesh()
+    typed = [jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(args)]
+    explicit = [mesh for mesh in typed if not mesh.empty and mesh.are_all_axes_explicit]
+    meshes = [mesh for mesh in (context, *explicit) if not mesh.empty]
+    return next((mesh for mesh in meshes if mesh.shape == layout.mesh.shape), None)
 
 
 def where_it_is(function: Callable[..., Any], batched: Any, args: tuple[Any, ...]) -> Any:

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
+from jdam._core.batching import batch_size as length_of
 from jdam._core.compile import compiled
 from jdam._core.loops import repeat
 from jdam._core.mesh import in_one_piece
@@ -56,16 +57,19 @@ def suggest_beta(
     indices of patterns or without queries.
     """
     check_memory(memory)
+    log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if queries is None:
         if targets is not None:
             raise ValueError("targets need queries, whose patterns they are; got none")
-        num = len(memory)
-        count = min(num, SAMPLE, max(FEWEST, COMPARISONS // num))
-        asked, who = memory[np.linspace(0, num - 1, count).round().astype(int)], "patterns"
+        asked, who = memory[_sample(len(memory), log_prior)], "patterns"
     else:
         asked, who = fit_queries(memory, queries), "queries"
+        if length_of(asked) == 0:
+            raise ValueError("queries must hold at least one query; got 0")
     divergences = in_one_piece(pairwise(memory, asked))
-    log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
+    nan = jnp.isnan(divergences).any()
+    if checks.is_concrete(nan) and nan:
+        raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
     if targets is None:
         beta = _apart(divergences, log_prior)
         reason = f"tells 95 % of {len(divergences)} {who} apart"
@@ -73,10 +77,20 @@ def suggest_beta(
         indices = _targets(memory, log_prior, targets, len(divergences))
         beta, reason = _likeliest(divergences, log_prior, indices), "is the likeliest for targets"
     scale, _ = memory.units_of_patterns()
-    beta = _positive(beta, in_one_piece(scale))
+    beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
     if checks.is_concrete(beta):
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
     return beta
+
+
+def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:
+    """Which patterns to ask: some of those that are on, evenly spread."""
+    on = np.arange(num)
+    if checks.is_concrete(log_prior):
+        on = np.flatnonzero(np.asarray(log_prior)[:num] != -np.inf)
+    count = min(len(on), SAMPLE, max(FEWEST, COMPARISONS // num))
+    chosen: np.ndarray = on[np.linspace(0, len(on) - 1, count).round().astype(int)]
+    return chosen
 
 
 def _targets(
@@ -88,11 +102,13 @@ def _targets(
     if indices.shape != (num,):
         raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
     if checks.is_concrete(indices, log_prior):
-        for i in np.unique(np.asarray(indices)):
-            checks.index(i, length_or_capacity(memory), "a memory")
-            if log_prior[i] == -np.inf:
-                raise ValueError(f"targets must be switched on by the prior; pattern {i} is off")
-    return indices.astype(jnp.int32)
+        found, num = np.unique(np.asarray(indices)), length_or_capacity(memory)
+        for i in found[[0, -1]]:
+            checks.index(i, num, "a memory")
+        off = found[np.asarray(log_prior)[found % num] == -np.inf]
+        if off.size:
+            raise ValueError(f"targets must be switched on by the prior; pattern {off[0]} is off")
+    return memory.from_start(indices)
 
 
 @compiled()
@@ -126,7 +142,10 @@ def _likeliest(
     gaps, odds, rivals = _gaps(divergences, log_prior)
     unit = jnp.nanmedian(jnp.where(rivals, gaps, jnp.nan))
     gaps, rows = gaps / jnp.where(unit > 0, unit, 1), jnp.arange(len(gaps), dtype=jnp.int32)
-    own, likely = gaps[rows, targets], odds[rows, targets]
+    own = gaps[rows, targets]
+    # What coincides with the target is it.
+    same = jnp.abs(gaps - own[:, None]) <= _tie(gaps)
+    likely = jnp.where(same, odds, 0).sum(1)
 
     def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -157,9 +176,14 @@ def _gaps(
     gaps = jnp.where(on, divergences - lowest, 0)
     shares = jnp.where(on, log_prior[None] - log_prior[nearest][:, None], 0)
     odds = jnp.where(on, jnp.exp(shares), 0)
-    rounding = 64 * float(jnp.finfo(gaps.dtype).eps)
-    size = jnp.where(on, jnp.abs(divergences), 0).max(1, keepdims=True)
-    return gaps, odds, on & (gaps > rounding * size)
+    size = jnp.where(on, jnp.abs(divergences), 0)
+    return gaps, odds, on & (gaps > _tie(size))
+
+
+def _tie(divergences: Float[Array, "Q N"]) -> Float[Array, "Q 1"]:
+    """What divergences of patterns that coincide may differ by."""
+    rounding = 64 * float(jnp.finfo(divergences.dtype).eps)
+    return rounding * divergences.max(1, keepdims=True)
 
 
 @compiled()

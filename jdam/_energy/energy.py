@@ -17,6 +17,7 @@ from jdam._energy.separation import LogSumExp, Separation, heaviest
 from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure, any_of
 from jdam._measures.batches import as_batch
+from jdam._memory import places
 from jdam._memory.memory import Memory, check_against
 
 
@@ -43,7 +44,9 @@ def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 def divergences_of(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     """D(ξ, Xᵢ), ∞ for free places."""
     found, occupied = compare_all(memory, query), memory.occupied
-    return found if occupied is None else jnp.where(occupied, found, jnp.inf)
+    if occupied is None:
+        return found
+    return jnp.where(occupied, found, jnp.where(places.size_of(memory) < 0, jnp.nan, jnp.inf))
 
 
 def queries_at_once(memory: Memory) -> int:

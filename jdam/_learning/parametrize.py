@@ -68,12 +68,31 @@ def parametrize(
     inside = working_dtype(memory.dtype)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, inside), params)
 
-    def rebuild(params: dict[str, Any]) -> Memory:
-        if set(params) != set(learn):
-            raise ValueError(f"params must have the names {learn}; got {tuple(params)}")
-        return _rebuilt(memory, params)
+    return params, Rebuild(memory, tuple(learn))
 
-    return params, rebuild
+
+class Rebuild:
+    """Params ↦ memory, for the names that are learned. Those of one memory are equal, so that
+    models with them are of one structure."""
+
+    def __init__(self, memory: Memory, learn: tuple[str, ...]):
+        self.memory, self.learn = memory, learn
+
+    def __call__(self, params: dict[str, Any]) -> Memory:
+        if set(params) != set(self.learn):
+            raise ValueError(f"params must have the names {self.learn}; got {tuple(params)}")
+        return _rebuilt(self.memory, params)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Rebuild):
+            return NotImplemented
+        return self.memory is other.memory and set(self.learn) == set(other.learn)
+
+    def __hash__(self) -> int:
+        return hash((id(self.memory), frozenset(self.learn)))
+
+    def __repr__(self) -> str:
+        return f"Rebuild({self.memory}, learn={self.learn})"
 
 
 def check_learn(learn: object) -> None:
@@ -97,7 +116,7 @@ def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
             value = jnp.exp(params[name]) if name in geometry.positive else params[name]
             geometry = eqx.tree_at(operator.attrgetter(name), geometry, value.astype(old.dtype))
     prepared, fingerprint = memory.prepared, memory.fingerprint
-    if set(params) != {PRIOR}:
+    if set(params) - {PRIOR}:
         prepared, fingerprint = prepare(patterns, geometry)
     return dataclasses.replace(
         memory,

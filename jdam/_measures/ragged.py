@@ -16,6 +16,7 @@ def check_ragged(
     name: str, one: str, points: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None
 ) -> dict[int, tuple[Any, Any]]:
     """The points (nᵢ, d) and weights (nᵢ,) of each measure, uniform where None; shapes checked."""
+    points = list(points)
     if len(points) == 0:
         raise ValueError(f"{name} must hold at least one {one}; got an empty list")
     if weights is not None and len(weights) != len(points):
@@ -29,7 +30,12 @@ def check_ragged(
             raise ValueError(f"{name} of {one} {i} must have shape {wanted}; got {array.shape}")
     if weights is None:
         weights = [np.full(len(array), 1 / len(array), array.dtype) for array in held]
-    return dict(enumerate(zip(held, map(_held, weights), strict=True)))
+    masses = [_held(array) for array in weights]
+    for i, (array, mass) in enumerate(zip(held, masses, strict=True)):
+        if mass.shape != array.shape[:1]:
+            wanted = f"one for each of {len(array)} {name}"
+            raise ValueError(f"weights of {one} {i} must be {wanted}; got shape {mass.shape}")
+    return dict(enumerate(zip(held, masses, strict=True)))
 
 
 def build(make: Callable[[Any, Any], T], one: str, pairs: Mapping[int, tuple[Any, Any]]) -> T:

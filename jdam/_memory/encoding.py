@@ -36,7 +36,7 @@ def name_of(kind: type) -> str:
 
 def encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
     """`value` as JSON, its arrays put among `arrays` by names that start with `name`."""
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Array | np.ndarray):
         arrays[name] = value
@@ -47,10 +47,11 @@ def encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
             for field in dataclasses.fields(value)
         }
         return {"class": name_of(type(value)), "fields": fields}
-    if isinstance(value, tuple | list):
-        kind = "tuple" if type(value) is tuple else "list"
-        return {kind: [encode(x, f"{name}.{i}", arrays) for i, x in enumerate(value)]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+    if type(value) in (tuple, list):
+        return {
+            type(value).__name__: [encode(x, f"{name}.{i}", arrays) for i, x in enumerate(value)]
+        }
+    if type(value) is dict and all(isinstance(key, str) for key in value):
         return {"dict": {key: encode(x, f"{name}.{key}", arrays) for key, x in value.items()}}
     raise TypeError(
         f"{name} must be an array, None, a bool, int, float or string, or a tuple, list or dict of "

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -51,7 +52,7 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     """
     if not isinstance(memory, Memory):
         raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     arrays: dict[str, Any] = {}
     length = batch_size(memory.patterns) if memory.layout is None else len(memory)
     description = {
@@ -84,9 +85,12 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
 def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        safetensors.numpy.save_file(arrays, temporary, header)
-        with open(temporary, "rb") as written:
-            os.fsync(written.fileno())
+        with open(temporary, "wb") as file:
+            file.write(safetensors.numpy.save(arrays, header))
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -110,7 +114,7 @@ def load(
     newer jdam, or no memory; for classes that are missing in `classes`; for float64 unless
     `jax_enable_x64` is set; for a mesh without such an axis. `OSError` as `open`.
     """
-    path = Path(path)
+    path, classes = Path(path), (classes if isinstance(classes, tuple | list) else (classes,))
     if (mesh is None) != (axis is None):
         raise TypeError(f"mesh and axis go together; got mesh={mesh} and axis={axis!r}")
     description, checksum = _header(path)

@@ -21,7 +21,7 @@ from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory import places
-from jdam._memory.prepared import fingerprint, in_dtype, prepare, units
+from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
 
 
@@ -69,6 +69,15 @@ class Memory(eqx.Module):
                 "a memory with room to grow has no length inside jax.jit: memory.size is the "
                 "traced number of patterns, memory.capacity that of places"
             )
+        if self.size.ndim:
+            raise TypeError(
+                f"a batch {self.size.shape} of memories has no length; index its leaves"
+            )
+        if self.size < 0:
+            raise ValueError(
+                "the memory was overfilled inside jax.jit, or asked for patterns that it has not: "
+                "see jdam.Memory"
+            )
         return int(self.size)
 
     @property
@@ -87,7 +96,7 @@ class Memory(eqx.Module):
 
     def __getitem__(self, index: Any) -> AnyMeasure:
         if isinstance(index, Array) and not checks.is_concrete(index):
-            place = self._from_start(index)
+            place = self.from_start(index)
             return jax.tree.map(lambda leaf: leaf[place], self.patterns)
         checks.index(index, len(self), "a memory")
         if isinstance(index, int | np.integer):
@@ -115,6 +124,11 @@ class Memory(eqx.Module):
 
     def trusted(self) -> "Memory":
         """The memory with NaN for what was prepared of other patterns or another geometry."""
+        if self.size is not None:
+            spoiled = self.size < 0
+            self = dataclasses.replace(
+                self, log_prior=jnp.where(spoiled, jnp.nan, self.log_weights)
+            )
         if self.fingerprint is None:
             return self
         stale = fingerprint(self.patterns, self.geometry) != self.fingerprint
@@ -136,9 +150,11 @@ class Memory(eqx.Module):
         patterns than there is room for, or larger ones than those it holds.
         """
         self._check_in_one_piece()
+        if isinstance(patterns, list | tuple) and not patterns:
+            return self
         patterns = self._rows(patterns)
         count = batch_size(patterns)
-        prior = None if log_prior is None else _prior(patterns, log_prior)
+        prior = None if log_prior is None else checked_prior(patterns, log_prior, some_on=False)
         if count == 0:
             return self
         if self.size is None:
@@ -193,6 +209,9 @@ class Memory(eqx.Module):
             keep = np.delete(np.arange(len(self)), np.asarray(drop))
             if keep.size == 0:
                 raise ValueError("indices must leave at least one pattern; got all of them")
+            prior = self.log_weights
+            if checks.is_concrete(prior) and (np.asarray(prior)[keep] == -np.inf).all():
+                raise ValueError("log_prior must leave a pattern on; indices have all that are")
             if self.size is None:
                 kept, prior = jax.tree.map(lambda leaf: leaf[keep], (self.patterns, self.log_prior))
                 return store(kept, self.geometry, log_prior=prior)
@@ -254,16 +273,15 @@ class Memory(eqx.Module):
         if not checks.is_concrete(index) or not (
             self.size is None or checks.is_concrete(self.size)
         ):
-            return self._from_start(index)
-        index = np.asarray(index).astype(np.int32)
-        num = len(self)
+            return self.from_start(index)
+        index, num = np.asarray(index), len(self)
         if index.size and not (-num <= index.min() and index.max() < num):
             raise IndexError(
                 f"indices must be in [−N, N), N = {num}; got {index.min()} to {index.max()}"
             )
-        return index % num
+        return (index % num).astype(np.int32)
 
-    def _from_start(self, index: Any) -> Int[Array, "..."]:
+    def from_start(self, index: Any) -> Int[Array, "..."]:
         """Traced indices, of which those below 0 count from the end of what is stored."""
         index = jnp.asarray(index, jnp.int32)
         return jnp.where(index < 0, index + places.size_of(self), index)
@@ -273,7 +291,8 @@ class Memory(eqx.Module):
             return super().__repr__()  # the shape of a memory, holding something else
         num: Any = self.capacity
         if self.size is not None:
-            num = f"{len(self) if checks.is_concrete(self.size) else '…'} of {self.capacity}"
+            known = checks.is_concrete(self.size) and self.size.ndim == 0
+            num = f"{int(self.size) if known else '…'} of {self.capacity}"
         prior = ", log_prior" if self._has_prior() else ""
         spread = f", {self.layout.parts} shards" if self.layout else ""
         kind = _describe(self.patterns)
@@ -282,9 +301,9 @@ class Memory(eqx.Module):
     def _has_prior(self) -> bool:
         if self.size is None or self.log_prior is None:
             return self.log_prior is not None
-        if not checks.is_concrete(self.log_prior, self.size):
+        if not checks.is_concrete(self.log_prior, self.size) or self.size.ndim:
             return True
-        return bool(np.asarray(self.log_prior)[: len(self)].any())
+        return bool(np.asarray(self.log_prior)[: int(self.size)].any())
 
 
 def store(
@@ -324,7 +343,7 @@ def store(
         raise ValueError("patterns must hold at least one measure; got 0")
     for leaf in jax.tree.leaves(patterns):
         checks.finite("patterns", leaf)
-    prior = None if log_prior is None else _prior(patterns, log_prior)
+    prior = None if log_prior is None else checked_prior(patterns, log_prior)
     geometry = in_dtype(geometry, working_dtype(float_dtype(patterns)))
     memory = Memory(patterns, geometry, prior, *prepare(patterns, geometry))
     return memory if capacity is None else memory.reserve(capacity)
@@ -352,23 +371,6 @@ def _ordinary(patterns: AnyMeasure) -> Geometry:
     if isinstance(patterns, Measure):
         raise ValueError(f"geometry must be given for measures of type {type(patterns).__name__}")
     return Euclidean()
-
-
-def _prior(patterns: AnyMeasure, log_prior: ArrayLike) -> Float[Array, " N"]:
-    num = batch_size(patterns)
-    if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):
-        log_prior = jnp.full(num, log_prior, float_dtype(patterns))
-    prior = checks.float_array("log_prior", log_prior)
-    checks.same_dtype(patterns=jax.tree.leaves(patterns)[0], log_prior=prior)
-    if prior.shape != (num,):
-        raise ValueError(f"log_prior must have shape (N,) = ({num},); got {prior.shape}")
-    if checks.is_concrete(prior):
-        values = np.asarray(prior)
-        if np.isnan(values).any() or (values == np.inf).any():
-            raise ValueError("log_prior must be finite or −inf; got NaN or +inf")
-        if num and (values == -np.inf).all():
-            raise ValueError("log_prior must leave a pattern on; got −inf for all of them")
-    return prior
 
 
 def length_or_capacity(memory: Memory) -> int:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from jdam._memory.memory import Memory
 
 
+#: The size of a memory to which something was done that inside `jax.jit` could not raise.
+SPOILED = -1
+
+
 @jax.jit(static_argnames="capacity")
 def reserve(memory: "Memory", capacity: int) -> "Memory":
     """The memory with so many places, free ones with copies of the last pattern, which are switched
@@ -37,21 +41,18 @@ def append(
 ) -> "Memory":
     """The memory with patterns at the first free places."""
     count, size = batch_size(patterns), size_of(memory)
-    fits = size + count <= memory.capacity
+    fits = (size >= 0) & (size + count <= memory.capacity)
     first = jnp.where(fits, size, 0)
-
-    def write(old: Array, new: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new, first, 0)
 
     def put(old: Array, new: Array) -> Array:
         kept = jax.lax.dynamic_slice_in_dim(old, first, count)
-        return write(old, jnp.where(fits, new, kept))
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fits, new, kept), first, 0)
 
     prior = jnp.zeros(count, memory.dtype) if log_prior is None else log_prior
     rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns))
-    # As `_nan_unless`, but in one write, which needs no copy.
-    prior = write(memory.log_weights, jnp.where(fits, prior, jnp.nan))
-    return _with_rows(memory, rows, prior, jnp.where(fits, size + count, size))
+    return _with_rows(
+        memory, rows, put(memory.log_weights, prior), jnp.where(fits, size + count, SPOILED)
+    )
 
 
 @jax.jit
@@ -110,10 +111,10 @@ def _with_rows(memory: "Memory", rows: tuple[Any, Any, Any], prior: Any, size: A
 
 def _nan_unless(good: Bool[Array, ""], memory: "Memory") -> "Memory":
     """The memory if that is good, else one of which every recall says that it is not finite."""
+    if memory.size is not None:
+        return replaced(memory, size=jnp.where(good, memory.size, SPOILED))
 
     def mark(leaf: Array) -> Array:
         return leaf.at[0].set(jnp.where(good, leaf[0], jnp.nan))
 
-    if memory.log_prior is not None:
-        return replaced(memory, log_prior=mark(memory.log_prior))
     return replaced(memory, patterns=jax.tree.map(mark, memory.patterns))

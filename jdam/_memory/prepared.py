@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, UInt
 
+from jdam._core import checks
 from jdam._core.batching import batch_size
 from jdam._core.compile import compiled, float_dtype, working_dtype
 from jdam._measures.base import AnyMeasure
@@ -31,6 +33,26 @@ def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
 
     result: Geometry = jax.tree_util.tree_map_with_path(cast, geometry)
     return result
+
+
+def checked_prior(
+    patterns: AnyMeasure, log_prior: ArrayLike, *, some_on: bool = True
+) -> Float[Array, " N"]:
+    """`log_prior` as an array (N,) that goes with the patterns, which leaves a pattern on."""
+    num = batch_size(patterns)
+    if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):
+        log_prior = jnp.full(num, log_prior, float_dtype(patterns))
+    prior = checks.float_array("log_prior", log_prior)
+    checks.same_dtype(patterns=jax.tree.leaves(patterns)[0], log_prior=prior)
+    if prior.shape != (num,):
+        raise ValueError(f"log_prior must have shape (N,) = ({num},); got {prior.shape}")
+    if checks.is_concrete(prior):
+        values = np.asarray(prior)
+        if np.isnan(values).any() or (values == np.inf).any():
+            raise ValueError("log_prior must be finite or −inf; got NaN or +inf")
+        if some_on and num and (values == -np.inf).all():
+            raise ValueError("log_prior must leave a pattern on; got −inf for all of them")
+    return prior
 
 
 @compiled(rounded=False)

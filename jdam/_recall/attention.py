@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core import checks
+from jdam._core.batching import batch_size
 from jdam._core.compile import compiled
 from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
@@ -61,6 +62,9 @@ def attend(
     checks.same_dtype(memory=weights, values=jax.tree.leaves(held)[0])
     if isinstance(values, Memory):
         return _barycentre(values, weights, nearest, num_steps)
+    if memory.occupied is not None and len(values) == memory.capacity:
+        free = ~memory.occupied.reshape(-1, *[1] * (values.ndim - 1))
+        values = jnp.where(free, 0, values)
     return _mean(values, weights)
 
 
@@ -68,12 +72,15 @@ def _for_values(
     memory: Memory, values: Array | Memory, weights: Float[Array, " N"]
 ) -> Float[Array, " V"]:
     """The weights, of which there is one for each place, for as many values."""
-    places = values.capacity if isinstance(values, Memory) else len(values)
-    counts = {places, length_or_capacity(values)} if isinstance(values, Memory) else {places}
-    wanted = {length_or_capacity(memory), memory.capacity}
-    if not counts & wanted:
+    if isinstance(values, Memory):
+        places, count = values.capacity, length_or_capacity(values)
+        wanted = {length_or_capacity(memory)}
+    else:
+        places = count = len(values)
+        wanted = {length_or_capacity(memory), memory.capacity}
+    if count not in wanted:
         listed = " or ".join(map(str, sorted(wanted)))
-        raise ValueError(f"values must be {listed}, one a key; got {max(counts)}")
+        raise ValueError(f"values must be {listed}, one a key; got {count}")
     return jnp.pad(weights, (0, max(0, places - len(weights))))[:places]
 
 
@@ -97,6 +104,8 @@ def _barycentre(
     start = jax.tree.map(lambda leaf: leaf[heaviest], values.patterns)
     on = weights != 0
     log_prior = jnp.where(on, jnp.log(jnp.where(on, weights, 1)), -jnp.inf)
+    missing = batch_size(values.patterns) - len(log_prior)  # parts are filled up
+    log_prior = jnp.pad(log_prior, (0, missing), constant_values=-jnp.inf)
     held = replace(values, log_prior=log_prior)
     return recall(held, start, 1.0, max_steps=num_steps, separation=_Given()).measure
 

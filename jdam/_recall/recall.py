@@ -12,6 +12,7 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._core.batching import in_tiles, map_in_chunks
 from jdam._core.compile import compiled, working_dtype
+from jdam._core.mesh import where_it_is
 from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, queries_at_once
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
@@ -177,11 +178,19 @@ def _recall_batch(
     batch_size: int,
     settings: tuple[tuple[str, Any], ...],
 ) -> Recall:
-    def one(query: AnyMeasure) -> Recall:
-        return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
+    def on_one_device(memory: Memory, queries: AnyMeasure, *others: Array) -> Recall:
+        beta, step_size, tol = others
 
-    # Differentiated, one batch at a time too.
-    result: Recall = map_in_chunks(jax.checkpoint(one), batch_size, queries)
+        def one(query: AnyMeasure) -> Recall:
+            return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
+
+        # Differentiated, one batch at a time too.
+        found: Recall = map_in_chunks(jax.checkpoint(one), batch_size, queries)
+        return found
+
+    args = (memory, queries, beta, step_size, tol)
+    batched = tuple(jax.tree.map(lambda _, mark=arg is queries: mark, arg) for arg in args)
+    result: Recall = where_it_is(on_one_device, batched, args)
     return result
 
 

@@ -110,7 +110,8 @@ class Recall(eqx.Module):
         return is_mixture(self.weight)
 
     def __repr__(self) -> str:
-        if not checks.is_concrete(self.status):
+        held = isinstance(self.status, Array | np.ndarray) and checks.is_concrete(self.status)
+        if not held:
             return super().__repr__()
         codes, counts = np.unique(np.asarray(self.status), return_counts=True)
         names = [Status(int(code)).name for code in codes]

@@ -59,8 +59,9 @@ def around(
     if triangle and not memory.geometry.is_squared_metric:
         distance = distances_of_means(memory, measure)
     else:
+        off = own if memory.occupied is None else own | ~memory.occupied
         prior = jnp.zeros(memory.capacity, memory.dtype)
-        others = replace(memory, log_prior=jnp.where(own, -jnp.inf, prior))
+        others = replace(memory, log_prior=jnp.where(off, -jnp.inf, prior))
         measure = memory.geometry.match(measure, memory.patterns)
         floor = explore(SEARCH, others, measure, beta).floor
         distance = jnp.sqrt(jnp.maximum(floor, 0) / cost_scale(memory))

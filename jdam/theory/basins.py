@@ -380,7 +380,7 @@ def _one_of(
         raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
     if checks.is_concrete(index):
         checks.index(int(index), length_or_capacity(memory), "a memory")
-    index = index.astype(jnp.int32)
+    index = memory.from_start(index)
     return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 
 

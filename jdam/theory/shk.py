@@ -60,7 +60,9 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
     if checks.is_concrete(index):
         checks.index(int(index), length_or_capacity(memory), "a memory")
     return _constants(
-        memory, index, checks.positive("step_size", step_size, working_dtype(memory.dtype))
+        memory,
+        memory.from_start(index),
+        checks.positive("step_size", step_size, working_dtype(memory.dtype)),
     )
 
 

@@ -110,6 +110,27 @@ def test_it_never_fails(rng):
         )
 
 
+def test_duplicates_and_patterns_that_are_off(rng):
+    patterns = vectors(rng, 8, 2)
+    memory = jdam.store(patterns)
+    twice = jdam.store(jnp.concatenate([patterns, patterns[:2]]))
+    args = patterns + 0.01, np.arange(8)
+    np.testing.assert_allclose(
+        jdam.suggest_beta(twice, *args), jdam.suggest_beta(memory, *args), rtol=0.05
+    )
+    off = jdam.store(patterns, log_prior=[0.0] * 7 + [-np.inf])
+    np.testing.assert_allclose(
+        jdam.suggest_beta(off), jdam.suggest_beta(jdam.store(patterns[:7])), rtol=1e-12
+    )
+    for held in (memory, jdam.store(patterns, capacity=11)):
+        found = jdam.suggest_beta(held, args[0], args[1] - 8)
+        np.testing.assert_allclose(found, jdam.suggest_beta(memory, *args), rtol=1e-12)
+    with pytest.raises(ValueError, match="queries must be at finite divergences"):
+        jdam.suggest_beta(memory, patterns * np.nan)
+    with pytest.raises(ValueError, match="queries must hold at least one query; got 0"):
+        jdam.suggest_beta(memory, patterns[:0])
+
+
 def test_a_prior_counts(rng):
     """Of a rival that is e⁸ times likelier, β has to outweigh that too."""
     patterns = vectors(rng, 2, 2)

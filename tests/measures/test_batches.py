@@ -111,6 +111,10 @@ def test_weighted_samples_of_any_number(rng):
     bad = [weights[0], weights[1], 2 * weights[2]]
     with pytest.raises(ValueError, match="Gaussian 2: weights must sum to one"):
         jdam.Gaussian.from_ragged_samples(samples, bad)
+    for wrong in (weights[1][:2], np.append(weights[1], 0), np.array(1.0)):
+        for make in (jdam.Gaussian.from_ragged_samples, jdam.PointCloud.from_ragged):
+            with pytest.raises(ValueError, match="weights of .* 1 must be one for each of 9"):
+                make(samples, [weights[0], wrong, weights[2]])
     with pytest.raises(ValueError, match="samples of Gaussian 1 must have shape"):
         jdam.Gaussian.from_ragged_samples([samples[0], samples[1][:, :2]])
     with pytest.raises(ValueError, match="samples must hold at least one Gaussian"):

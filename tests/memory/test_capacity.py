@@ -103,6 +103,19 @@ def test_theory(rng, kind):
         theory.one_step_bound(memory, 5, 0.1, BETA)
 
 
+def test_theory_sees_no_free_place(rng):
+    """Copies of the last pattern are in them; and −1 is that pattern, not the last place."""
+    patterns = gaussians(rng, 6, 3, spread=0.01)
+    for capacity in (9, 100):
+        memory, stored = jdam.store(patterns, capacity=capacity), jdam.store(patterns)
+        for function in (jdam.theory.separations, jdam.theory.transition_beta):
+            close(function(memory)[:6], function(stored), rtol=1e-6)
+        for bound in (jdam.theory.one_step_bound, jdam.theory.contraction_bound):
+            wanted = bound(stored, 5, 0.01, 20.0)
+            close(bound(memory, -1, 0.01, 20.0), wanted, rtol=1e-6)
+            close(bound(stored, -1, 0.01, 20.0), wanted, rtol=1e-12)
+
+
 def test_weight_stiffness(rng):
     memory, stored, _ = pair(rng, "clouds")
     found = jdam.theory.weight_stiffness(memory)
@@ -118,8 +131,12 @@ def test_values_for_patterns_and_for_places(rng):
     completed = jdam.attend(memory, query, BETA, memory)
     alike(completed, jdam.attend(stored, query, BETA, stored), rtol=1e-8, atol=1e-8)
     alike(completed, jdam.attend(stored, query, BETA, memory), rtol=1e-8, atol=1e-8)
+    values[5:] = np.nan
+    close(jdam.attend(memory, query, BETA, values), wanted, rtol=1e-10)
     with pytest.raises(ValueError, match="values must be 5 or 8, one a key; got 6"):
         jdam.attend(memory, query, BETA, values[:6])
+    with pytest.raises(ValueError, match="values must be 5, one a key; got 4"):
+        jdam.attend(memory, query, BETA, memory.remove(0))
 
 
 @pytest.fixture
@@ -209,6 +226,8 @@ def test_more_than_there_is_room_for(rng):
 @pytest.mark.parametrize(
     "change",
     [
+        lambda memory, pattern: memory.append(pattern).append(pattern).remove(0),
+        lambda memory, pattern: memory.remove(jnp.arange(3)).append(pattern),
         lambda memory, pattern: memory.append(pattern).append(pattern),
         lambda memory, pattern: memory.replace(jnp.array(3), pattern),
         lambda memory, pattern: memory.remove(jnp.array([-4])),
@@ -223,6 +242,31 @@ def test_what_cannot_raise_inside_jit_is_not_finite(rng, change):
         for search in (jdam.Exhaustive(), jdam.Certified()):
             found = jdam.recall(changed, memory[0], BETA, search=search)
             assert jdam.Status(int(found.status)) is jdam.Status.NONFINITE
+        assert np.isnan(jdam.divergences(changed, memory[0])).all()
+        assert "-1 of 4" in repr(changed)
+        with pytest.raises(ValueError, match="the memory was overfilled inside jax.jit"):
+            len(changed)
+
+
+def test_priors_of_what_is_added_and_left(rng):
+    memory = jdam.store(vectors(rng, 3, 2), log_prior=[0.0, -np.inf, -np.inf], capacity=5)
+    off = memory.append(memory[0], -np.inf)
+    assert off.log_prior.tolist() == [0, *[-np.inf] * 4]
+    assert len(off) == 4
+    for held in (off, jdam.store(off[:], log_prior=off.log_prior[:4])):
+        with pytest.raises(ValueError, match="log_prior must leave a pattern on"):
+            held.remove(0)
+    assert off.append([]) is off
+    with pytest.raises(IndexError, match="indices must be in"):
+        off.remove(2**32)
+
+
+def test_a_batch_of_memories(rng):
+    memory = jdam.store(vectors(rng, 3, 2), capacity=5)
+    many = jax.vmap(memory.append)(vectors(rng, 4, 2))
+    assert "… of" in repr(many)
+    with pytest.raises(TypeError, match=r"a batch \(4,\) of memories has no length"):
+        len(many)
 
 
 def test_replace_without_a_capacity(rng):

@@ -1,6 +1,7 @@
 """A memory in a file comes back to the last bit, or with an error that says why not."""
 
 import json
+import os
 
 import equinox as eqx
 import jax
@@ -131,15 +132,28 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(rng, tmp_path, monkeyp
     path = tmp_path / "memory"
     jdam.save(path, memory)
 
-    def fail(arrays, path, header):
-        path.write_bytes(b"half")
+    def fail(file):
         raise OSError("no space left")
 
-    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space left"):
         jdam.save(path, memory.append(memory[0]))
     same(jdam.load(path), memory)
     assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+
+def test_permissions_links_and_missing_folders(rng, tmp_path):
+    memory, path = jdam.store(gaussians(rng, 3, 2)), tmp_path / "memory"
+    with pytest.raises(FileNotFoundError):
+        jdam.save(tmp_path / "missing" / "memory", memory)
+    jdam.save(path, memory)
+    (tmp_path / "other").write_bytes(b"")
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode  # by umask
+    path.chmod(0o640)
+    (tmp_path / "link").symlink_to(path)
+    jdam.save(tmp_path / "link", memory)
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_classes_of_others_are_named_and_not_imported(rng, tmp_path):
@@ -150,6 +164,8 @@ def test_classes_of_others_are_named_and_not_imported(rng, tmp_path):
     with pytest.raises(ValueError, match="classes must hold tests.outside:Histogram"):
         jdam.load(path, classes=(Cramer,))
     assert isinstance(jdam.load(path, classes=(Cramer, Histogram)).geometry, Cramer)
+    with pytest.raises(ValueError, match="classes must hold tests.outside:Histogram"):
+        jdam.load(path, classes=Cramer)
 
 
 class Odd(jdam.Geometry):
@@ -175,8 +191,9 @@ def test_fields_of_other_geometries(rng, tmp_path):
     same(loaded, memory)
     query = near(rng, memory[0], 0.1)
     assert jdam.energy(loaded, query, 2.0) == jdam.energy(memory, query, 2.0)
-    with pytest.raises(TypeError, match="geometry.other must be an array, None, .*; got <object"):
-        jdam.save(tmp_path / "memory", jdam.store(memory[:], Odd(scales, ("a",), object())))
+    for other in (object(), jdam.Status.SOLVER, jdam.BatchSizes(1, 2, 3)):
+        with pytest.raises(TypeError, match="geometry.other must be an array, None, .*; got"):
+            jdam.save(tmp_path / "memory", jdam.store(memory[:], Odd(scales, ("a",), other)))
 
 
 def test_the_header_is_for_everybody(rng, tmp_path):

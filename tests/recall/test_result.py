@@ -27,6 +27,12 @@ def test_a_batch_counts_its_statuses(rng):
     assert np.asarray(found.status).tolist() == [0, 5, 0]
 
 
+def test_shapes_of_results_have_a_repr(rng):
+    memory = jdam.store(gaussians(rng, 3, 2))
+    found = jax.eval_shape(lambda query: jdam.recall(memory, query, 5.0), memory[0])
+    assert repr(found).startswith("Recall(")
+
+
 def test_how_far_what_was_recalled_is_from_the_pattern(rng):
     memory = jdam.store(gaussians(rng, 4, 2))
     query = jdam.Gaussian(memory[1].mean + 0.2, memory[1].factor)
