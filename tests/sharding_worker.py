@@ -168,6 +168,11 @@ def check_both(kind):
     few = jdam.recall_batch(sharded, placed, BETA, max_steps=3, batch_size=2)
     plain = jdam.recall_batch(memory, placed, BETA, max_steps=3, batch_size=3)
     pairs = jdam.pairwise(sharded, placed)
+    mapped = jax.shard_map(
+        partial(recall, sharded), mesh=mesh, in_specs=(rows.spec, None), out_specs=rows.spec
+    )
+    with pytest.raises(ValueError, match="a sharded memory cannot be used inside jax.shard_map"):
+        mapped(placed, BETA)
     for result, expected in (
         (found.energy, wanted.energy),
         (batch.energy, wanted.energy),

@@ -39,6 +39,11 @@ class Layout:
 def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
     """`function(memory, *args)` on every device; its result must be the same on all."""
     layout = memory.layout
+    if any(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(args)):
+        raise ValueError(
+            "a sharded memory cannot be used inside jax.shard_map: call jax.vmap of the function, "
+            "with the queries placed along another axis of the mesh"
+        )
 
     def on_one(memory: Any, *args: Any) -> Any:
         return function(replace(memory, layout=replace(layout, inside=True)), *args)
