@@ -29,7 +29,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jdam
-from tests.helpers import clouds, diagonals, gaussians, near, vectors
+from tests.helpers import clouds, diagonals, gaussians, mixtures, near, vectors
 
 NUM, DIM, BETA = 21, 3, 8.0
 KINDS = {
@@ -38,6 +38,7 @@ KINDS = {
     "vectors": (vectors, jdam.Euclidean()),
     "inner products": (vectors, jdam.DotProduct()),
     "clouds": (clouds, jdam.Sinkhorn(0.3)),
+    "mixtures": (mixtures, jdam.MixtureWasserstein()),
     "unbalanced": (clouds, jdam.Sinkhorn(0.3, rho=0.5)),
 }
 SEARCHES = (jdam.Exhaustive(), jdam.Certified(2))
@@ -230,6 +231,7 @@ else:
     check("vectors", mesh, ALL, SEARCHES, ("queries",))
     for kind in ("diagonal", "inner products"):
         check(kind, mesh, ALL, SEARCHES[:1])
+    check("mixtures", mesh, (jdam.energy,), SEARCHES, ("queries",))
     check("unbalanced", mesh, (jdam.energy,), SEARCHES, ("queries",))
     check_saved(*check_both("Gaussians"), folder)
     check_queries("Gaussians", certified)

@@ -95,11 +95,13 @@ class Memory(eqx.Module):
         return jnp.arange(self.capacity, dtype=jnp.int32) < self.size
 
     def __getitem__(self, index: Any) -> AnyMeasure:
-        if isinstance(index, Array) and not checks.is_concrete(index):
+        whole = isinstance(index, int | np.integer)
+        traced = self.size is not None and not checks.is_concrete(self.size)
+        if (isinstance(index, Array) and not checks.is_concrete(index)) or (whole and traced):
             place = self.from_start(index)
             return jax.tree.map(lambda leaf: leaf[place], self.patterns)
         checks.index(index, len(self), "a memory")
-        if isinstance(index, int | np.integer):
+        if whole:
             return jax.tree.map(lambda leaf: leaf[index % len(self)], self.patterns)
         # Parts of a sharded memory are filled up.
         return jax.tree.map(lambda leaf: leaf[: len(self)][index], self.patterns)

@@ -305,7 +305,7 @@ def test_length_indexing_iteration_repr(rng):
         assert "… of 8 ×" in repr(memory)
         with pytest.raises(TypeError, match="no length inside jax.jit: memory.size is the traced"):
             len(memory)
-        return memory[memory.size - 1], memory[jnp.asarray(-1)]
+        return memory[memory.size - 1], memory[jnp.asarray(-1)], memory[-1], memory[4]
 
     for last in jax.jit(inside)(memory):
         alike(last, stored[4], rtol=1e-15)
