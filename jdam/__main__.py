@@ -13,6 +13,7 @@ MISSING = "the demo needs scikit-learn, ase, pillow, matplotlib and tqdm: pip in
 
 
 def run(seed: int, beta: float, out: Path) -> None:
+    """Both demonstrations: their tables printed, their figures written to a folder."""
     try:
         import ase  # noqa: F401
         import matplotlib  # noqa: F401
@@ -30,6 +31,7 @@ def run(seed: int, beta: float, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """`run` with what the command line says."""
     parser = argparse.ArgumentParser(
         prog="python -m jdam",
         description="Recall the blocks of two photographs, stored as Gaussians, and molecules, "

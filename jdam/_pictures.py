@@ -14,6 +14,7 @@ from jdam._recall.result import Recall, Trace
 
 
 def numpy(array: Any) -> np.ndarray:
+    """The values in double precision, as matplotlib wants them."""
     return np.asarray(array, np.float64)
 
 

@@ -17,12 +17,10 @@ from jdam._energy.choosing import suggest_beta
 from jdam._energy.energy import inverse_temperature
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
-from jdam._learning.parametrize import Rebuild, check_learn, parametrize
+from jdam._learning.parametrize import BETA, Rebuild, but_beta, check_learn, parametrize
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.attention import attend
-
-BETA = "beta"
 
 
 class MeasureAttention(eqx.Module):
@@ -62,7 +60,7 @@ class MeasureAttention(eqx.Module):
     ):
         if learn:
             check_learn(learn)
-        named = tuple(name for name in learn if name != BETA)
+        named = but_beta(learn)
         self.keys, self.rebuild = parametrize(memory, named) if named else ({}, Rebuild(memory, ()))
         inside = working_dtype(memory.dtype)
         if isinstance(values, int):

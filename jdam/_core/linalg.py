@@ -177,6 +177,12 @@ def safe_sqrt(x: Array) -> Array:
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
+def safe_log(x: Array) -> Array:
+    """log x, −∞ where x is 0, with derivative 0 there."""
+    on = x > 0
+    return jnp.where(on, jnp.log(jnp.where(on, x, 1)), -jnp.inf)
+
+
 def rounding(terms: int, dtype: jnp.dtype) -> float:
     """A bound on the relative error of a sum of so many rounded squares or products."""
     return (terms + 8) * float(jnp.finfo(dtype).eps)

@@ -13,10 +13,10 @@ from jdam._core.batching import batch_size as length_of
 from jdam._core.compile import compiled
 from jdam._core.loops import repeat
 from jdam._core.mesh import in_one_piece
-from jdam._energy.energy import check_memory, fit_queries
+from jdam._energy.energy import fit_queries
 from jdam._energy.pairs import pairwise
 from jdam._measures.base import AnyMeasure
-from jdam._memory.memory import Memory, length_or_capacity
+from jdam._memory.memory import Memory, check_memory, length_or_capacity
 
 #: Told apart is a query whose nearest pattern has this weight, and at β this share of queries is.
 WEIGHT, SHARE = 0.99, 0.95

@@ -18,7 +18,7 @@ from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure, any_of
 from jdam._measures.batches import as_batch
 from jdam._memory import places
-from jdam._memory.memory import Memory, check_against
+from jdam._memory.memory import Memory, check_against, check_memory
 
 
 def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
@@ -114,12 +114,6 @@ def _weigh(
         return weights, heaviest(weights, divergences, prior)
 
     return in_tiles(at, queries_at_once(memory), memory, query, beta)
-
-
-def check_memory(memory: object) -> None:
-    """Raise unless it is a memory."""
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
 
 
 def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:

@@ -10,9 +10,9 @@ from jaxtyping import Float
 from jdam._core.batching import in_tiles
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
-from jdam._energy.energy import check_memory, divergences_of, fit_queries, queries_at_once
+from jdam._energy.energy import divergences_of, fit_queries, queries_at_once
 from jdam._measures.base import AnyMeasure
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, check_memory
 
 
 def pairwise(memory: Memory, queries: AnyMeasure | None = None) -> Float[Array, "Q N"]:

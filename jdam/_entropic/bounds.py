@@ -7,8 +7,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.batching import in_tiles
-from jdam._core.linalg import rounding
-from jdam._entropic.problem import Pair, Solver, log, pairs_at_once
+from jdam._core.linalg import rounding, safe_log
+from jdam._entropic.problem import Pair, Solver, pairs_at_once
 from jdam._entropic.scaling import some_iterations
 
 
@@ -19,7 +19,7 @@ def dual_after_half_iteration(
     value is one, costs may be rough, and potentials come from a `guess` of g."""
     x, a, y, b, marginals = pair
     epsilon, s, g = marginals.epsilon, marginals.damping, jnp.where(b > 0, guess, 0)
-    logits = (g / epsilon + log(b))[:, None] - solver.cost.roughly(y, x, epsilon)
+    logits = (g / epsilon + safe_log(b))[:, None] - solver.cost.roughly(y, x, epsilon)
     top = logits.max(0)
     f = -s * epsilon * (top + jnp.log(jnp.exp(logits - top[None]).sum(0)))
     t = marginals.translation(f, a, g, b)

@@ -123,12 +123,6 @@ class SelfCoupling(NamedTuple):
     error: Float[Array, ""]
 
 
-def log(weights: Float[Array, " n"]) -> Float[Array, " n"]:
-    """log wⱼ, −∞ where a weight is 0, with derivative 0 there."""
-    on = weights > 0
-    return jnp.where(on, jnp.log(jnp.where(on, weights, 1)), -jnp.inf)
-
-
 def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:
     """−log(Σₖ wₖ exp(lⱼₖ) / Σₖ wₖ), with its derivative in weights of zero too, and with all digits
     where logits are small."""

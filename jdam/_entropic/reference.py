@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
-from jdam._entropic.problem import Pair, Solver, State, log
+from jdam._entropic.problem import Pair, Solver, State
 from jdam._entropic.response import Columns, columns_of
 
 
@@ -50,7 +51,7 @@ def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
     sinkhorn = Sinkhorn(threshold=solver.tol, max_iterations=solver.max_iterations)
     found = sinkhorn(LinearProblem(geometry, pair.a, pair.b))
     # ott's potentials are of the plan, ours of its density.
-    return found.g - pair.marginals.epsilon * log(pair.b), jnp.asarray(found.n_iters)
+    return found.g - pair.marginals.epsilon * safe_log(pair.b), jnp.asarray(found.n_iters)
 
 
 def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:

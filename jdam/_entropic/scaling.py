@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import (
     LARGE,
@@ -18,7 +19,6 @@ from jdam._entropic.problem import (
     SelfCoupling,
     Solver,
     State,
-    log,
     soft_minimum,
 )
 
@@ -177,7 +177,7 @@ def _round(
     epsilon, on = marginals.epsilon, b > 0
     cost = (solver.cost.roughly if roughly else solver.cost.scaled)(x, y, epsilon)
     g = g / epsilon
-    logits = (g + log(b))[None] - cost
+    logits = (g + safe_log(b))[None] - cost
     top = logits.max(1)
     depth = logits - top[:, None]
     matrix = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow

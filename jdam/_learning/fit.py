@@ -22,7 +22,15 @@ from jdam._energy.energy import divergences, energy, fit_query, inverse_temperat
 from jdam._energy.search import Exhaustive
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
-from jdam._learning.parametrize import PATTERNS, PRIOR, check_learn, parametrize
+from jdam._learning.parametrize import (
+    BETA,
+    PATTERNS,
+    PRIOR,
+    Rebuild,
+    but_beta,
+    check_learn,
+    parametrize,
+)
 from jdam._measures.base import AnyMeasure, from_free, to_free
 from jdam._memory.memory import Memory, store
 from jdam._recall.flow import End, Flow
@@ -32,7 +40,6 @@ from jdam._recall.result import Recall
 #: (memory, β, query, target) ↦ how wrong the memory is about one query.
 Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
 
-BETA = "beta"
 LEARNABLE = (PATTERNS, BETA, PRIOR)
 
 
@@ -80,7 +87,7 @@ class Learner:
         beta = inverse_temperature(memory, beta).astype(memory.dtype)
         free = {BETA: jnp.log(beta).astype(working_dtype(memory.dtype))}
         free = {} if BETA not in self.learn else free
-        if named := _but_beta(self.learn):
+        if named := but_beta(self.learn):
             free |= parametrize(memory, named)[0]
         return FitState(memory, beta, free, self.optimizer.init(free))
 
@@ -112,14 +119,9 @@ def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
     memory, beta = state.memory, state.beta
     if BETA in free:
         beta = jnp.exp(free[BETA]).astype(memory.dtype)
-    if named := _but_beta(tuple(free)):
-        _, rebuild = parametrize(memory, named)
-        memory = rebuild({name: free[name] for name in named})
+    if named := but_beta(tuple(free)):
+        memory = Rebuild(memory, named)({name: free[name] for name in named})
     return memory, beta
-
-
-def _but_beta(names: tuple[str, ...]) -> tuple[str, ...]:
-    return tuple(name for name in names if name != BETA)
 
 
 def _moved(

@@ -14,11 +14,13 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._core.compile import working_dtype
 from jdam._measures.base import AnyMeasure, Measure, from_free, to_free
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, check_memory
 from jdam._memory.prepared import prepare
 from jdam.geometry import Geometry
 
 PATTERNS, PRIOR = "patterns", "prior"
+#: Learned beside a memory, of which it is no part.
+BETA = "beta"
 
 
 def parametrize(
@@ -47,8 +49,7 @@ def parametrize(
     names that are not of these or that the geometry has no value for, and for κ = 0, which has no
     logarithm.
     """
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
+    check_memory(memory)
     if memory.layout is not None:
         raise ValueError("memory must not be sharded: learn it before jdam.shard")
     check_learn(learn)
@@ -100,6 +101,11 @@ def check_learn(learn: object) -> None:
     named = isinstance(learn, tuple | list) and all(isinstance(name, str) for name in learn)
     if not named or not learn:
         raise ValueError(f"learn must be a tuple of names, as ('patterns',); got {learn!r}")
+
+
+def but_beta(names: tuple[str, ...]) -> tuple[str, ...]:
+    """What of the names `parametrize` knows."""
+    return tuple(name for name in names if name != BETA)
 
 
 def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:

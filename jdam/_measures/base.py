@@ -157,6 +157,15 @@ def dim_of(measure: AnyMeasure) -> int | None:
     return int(measure.shape[-1]) if isinstance(measure, Array | np.ndarray) else None
 
 
+def describe(patterns: AnyMeasure) -> str:
+    """`Measure.describe`; a name of others."""
+    if isinstance(patterns, Measure):
+        return patterns.describe()
+    if isinstance(patterns, Array | np.ndarray):
+        return f"vectors(dim={patterns.shape[-1]})"
+    return type(patterns).__name__
+
+
 def any_of(measures: AnyMeasure) -> AnyMeasure:
     """A single measure of the shape of those of a batch, which may be empty, for checks of it."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), measures)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jdam._core.compile import compiled
 from jdam._core.lapack import cholesky, solve_lower
+from jdam._core.linalg import safe_log
 from jdam._core.loops import repeat, while_loop
 
 #: Starts, of which the likeliest is kept; rounds of k-means each; and of EM, at most.
@@ -40,7 +40,6 @@ class _Fit(NamedTuple):
     rounds: Int[Array, ""]
 
 
-@compiled(static=("num_components",))
 def fit_mixture(
     samples: Float[Array, "n d"],
     weights: Float[Array, " n"],
@@ -88,8 +87,7 @@ def _start(key: Array, samples: _Samples, num: int) -> Components:
 
 
 def _draw(key: Array, chances: Float[Array, " n"]) -> Int[Array, ""]:
-    logits = jnp.where(chances > 0, jnp.log(jnp.where(chances > 0, chances, 1)), -jnp.inf)
-    return jax.random.categorical(key, logits)
+    return jax.random.categorical(key, safe_log(chances))
 
 
 def _squares(points: Float[Array, "n d"], centres: Float[Array, "K d"]) -> Float[Array, "n K"]:
@@ -136,8 +134,7 @@ def _maximised(samples: _Samples, shares: Float[Array, "n K"]) -> Components:
 
     covariances = jax.vmap(covariance)(shares.T, means) / safe[:, None, None]
     floor = FLOOR * jnp.eye(samples.points.shape[1], dtype=means.dtype)
-    logs = jnp.where(total > 0, jnp.log(safe), -jnp.inf)
-    return Components(logs, means, cholesky(covariances + floor[None]))
+    return Components(safe_log(total), means, cholesky(covariances + floor[None]))
 
 
 def log_densities(points: Float[Array, "n d"], components: Components) -> Float[Array, "n K"]:

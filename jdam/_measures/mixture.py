@@ -14,12 +14,12 @@ from jdam._core import checks
 from jdam._core.batching import map_in_chunks
 from jdam._core.compile import compiled
 from jdam._core.lapack import triangle
-from jdam._core.linalg import rotation_part
+from jdam._core.linalg import rotation_part, safe_log
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.em import Components, fit_mixture, log_densities
 from jdam._measures.gaussian import Gaussian
 from jdam._measures.moments import factor_of, weighted_mean
-from jdam._measures.simplex import simplex_weights
+from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 
 #: How many samples times components times dimensions to fit at once.
 NUMBERS = 2**20
@@ -95,13 +95,11 @@ class GaussianMixture(Measure):
 
     def to_free(self) -> "GaussianMixture":
         """Logarithms for weights, with 0 for those of padding."""
-        on = self.weights > 0
-        logits = jnp.where(on, jnp.log(jnp.where(on, self.weights, 1)), 0)
-        return with_leaves(self, logits, self.means, self.factors)
+        return with_leaves(self, free_weights(self.weights), self.means, self.factors)
 
     def from_free(self, free: "GaussianMixture") -> "GaussianMixture":
         """The mixture of these logarithms of weights, with the padding of this one."""
-        weights = jax.nn.softmax(free.weights, where=self.weights > 0)
+        weights = weights_of(free.weights, self.weights)
         return with_leaves(self, weights, free.means, free.factors)
 
     def redundant(self, tangent: "GaussianMixture") -> "GaussianMixture":
@@ -212,13 +210,13 @@ def _fit(
 
 @compiled()
 def _log_density(mixture: GaussianMixture, x: Float[Array, "*points d"]) -> Float[Array, "*points"]:
-    on = mixture.weights > 0
-    logs = jnp.where(on, jnp.log(jnp.where(on, mixture.weights, 1)), -jnp.inf)
+    logs = safe_log(mixture.weights)
     missing = max(0, mixture.dim - mixture.rank)
     rows = jnp.pad(mixture.factors, [(0, 0), (0, 0), (0, missing)]).mT
     components = Components(logs, mixture.means, triangle(rows).mT)
     points = x.reshape(-1, mixture.dim)
-    joint = jnp.where(on[None], log_densities(points, components) + logs[None], -jnp.inf)
+    joint = log_densities(points, components) + logs[None]
+    joint = jnp.where(mixture.weights[None] > 0, joint, -jnp.inf)
     found: Array = jax.nn.logsumexp(joint, axis=1)
     return found.reshape(x.shape[:-1])
 
@@ -227,9 +225,8 @@ def _log_density(mixture: GaussianMixture, x: Float[Array, "*points d"]) -> Floa
 def _sample(mixture: GaussianMixture, key: Array, *, num: int) -> Float[Array, "*batch num d"]:
     which, normal = jax.random.split(key)
     batch = mixture.batch_shape
-    on = mixture.weights > 0
-    logits = jnp.where(on, jnp.log(jnp.where(on, mixture.weights, 1)), -jnp.inf)
-    drawn = jax.random.categorical(which, logits[..., None, :], shape=(*batch, num))
+    logits = safe_log(mixture.weights)[..., None, :]
+    drawn = jax.random.categorical(which, logits, shape=(*batch, num))
     noise = jax.random.normal(normal, (*batch, num, mixture.rank), mixture.dtype)
     means = jnp.take_along_axis(mixture.means, drawn[..., None], axis=-2)
     factors = jnp.take_along_axis(mixture.factors, drawn[..., None, None], axis=-3)

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -13,7 +12,7 @@ from jdam._core import checks
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.moments import weighted_mean
 from jdam._measures.ragged import build, check_ragged
-from jdam._measures.simplex import simplex_weights
+from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 
 
 class PointCloud(Measure):
@@ -58,14 +57,11 @@ class PointCloud(Measure):
 
     def to_free(self) -> "PointCloud":
         """Logarithms for weights, with 0 for those of padding."""
-        on = self.weights > 0
-        logits = jnp.where(on, jnp.log(jnp.where(on, self.weights, 1)), 0)
-        return with_leaves(self, self.points, logits)
+        return with_leaves(self, self.points, free_weights(self.weights))
 
     def from_free(self, free: "PointCloud") -> "PointCloud":
         """The cloud of these logarithms of weights, with the padding of this one."""
-        weights = jax.nn.softmax(free.weights, where=self.weights > 0)
-        return with_leaves(self, free.points, weights)
+        return with_leaves(self, free.points, weights_of(free.weights, self.weights))
 
     def describe(self) -> str:
         return f"PointCloud(dim={self.dim}, num_atoms={self.num_atoms})"

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.compile import working_dtype
-from jdam._core.linalg import long_sum
+from jdam._core.linalg import long_sum, safe_log
 
 
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
@@ -32,6 +33,19 @@ def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
                 "divide by weights.sum(-1, keepdims=True)"
             )
     return weights
+
+
+def free_weights(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    """Coordinates without constraints: logarithms, 0 for padding."""
+    return jnp.where(weights > 0, safe_log(weights), 0)
+
+
+def weights_of(
+    free: Float[Array, "*batch n"], like: Float[Array, "*batch n"]
+) -> Float[Array, "*batch n"]:
+    """The weights at free coordinates, with the padding of others."""
+    result: Array = jax.nn.softmax(free, where=like > 0)
+    return result
 
 
 def _off_one(weights: Array) -> tuple[float, float]:

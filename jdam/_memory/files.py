@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jdam._core.batching import batch_size
 from jdam._core.mesh import on_host
 from jdam._memory.encoding import OWN, decode, encode, name_of
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, check_memory
 from jdam._memory.prepared import prepare
 from jdam._memory.sharding import parts_of
 from jdam.geometry import Geometry
@@ -50,8 +50,7 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     **Raises:** `TypeError` for what is no memory, and for a geometry with static fields other than
     None, bools, numbers, strings, and tuples, lists or dicts of them; `OSError` as `open`.
     """
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
+    check_memory(memory)
     path = Path(os.path.realpath(path))
     arrays: dict[str, Any] = {}
     length = batch_size(memory.patterns) if memory.layout is None else len(memory)
@@ -219,8 +218,7 @@ def _read_parts(
 
     memory = _assembled(description, classes, array)
     prior = memory.log_prior
-    if parts.missing and prior is None:
-        prior = parts.rows(np.zeros(parts.layout.length, memory.dtype), fill=-np.inf)
+    prior = parts.prior(None, memory.dtype) if prior is None else prior
     units = decode(description["units"], array, classes)
     return dataclasses.replace(memory, log_prior=prior, units=units, layout=parts.layout)
 

@@ -15,7 +15,7 @@ from jdam._core import checks
 from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
-from jdam._measures.base import AnyMeasure, Measure, any_of, dim_of
+from jdam._measures.base import AnyMeasure, Measure, any_of, describe, dim_of
 from jdam._measures.batches import as_batch, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -88,6 +88,11 @@ class Memory(eqx.Module):
         return batch_size(self.patterns)
 
     @property
+    def size_is_known(self) -> bool:
+        """Whether the number of patterns is: inside `jax.jit` not that of a memory with room."""
+        return self.size is None or checks.is_concrete(self.size)
+
+    @property
     def occupied(self) -> Bool[Array, " N"] | None:
         """Which places hold patterns; None if all do."""
         if self.size is None:
@@ -96,15 +101,15 @@ class Memory(eqx.Module):
 
     def __getitem__(self, index: Any) -> AnyMeasure:
         whole = isinstance(index, int | np.integer)
-        traced = self.size is not None and not checks.is_concrete(self.size)
-        if (isinstance(index, Array) and not checks.is_concrete(index)) or (whole and traced):
+        if not checks.is_concrete(index) or (whole and not self.size_is_known):
             place = self.from_start(index)
             return jax.tree.map(lambda leaf: leaf[place], self.patterns)
-        checks.index(index, len(self), "a memory")
+        num = len(self)
+        checks.index(index, num, "a memory")
         if whole:
-            return jax.tree.map(lambda leaf: leaf[index % len(self)], self.patterns)
+            return jax.tree.map(lambda leaf: leaf[index % num], self.patterns)
         # Parts of a sharded memory are filled up.
-        return jax.tree.map(lambda leaf: leaf[: len(self)][index], self.patterns)
+        return jax.tree.map(lambda leaf: leaf[:num][index], self.patterns)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -166,7 +171,7 @@ class Memory(eqx.Module):
             added = jnp.zeros(count, self.dtype) if prior is None else prior
             priors = jnp.concatenate([self.log_weights, added])
             return store(joined, self.geometry, log_prior=priors)
-        room = self.capacity - (len(self) if checks.is_concrete(self.size) else 0)
+        room = self.capacity - (len(self) if self.size_is_known else 0)
         if count > room:
             raise ValueError(
                 f"patterns must be at most {room}, for which the memory has room, of its capacity "
@@ -207,7 +212,7 @@ class Memory(eqx.Module):
                 "indices must be known outside of jax.jit, or the memory have a capacity: "
                 "jdam.store(…, capacity=…)"
             )
-        if checks.is_concrete(drop) and (self.size is None or checks.is_concrete(self.size)):
+        if checks.is_concrete(drop) and self.size_is_known:
             keep = np.delete(np.arange(len(self)), np.asarray(drop))
             if keep.size == 0:
                 raise ValueError("indices must leave at least one pattern; got all of them")
@@ -272,9 +277,7 @@ class Memory(eqx.Module):
             raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
         if index.ndim > 1:
             raise TypeError(f"indices must be an int or a list of ints; got shape {index.shape}")
-        if not checks.is_concrete(index) or not (
-            self.size is None or checks.is_concrete(self.size)
-        ):
+        if not checks.is_concrete(index) or not self.size_is_known:
             return self.from_start(index)
         index, num = np.asarray(index), len(self)
         if index.size and not (-num <= index.min() and index.max() < num):
@@ -297,7 +300,7 @@ class Memory(eqx.Module):
             num = f"{int(self.size) if known else '…'} of {self.capacity}"
         prior = ", log_prior" if self._has_prior() else ""
         spread = f", {self.layout.parts} shards" if self.layout else ""
-        kind = _describe(self.patterns)
+        kind = describe(self.patterns)
         return f"Memory({num} × {kind}, {self.geometry}, {self.dtype.name}{prior}{spread})"
 
     def _has_prior(self) -> bool:
@@ -356,14 +359,6 @@ def _as_row(leaf: Array) -> Any:
     return np.asarray(leaf)[None] if checks.is_concrete(leaf) else leaf[None]
 
 
-def _describe(patterns: AnyMeasure) -> str:
-    if isinstance(patterns, Measure):
-        return patterns.describe()
-    if isinstance(patterns, Array | np.ndarray):
-        return f"vectors(dim={patterns.shape[-1]})"
-    return type(patterns).__name__
-
-
 def _ordinary(patterns: AnyMeasure) -> Geometry:
     """The geometry of these measures unless another is given."""
     if isinstance(patterns, Gaussian | DiagonalGaussian):
@@ -375,10 +370,16 @@ def _ordinary(patterns: AnyMeasure) -> Geometry:
     return Euclidean()
 
 
+def check_memory(memory: object) -> None:
+    """Raise unless it is a memory."""
+    if not isinstance(memory, Memory):
+        kind = type(memory).__name__
+        raise TypeError(f"memory must be a jdam.Memory; got {kind}: jdam.store makes one")
+
+
 def length_or_capacity(memory: Memory) -> int:
     """The number of patterns where it is known, that of places where it is traced."""
-    known = memory.size is None or checks.is_concrete(memory.size)
-    return len(memory) if known else memory.capacity
+    return len(memory) if memory.size_is_known else memory.capacity
 
 
 def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:

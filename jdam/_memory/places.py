@@ -50,9 +50,7 @@ def append(
 
     prior = jnp.zeros(count, memory.dtype) if log_prior is None else log_prior
     rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns))
-    return _with_rows(
-        memory, rows, put(memory.log_weights, prior), jnp.where(fits, size + count, SPOILED)
-    )
+    return _nan_unless(fits, _with_rows(memory, rows, put(memory.log_weights, prior), size + count))
 
 
 @jax.jit

@@ -9,7 +9,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdam._core.mesh import Layout
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, check_memory
 
 
 def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
@@ -21,11 +21,14 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     `LogSumExp` need all divergences on every device, N numbers.) With `Certified` each device
     has `num_candidates` of its own.
 
-    Batches of queries can be spread over another axis of the mesh, by JAX's own means:
+    Batches of queries can be spread over another axis of the mesh, and results stay there:
 
         mesh = jax.make_mesh((4, 2), ("patterns", "queries"))
         memory = jdam.shard(memory, mesh, "patterns")
-        recall = jax.vmap(jdam.recall, (None, 0, None), spmd_axis_name="queries")
+        queries = jax.device_put(queries, NamedSharding(mesh, PartitionSpec("queries")))
+        found = jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)
+
+    (On a mesh whose axes are of type `Auto`, `spmd_axis_name="queries"` says so to `jax.vmap`.)
 
     Under `jax.distributed` every process calls this with the same memory and a mesh of all
     devices, and every process keeps the parts of its own devices.
@@ -39,19 +42,15 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     **Raises:** `TypeError` for arguments of other kinds, `ValueError` if the mesh has no such axis
     or the memory is sharded already.
     """
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory; got {type(memory).__name__}")
+    check_memory(memory)
     if memory.layout is not None:
         raise ValueError(f"memory must not be sharded already; got {memory}")
     parts = parts_of(mesh, axis, len(memory))
     # As each process has all of it, it can serve whichever devices are its own.
     rows = (memory.patterns, memory.prepared, memory.fingerprint)
     patterns, prepared, marks = jax.tree.map(lambda leaf: parts.rows(np.asarray(leaf)), rows)
-    prior = memory.log_prior
-    if parts.missing and prior is None:
-        prior = jnp.zeros(len(memory), memory.dtype)
-    if prior is not None:
-        prior = parts.rows(np.asarray(prior), fill=-np.inf)
+    held = None if memory.log_prior is None else np.asarray(memory.log_prior)
+    prior = parts.prior(held, memory.dtype)
     geometry, units = parts.everywhere((memory.geometry, memory.units_of_patterns()))
     return Memory(patterns, geometry, prior, prepared, marks, parts.layout, units)
 
@@ -80,6 +79,14 @@ class Parts(NamedTuple):
             return np.concatenate([rows[:there], *[last] * (stop - start - there)])
 
         return self._put(shape, PartitionSpec(axis), part)
+
+    def prior(self, held: Any, dtype: jnp.dtype) -> Array | None:
+        """The prior in parts, by which what fills them up is switched off; None if there is
+        neither."""
+        if held is None and not self.missing:
+            return None
+        held = np.zeros(self.layout.length, dtype) if held is None else held
+        return self.rows(held, fill=-np.inf)
 
     def everywhere(self, tree: Any) -> Any:
         """The same on every device."""

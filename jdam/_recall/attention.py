@@ -62,10 +62,7 @@ def attend(
     checks.same_dtype(memory=weights, values=jax.tree.leaves(held)[0])
     if isinstance(values, Memory):
         return _barycentre(values, weights, nearest, num_steps)
-    if memory.occupied is not None and len(values) == memory.capacity:
-        free = ~memory.occupied.reshape(-1, *[1] * (values.ndim - 1))
-        values = jnp.where(free, 0, values)
-    return _mean(values, weights)
+    return _mean(values, weights, memory.size)
 
 
 def _for_values(
@@ -81,6 +78,8 @@ def _for_values(
     if count not in wanted:
         listed = " or ".join(map(str, sorted(wanted)))
         raise ValueError(f"values must be {listed}, one a key; got {count}")
+    if places == len(weights):
+        return weights
     return jnp.pad(weights, (0, max(0, places - len(weights))))[:places]
 
 
@@ -93,7 +92,10 @@ def _store_values(memory: Memory, values: Measure) -> Memory:
 
 
 @compiled()
-def _mean(values: Array, weights: Float[Array, " N"]) -> Array:
+def _mean(values: Array, weights: Float[Array, " N"], size: Int[Array, ""] | None) -> Array:
+    if size is not None:  # what is at free places may be anything
+        free = jnp.arange(len(values), dtype=jnp.int32) >= size
+        values = jnp.where(free.reshape(-1, *[1] * (values.ndim - 1)), 0, values)
     return jnp.tensordot(weights, values, 1)
 
 

@@ -75,6 +75,7 @@ def to_blocks(image: np.ndarray) -> np.ndarray:
 
 
 def from_blocks(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The image (h, w, c) of these blocks."""
     h, w = shape[:2]
     tiles = blocks.reshape(h // BLOCK, w // BLOCK, BLOCK, BLOCK, -1)
     return tiles.swapaxes(1, 2).reshape(h, w, -1)
@@ -98,6 +99,7 @@ class Method:
 
 
 def variances(g: jdam.Gaussian) -> jax.Array:
+    """The diagonal of the covariance."""
     return jnp.sum(g.factor**2, -1)
 
 
@@ -108,6 +110,7 @@ def rescale(query: jdam.Gaussian, seen: jdam.DiagonalGaussian) -> jdam.Gaussian:
 
 
 def split(query: jdam.Gaussian, seen: jax.Array) -> jdam.Gaussian:
+    """The Gaussian of a vector (mean, vec Σ)."""
     d = query.dim
     covariance = seen[..., d:].reshape(*seen.shape[:-1], d, d)
     return jdam.Gaussian.from_covariance(seen[..., :d], covariance)
@@ -135,6 +138,8 @@ METHODS = [
 
 @dataclass
 class Outcome:
+    """What a method made of one damage."""
+
     recalled: jdam.Gaussian
     correct: np.ndarray
     first_guess: np.ndarray  # was the nearest pattern to the query itself the right one?
@@ -151,6 +156,7 @@ def measure(
     stored: jdam.Gaussian,
     truth: np.ndarray,
 ) -> Outcome:
+    """Recall of all queries by a method, beside the truth, and its time."""
     queries = method.see(query)
     recall = jax.jit(jax.vmap(jdam.recall, (None, 0, None)))
     compiled = recall.lower(memory, queries, beta).compile()
@@ -188,6 +194,7 @@ def recolour(blocks: np.ndarray, query: jdam.Gaussian, recalled: jdam.Gaussian) 
 
 
 def table(outcomes: dict[tuple[str, str], Outcome], before: dict[str, np.ndarray]) -> str:
+    """A row a method, a column a damage."""
     start = np.mean(np.concatenate(list(before.values())))
     head = f"{'recalled, %  (nearest neighbour, %)':36}"
     head += "".join(f"{damage:>12}" for damage in DAMAGES) + f"{'W₂ to truth':>16}{'µs/query':>11}"

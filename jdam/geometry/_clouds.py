@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.linalg import safe_sqrt
-from jdam._entropic.problem import Marginals, SelfCoupling, log
+from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._entropic.problem import Marginals, SelfCoupling
 from jdam._measures.point_cloud import PointCloud
 
 #: In units of √ε, how far out padding may count where it lies.
@@ -143,6 +143,6 @@ def shortening(
     rates = rate * factors
     # sF is a number; F and s alone have units, in which their squares may be out of range.
     tilts = rates[:, None] * (variation - jnp.vdot(weights, variation))[None]
-    gains = jax.nn.logsumexp(log(weights)[None] - tilts, axis=1)
+    gains = jax.nn.logsumexp(safe_log(weights)[None] - tilts, axis=1)
     linear = gains >= jnp.square(tilts) @ weights / 4
     return factors[jnp.argmax(linear)]

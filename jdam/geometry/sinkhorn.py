@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.compile import compiled
-from jdam._core.linalg import safe_sqrt
+from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
 from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import (
@@ -23,7 +23,6 @@ from jdam._entropic.problem import (
     Pair,
     SelfCoupling,
     Solver,
-    log,
 )
 from jdam._entropic.response import respond
 from jdam._entropic.transport import couple
@@ -245,7 +244,7 @@ class Sinkhorn(Geometry):
         self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
     ) -> AnyMeasure:
         """Less reweighting, and only after that a shorter step of the support."""
-        query, log_weights = view.query, log(view.query.weights)
+        query, log_weights = view.query, safe_log(view.query.weights)
         length = step_size * shortening(
             query.weights, pull.variation, step_size * self.hellinger_scale
         )

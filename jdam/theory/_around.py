@@ -15,6 +15,7 @@ from jdam._core.linalg import rounding
 from jdam._energy.certified import Certified, explore
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
+from jdam._memory.memory import check_memory as check_is_memory
 from jdam.geometry.euclidean import squared_distances
 
 T = TypeVar("T")
@@ -33,8 +34,7 @@ class Around(NamedTuple):
 
 def check_memory(memory: Any, *, metric: bool = False) -> None:
     """Raise unless theory knows something of the memory."""
-    if not isinstance(memory, Memory):
-        raise TypeError(f"memory must be a jdam.Memory, made by jdam.store; got {type(memory)}")
+    check_is_memory(memory)
     if memory.geometry.cost_scale is None or (metric and not memory.geometry.is_squared_metric):
         what = "a squared metric" if metric else "at least a multiple of |Δm|²"
         raise TypeError(f"memory must have a geometry whose D is {what}; got {memory.geometry}")
