@@ -16,6 +16,9 @@ STARTS, LLOYD, MOST = 4, 10, 200
 #: What variances are floored at, in units of the samples' own, and when a mean log-likelihood has
 #: come to rest.
 FLOOR, REST = 1e-6, 1e-5
+#: And in units of their component's own times the machine epsilon, for the sake of Cholesky factors
+#: where components differ a lot in size.
+ROUNDING = 8
 
 
 class Components(NamedTuple):
@@ -133,8 +136,11 @@ def _maximised(samples: _Samples, shares: Float[Array, "n K"]) -> Components:
         return gaps.T @ (share[:, None] * gaps)
 
     covariances = jax.vmap(covariance)(shares.T, means) / safe[:, None, None]
-    floor = FLOOR * jnp.eye(samples.points.shape[1], dtype=means.dtype)
-    return Components(safe_log(total), means, cholesky(covariances + floor[None]))
+    own = jnp.trace(covariances, axis1=1, axis2=2)
+    floor = FLOOR + ROUNDING * jnp.finfo(means.dtype).eps * own
+    diagonal = jnp.eye(samples.points.shape[1], dtype=means.dtype)
+    covariances = covariances + floor[:, None, None] * diagonal[None]
+    return Components(safe_log(total), means, cholesky(covariances))
 
 
 def log_densities(points: Float[Array, "n d"], components: Components) -> Float[Array, "n K"]:

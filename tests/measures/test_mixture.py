@@ -93,6 +93,14 @@ def test_em_of_batches_weights_and_single_precision(rng):
     np.testing.assert_array_equal(again.means, found.means)
 
 
+def test_em_of_a_line_in_single_precision(rng):
+    """A component longer than the floor by more than float32 has digits is no NaN."""
+    line = rng.normal(size=6) * rng.normal(size=(4, 30, 1))
+    samples = np.concatenate([1e-3 * rng.normal(size=(4, 270, 6)), line], 1).astype(np.float32)
+    found = jdam.GaussianMixture.from_samples(samples, 4, key=jax.random.key(0))
+    assert np.isfinite(jax.vmap(lambda g, x: g.log_density(x))(found, samples)).all()
+
+
 def test_em_of_few_and_equal_samples(rng):
     """No component is a point of infinite density, whatever the unit."""
     for unit in (1e-6, 1e6):
