@@ -9,6 +9,7 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.derivatives import full_precision
+from jdam._core.jacobi import SMALL, small_polar
 from jdam._core.lapack import eigh, full_svd, svd
 
 #: How many numbers may be summed one after the other.
@@ -23,7 +24,21 @@ def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     R maximises ⟨R, K⟩ among matrices with orthonormal rows (the Procrustes problem). Where
     K loses rank, R is completed by an arbitrary orthogonal choice.
     """
-    return _polar(matrix)[0]
+    return _small_polar(matrix) if matrix.shape[-1] <= SMALL else _polar(matrix)[0]
+
+
+@jax.custom_jvp
+def _small_polar(matrix: Array) -> Array:
+    return small_polar(matrix)
+
+
+@_small_polar.defjvp
+@full_precision
+def _small_polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    (matrix,), (dmatrix,) = primals, tangents
+    factor = _small_polar(matrix)
+    values, left = eigh(jax.lax.stop_gradient(_symmetric(matrix @ factor.mT)))
+    return factor, _polar_derivative(matrix, dmatrix, factor, (left, jnp.maximum(values, 0)))
 
 
 @jax.custom_jvp
@@ -36,19 +51,28 @@ def _polar(matrix: Array) -> tuple[Array, Array, Array]:
 @_polar.defjvp
 @full_precision
 def _polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-    # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ; and
-    # what of dR lies outside the rows of R is H⁻¹ dK (I − RᵀR).
     (matrix,), (dmatrix,) = primals, tangents
     factor, *constant = _polar(matrix)
     left, values = jax.lax.stop_gradient(constant)
+    derivative = _polar_derivative(matrix, dmatrix, factor, (left, values))
+    still = jax.tree.map(jnp.zeros_like, (left, values))
+    return (factor, left, values), (derivative, *still)
+
+
+def _polar_derivative(
+    matrix: Array, dmatrix: Array, factor: Array, spectrum: tuple[Array, Array]
+) -> Array:
+    """dR, given U and s of K."""
+    # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ; and
+    # what of dR lies outside the rows of R is H⁻¹ dK (I − RᵀR).
+    left, values = spectrum
     root = _symmetric(matrix @ factor.mT)
     inner = dmatrix @ factor.mT
-    derivative = _solve_lyapunov(root, values, left, inner - inner.mT) @ factor
+    derivative: Array = _solve_lyapunov(root, values, left, inner - inner.mT) @ factor
     if matrix.shape[-2] < matrix.shape[-1]:
         outside = dmatrix - inner @ factor
         derivative = derivative + _solve(root, values, left, outside)
-    still = jax.tree.map(jnp.zeros_like, (left, values))
-    return (factor, left, values), (derivative, *still)
+    return derivative
 
 
 class ShrunkPolar(NamedTuple):

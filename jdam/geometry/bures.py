@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from jdam._core.batching import map_in_chunks
 from jdam._core.derivatives import full_precision
+from jdam._core.jacobi import SMALL, small_principal
 from jdam._core.lapack import cholesky, full_svd, singular_values, solve_lower, svd
 from jdam._core.linalg import polar, rounding, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
@@ -276,6 +277,9 @@ def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[A
     """
     dim, rank = factor.shape
     value = jax.lax.stop_gradient(factor)
+    if rank <= SMALL:
+        principal, right = small_principal(value)
+        return principal + (factor - value) @ right.mT, right
     left, sizes, right = (full_svd if rank > dim else svd)(value)
     principal = jnp.pad(left[:, : sizes.size] * sizes[None], [(0, 0), (0, rank - sizes.size)])
     return principal + (factor - value) @ right.mT, right
