@@ -17,7 +17,7 @@ import jdam
 # POT takes roots of eigenvalues that rounding made negative, and warns.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered in sqrt")
 
-DIMENSIONS = [2, 8, 16, 32, 50, 64, 128]
+DIMENSIONS = [2, 3, 4, 8, 16, 32, 50, 64, 128]
 
 
 def patterns(rng, d):

@@ -75,6 +75,20 @@ def test_lowers(rng, kind, dim, name):
         check(lowered(FUNCTIONS[name], memory, query, jnp.float32(2.0)))
 
 
+def test_batches_of_accelerators_lower(rng, monkeypatch):
+    """Batches are larger there, and chosen before lowering."""
+    with jax.enable_x64(False):
+        memory, query = problem(rng, "gaussian", num=5, d=3, dtype=np.float32)
+        few = memory.geometry.batch_sizes(memory.patterns)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        many = memory.geometry.batch_sizes(memory.patterns)
+        assert many.queries * many.patterns >= 32 * few.queries * few.patterns
+        queries = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), query)
+        for function in (recalled, certified):
+            batched = jax.vmap(function, (None, 0, None))
+            check(lowered(batched, memory, queries, jnp.float32(2.0)))
+
+
 def test_the_check_finds_what_it_looks_for():
     double = lowered(lambda x: 2 * x, jnp.ones(2, jnp.float64))
     with pytest.raises(AssertionError):

@@ -243,6 +243,12 @@ def _lead(size: int, batched: Any, tree: Any) -> Any:
     return jax.tree.map(lead, tree, batched)
 
 
+def by_platform(cpu: int, accelerator: int) -> int:
+    """How much to compute at once: what stays in the cache of a CPU, or what lasts longer on an
+    accelerator than the launch of its kernels."""
+    return cpu if jax.default_backend() == "cpu" else accelerator
+
+
 def batch_size(tree: Any) -> int:
     """The length of the leading axis, which all leaves share."""
     return len(jax.tree.leaves(tree)[0])

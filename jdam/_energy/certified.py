@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import compute_where
+from jdam._core.batching import by_platform, compute_where
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
 from jdam._core.mesh import Layout, first_index, psum
@@ -80,8 +80,8 @@ class Certified(Search):
 
     def queries_at_once(self, memory: Memory) -> int:
         # Bounds of all patterns, a few numbers for each, stay within some tens of megabytes.
-        most = 64 if jax.default_backend() == "cpu" else 1024
-        return max(1, min(most, 2**22 // memory.capacity))
+        most = by_platform(64, 1024)
+        return max(1, min(most, by_platform(2**22, 2**26) // memory.capacity))
 
     def start(self, memory: Memory, query: AnyMeasure) -> Start:
         first = start(memory, query)
@@ -164,7 +164,7 @@ def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted:
     if layout is not None:
         here = first.sums._replace(pull=None)
         first = first._replace(others=LogSumExp().merge(here, beta, layout))
-    at_once = 1 if jax.default_backend() == "cpu" else 64
+    at_once = by_platform(1, 64)
     again = _left_out(first, beta) > _goal(search, layout)
     return compute_where(again, partial(_go_on, search), first, first, args, at_once=at_once)
 

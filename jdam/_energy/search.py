@@ -48,8 +48,8 @@ class Exhaustive(Search):
     """Compare with every pattern, `block_size` of them at a time.
 
     Beside its arguments a recall then needs memory for queries × block_size comparisons.
-    `None` leaves the choice to the geometry: 2048 vectors or diagonal Gaussians, 2¹⁶/(d·r)
-    Gaussians with factors d×r.
+    `None` leaves the choice to the geometry and the platform: on CPUs 2048 vectors or diagonal
+    Gaussians, 2¹⁶/(d·r) Gaussians with factors d×r; more on accelerators.
 
     **Raises:** `TypeError` or `ValueError` if `block_size` is neither None nor an int ≥ 1.
     """

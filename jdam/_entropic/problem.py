@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
+from jdam._core.batching import by_platform
 from jdam._entropic.cost import Cost, HalfSquaredDistance
 
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
@@ -139,5 +140,5 @@ def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> F
 def pairs_at_once(size: int) -> int:
     """Of plans of so many numbers: on a CPU as many as its cache holds; on accelerators as many as
     keep them busy."""
-    numbers = 2**14 if jax.default_backend() == "cpu" else 2**24
+    numbers = by_platform(2**14, 2**24)
     return max(1, numbers // size)

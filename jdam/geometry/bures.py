@@ -15,11 +15,11 @@ from jdam._core.linalg import polar, rounding, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam.geometry.euclidean import (
-    VECTOR_BATCH_SIZES,
     fast_squared_distances,
     products_err,
     squared_distances,
     squared_distances_less_rounding,
+    vector_batch_sizes,
 )
 from jdam.geometry.protocol import (
     AnyView,
@@ -101,7 +101,7 @@ class Bures(Gaussians):
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         diagonal = _kernel(patterns) is Diagonal
-        return VECTOR_BATCH_SIZES if diagonal else super().batch_sizes(patterns)
+        return vector_batch_sizes() if diagonal else super().batch_sizes(patterns)
 
 
 def _kernel(of: Any) -> "type[Full | Diagonal]":

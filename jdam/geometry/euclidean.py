@@ -9,12 +9,16 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdam._core import checks
+from jdam._core.batching import by_platform
 from jdam._core.linalg import PIECE, long_products, long_vecdot, rounding
 from jdam._measures.base import AnyMeasure, Measure
 from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 
-#: Large enough for matrix products to be efficient.
-VECTOR_BATCH_SIZES = BatchSizes(queries=512, patterns=2048, differentiated=2048)
+
+def vector_batch_sizes() -> BatchSizes:
+    """How many vectors to compare at once: enough for matrix products to be efficient."""
+    patterns = by_platform(2048, 2**15)
+    return BatchSizes(by_platform(512, 4096), patterns, patterns)
 
 
 class Vectors(Geometry):
@@ -32,7 +36,7 @@ class Vectors(Geometry):
         return array
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
-        return VECTOR_BATCH_SIZES
+        return vector_batch_sizes()
 
 
 class Euclidean(Vectors):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._core.batching import by_platform
 from jdam._core.linalg import rounding, safe_sqrt, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import Gaussian
@@ -140,8 +141,8 @@ class MixtureWasserstein(Geometry):
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         pairs = patterns.num_components**2
-        at_once = max(1, 2**16 // (pairs * patterns.factors[0, 0].size))
-        return BatchSizes(16, at_once, at_once)
+        at_once = max(1, by_platform(2**16, 2**18) // (pairs * patterns.factors[0, 0].size))
+        return BatchSizes(by_platform(16, 256), at_once, at_once)
 
 
 def _flat(mixtures: GaussianMixture) -> Gaussian:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from jdam._core.batching import batch_size
+from jdam._core.batching import batch_size, by_platform
 from jdam._core.compile import float_dtype
 from jdam._core.linalg import safe_sqrt
 from jdam._measures.base import AnyMeasure, Measure
@@ -179,10 +179,10 @@ class Geometry(eqx.Module):
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         """How much to compare at once: by default 16 queries and 2¹⁶ numbers' worth of patterns,
-        which keep two cores busy."""
+        which keep two cores busy, and 64 times that on an accelerator."""
         numbers = sum(leaf.size for leaf in jax.tree.leaves(patterns)) // batch_size(patterns)
-        at_once = max(1, 2**16 // numbers)
-        return BatchSizes(16, at_once, at_once)
+        at_once = max(1, by_platform(2**16, 2**18) // numbers)
+        return BatchSizes(by_platform(16, 256), at_once, at_once)
 
     def _change(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
         """pull − ξ, where that makes sense."""

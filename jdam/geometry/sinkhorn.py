@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam._core import checks
+from jdam._core.batching import by_platform
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
@@ -314,7 +315,7 @@ class Sinkhorn(Geometry):
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull
-        budget = 2**14 if jax.default_backend() == "cpu" else 2**24
+        budget = by_platform(2**14, 2**24)
         at_once = min(len(patterns), max(1, budget // numbers))
         # Derivatives hold plans, n² numbers a pair and some of them at a time.
         plans = max(1, budget // 8 // patterns.num_atoms**2)
