@@ -200,9 +200,20 @@ def _gathered(
     size = wanted.shape[0]
     if size == 0:
         return default
+    if size == 1:
+        # Rows are consumed: else XLA would see that every turn computes the same, as in `alone`.
+        def once(carry: tuple[Array, T, Any]) -> tuple[Array, T, Any]:
+            wanted, _, rows = carry
+            consumed = jax.tree.map(jnp.zeros_like, rows)
+            return jnp.zeros_like(wanted), jax.vmap(function)(rows), consumed
+
+        alone: T = while_loop(lambda carry: carry[0][0], once, (wanted, default, rows), rows)[1]
+        return alone
     width = min(at_once, size)
     order = jnp.argsort(~wanted).astype(jnp.int32)  # the wanted ones first
-    order = jnp.pad(order, (0, -size % width))
+    # One more than are taken: else all are at once, whatever the turn, and XLA would compute them
+    # before the loop.
+    order = jnp.pad(order, (0, -size % width + 1))
     count = wanted.sum(dtype=jnp.int32)
 
     def turn(carry: tuple[Array, T]) -> tuple[Array, T]:

@@ -102,6 +102,10 @@ class Certified(Search):
             return evaluate(Settings(), memory, query, beta, start)
         return _evaluate(self, memory, query, beta, start)[0]
 
+    def goes_on(self, first: Sums) -> Bool[Array, ""] | bool:
+        """Whether to look for more than the first candidates, which have these sums."""
+        return True
+
     def sizes(self, num: int) -> tuple[int, int]:
         """How many of N patterns to compare at a time, and in how many turns at most."""
         size = min(num, self.num_candidates)
@@ -111,6 +115,12 @@ class Certified(Search):
 
 def _bounds(memory: Memory) -> tuple[Bound, ...]:
     return memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
+
+
+def has_sharper_bounds(memory: Memory) -> bool:
+    """Whether there are bounds beyond the cheapest, as there are where comparing costs more than a
+    product."""
+    return len(_bounds(memory)) > 1
 
 
 def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
@@ -165,7 +175,7 @@ def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted:
         here = first.sums._replace(pull=None)
         first = first._replace(others=LogSumExp().merge(here, beta, layout))
     at_once = by_platform(1, 64)
-    again = _left_out(first, beta) > _goal(search, layout)
+    again = (_left_out(first, beta) > _goal(search, layout)) & search.goes_on(first.sums)
     return compute_where(again, partial(_go_on, search), first, first, args, at_once=at_once)
 
 

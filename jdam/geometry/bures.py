@@ -75,6 +75,7 @@ class Bures(Gaussians):
 
     cost_scale: ClassVar[float | None] = 1.0
     is_squared_metric: ClassVar[bool] = True
+    bounds_pay: ClassVar[bool] = True
 
     def view(self, query: AnyMeasure) -> AnyView:
         return _kernel(query).view(query)

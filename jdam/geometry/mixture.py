@@ -68,6 +68,7 @@ class MixtureWasserstein(Geometry):
 
     max_backtracks: ClassVar[int] = 0
     cost_scale: ClassVar[float | None] = 1.0
+    bounds_pay: ClassVar[bool] = True
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, GaussianMixture):

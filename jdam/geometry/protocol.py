@@ -61,6 +61,8 @@ class Geometry(eqx.Module):
     which are traced and cast to the memory's dtype, or `equinox.field(static=True)`.
     """
 
+    #: Whether `bounds` are so close and so cheap that recall relies on them unless told not to.
+    bounds_pay: ClassVar[bool] = False
     #: How many ever more cautious steps to try, after the full one, until one does not raise the
     #: energy: 0 where it is proved that the full step never does.
     max_backtracks: ClassVar[int] = 12

@@ -1,5 +1,6 @@
 """The three primitives of batching: values, derivatives, and how much is computed at once."""
 
+import re
 from functools import partial
 
 import jax
@@ -114,3 +115,27 @@ def test_a_row_that_never_ends_does_not_hold_up_others():
     x = jnp.array([1.0, jnp.nan, 2.0])
     where = jax.vmap(lambda x: compute_where(x == x, lambda x, _: x + 1, x, x, None, at_once=2))
     np.testing.assert_array_equal(where(x), [2.0, np.nan, 3.0])
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_what_may_not_be_wanted_is_computed_in_the_loop_only(size):
+    """XLA moves out of a loop what is the same in every turn, and computes it in any case."""
+
+    def run(wanted, x, table):
+        return compute_where(
+            wanted, lambda x, table: jnp.cos(table * x).sum(), x, x, table, at_once=8
+        )
+
+    args = jnp.zeros(size, bool), jnp.ones(size), jnp.ones(50)
+    program = jax.jit(jax.vmap(run, (0, 0, None))).lower(*args).compile().as_text()
+    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", program)
+    named = {re.match(r"(?:ENTRY )?%([\w.\-]+) ", part)[1]: part for part in parts[1:]}
+    waiting = [name for name, part in named.items() if part.startswith("ENTRY")]
+    always = set()
+    while waiting:
+        name = waiting.pop()
+        always.add(name)
+        waiting += re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", named[name])
+    with_cosine = {name for name, part in named.items() if " cosine(" in part}
+    assert with_cosine
+    assert not with_cosine & always

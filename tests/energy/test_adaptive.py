@@ -1,0 +1,75 @@
+"""The search of those who choose none: right at every β, and quick where few patterns matter."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdam
+from jdam._energy import adaptive
+from tests.cases import alike
+from tests.helpers import diagonals, gaussians, mixtures, near
+
+MEMORIES = {
+    "Gaussians": (partial(gaussians, num=600, d=5), None),
+    "mixtures": (partial(mixtures, num=600, d=2), None),
+}
+
+
+def problem(rng, name):
+    make, geometry = MEMORIES[name]
+    memory = jdam.store(make(rng), geometry)
+    return memory, near(rng, memory.patterns[:5], 0.1)
+
+
+@partial(jax.jit, static_argnums=0)
+def recalled(search, memory, queries, beta):
+    recall = partial(jdam.recall, search=search, max_steps=4)
+    return jax.vmap(recall, (None, 0, 0))(memory, queries, beta)
+
+
+@pytest.mark.parametrize("name", MEMORIES)
+def test_recall_is_that_of_exhaustive(rng, name):
+    """In one batch: queries of which few patterns, some, and all matter to."""
+    memory, queries = problem(rng, name)
+    betas = jnp.array([100.0, 10.0, 1.0, 0.1, 1e-3])
+    found = recalled(None, memory, queries, betas)
+    wanted = recalled(jdam.Exhaustive(), memory, queries, betas)
+    alike(found.measure, wanted.measure, rtol=1e-9, atol=1e-9)
+    np.testing.assert_array_equal(found.nearest, wanted.nearest)
+    np.testing.assert_array_equal(found.status, wanted.status)
+    np.testing.assert_allclose(found.energy, wanted.energy, rtol=1e-9, atol=1e-14)
+    assert (found.neglected <= 1e-12).all()
+    assert found.neglected[0] > 0  # few were compared
+    assert (found.neglected[-2:] == 0).all()  # all were
+
+
+def test_derivatives_are_those_of_exhaustive(rng):
+    memory, queries = problem(rng, "Gaussians")
+
+    @partial(jax.jit, static_argnums=0)
+    @partial(jax.grad, argnums=(1, 2))
+    def slope(search, query, beta):
+        found = jdam.recall(memory, query, beta, search=search, max_steps=2)
+        return found.measure.mean.sum() + jnp.sum(found.measure.covariance**2)
+
+    for beta in (20.0, 0.1):
+        found, wanted = (slope(s, queries[0], beta) for s in (None, jdam.Exhaustive()))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
+
+
+def test_what_is_chosen(rng):
+    def chosen(memory, search=None, separation=None):
+        separation = separation or jdam.LogSumExp()
+        return type(adaptive.choose(search, memory, separation)).__name__
+
+    many = jdam.store(gaussians(rng, 600, 2))
+    assert chosen(many) == "Adaptive"
+    assert chosen(many, jdam.Exhaustive()) == "Exhaustive"
+    assert chosen(many, separation=jdam.Epanechnikov()) == "Exhaustive"
+    assert chosen(jdam.store(gaussians(rng, 20, 2))) == "Exhaustive"
+    assert chosen(jdam.store(diagonals(rng, 600, 2))) == "Exhaustive"
+    assert chosen(jdam.store(gaussians(rng, 20, 2), capacity=600)) == "Adaptive"
