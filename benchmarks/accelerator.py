@@ -2,24 +2,24 @@
 
     python benchmarks/accelerator.py [--quick]
 
-prints the device and a Markdown table, in under eight minutes. Rows are steps of all queries at
-once, in float32. Beside Gaussians stands the SVD of as many matrices of that size (the rate of some
-of them), beside diagonal ones their two matrix products, beside clouds vmapped ott-jax. *Peak* is
-that of a product of two large matrices on the same device, at JAX's highest precision. *Error* is
-the relative error of D between a pattern and a query 1 % apart, against float64 on the host.
-`--quick` does little of everything, to see that it runs.
+prints the device and a Markdown table; after eight minutes it begins no more rows. Rows are steps
+of all queries at once, in float32. Beside Gaussians stands the SVD of as many matrices of that size
+(the rate of some of them), beside diagonal ones their two matrix products, beside clouds vmapped
+ott-jax. *Peak* is that of a product of two large matrices on the same device, at JAX's highest
+precision. *Error* is the relative error of D, between a pattern and a query 1 % apart against
+float64 on the host; of clouds, 0.1 apart, against a solver of tolerance 1e-6. `--quick` does little
+of everything, to see that it runs.
 """
 
 import argparse
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from timing import Timed, timed
 
 import jdam
 
@@ -38,27 +38,14 @@ SVDS = 2**22  # numbers of the matrices that are decomposed for comparison
 EVERY = (None, 0, None)
 
 
-def timed(function: Callable[..., Any], *args: Any, rounds: int = 5) -> dict[str, float]:
-    """Median seconds of warmed-up, blocked calls, seconds of compilation, temporary MiB."""
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    compiling = time.perf_counter() - start
-    jax.block_until_ready(compiled(*args))
-    seconds: list[float] = []
-    while len(seconds) < rounds and sum(seconds) < 10:
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        seconds.append(time.perf_counter() - start)
-    analysis = compiled.memory_analysis()
-    temporary = analysis.temp_size_in_bytes / 2**20 if analysis else float("nan")
-    return {"seconds": float(np.median(seconds)), "compile": compiling, "memory": temporary}
+measure = partial(timed, at_most=10)
 
 
 def peak(size: int) -> float:
     """Floating-point operations a second in a matrix product."""
     matrix = jnp.ones((size, size), jnp.float32)
-    found = timed(partial(jnp.matmul, precision="highest"), matrix, matrix)
-    return 2 * size**3 / found["seconds"]
+    found = measure(partial(jnp.matmul, precision="highest"), matrix, matrix)
+    return 2 * size**3 / found.seconds
 
 
 class Table:
@@ -79,19 +66,19 @@ class Table:
         kind: str,
         sizes: tuple[int, int],
         contender: str,
-        found: dict[str, float],
+        found: Timed,
         *,
         pairs: int,
         flops: float | None = None,
         error: float | None = None,
     ) -> None:
-        rate = pairs / found["seconds"]
+        rate = pairs / found.seconds
         share = "" if flops is None else f"{100 * rate * flops / self.peak:.2g} %"
         wrong = "" if error is None else f"{error:.0e}"
         sized = " | ".join(map(str, sizes))
         print(
-            f"| {kind} | {sized} | {contender} | {rate:.3g} | {share} | {found['memory']:.0f} "
-            f"| {found['compile']:.1f} | {wrong} |",
+            f"| {kind} | {sized} | {contender} | {rate:.3g} | {share} | {found.temporary:.0f} "
+            f"| {found.compile:.1f} | {wrong} |",
             flush=True,
         )
 
@@ -120,7 +107,7 @@ def gaussians(table: Table, rng: np.random.Generator) -> None:
             jdam.Gaussian(rng.normal(size=(num, d)).astype("f4"), factors(rng, num, d))
         )
         queries = memory.patterns[:many]
-        found = timed(jax.vmap(jdam.step, EVERY), memory, queries, jnp.float32(1))
+        found = measure(jax.vmap(jdam.step, EVERY), memory, queries, jnp.float32(1))
         kind, sizes = f"Gaussians, d = {d}", (num, many)
         error = gaussian_error(memory, d, rng)
         # MᵀL and MR: what a step cannot do without.
@@ -128,7 +115,7 @@ def gaussians(table: Table, rng: np.random.Generator) -> None:
         table.row(kind, sizes, "`jdam.step`", found, pairs=num * many, flops=flops, error=error)
         some = max(1, min(num * many, SVDS // d**2 // (100 if table.quick else 1)))
         matrices = jnp.asarray(factors(rng, some, d))
-        found = timed(partial(jnp.linalg.svd, full_matrices=False), matrices, rounds=2)
+        found = measure(partial(jnp.linalg.svd, full_matrices=False), matrices, rounds=2)
         table.row(kind, (some, 1), "`jnp.linalg.svd`", found, pairs=some)
 
 
@@ -137,7 +124,7 @@ def diagonal(table: Table, rng: np.random.Generator) -> None:
     mean, scale = rng.normal(size=(num, d)), rng.uniform(0.5, 1.5, (num, d))
     memory = jdam.store(jdam.DiagonalGaussian(mean.astype("f4"), scale.astype("f4")))
     queries, sizes = memory.patterns[:many], (num, many)
-    found = timed(jax.vmap(jdam.step, EVERY), memory, queries, jnp.float32(0.05))
+    found = measure(jax.vmap(jdam.step, EVERY), memory, queries, jnp.float32(0.05))
     row = partial(table.row, "diagonal, d = 64", sizes, pairs=num * many, flops=8.0 * d)
     row("`jdam.step`", found)
     stacked = jnp.concatenate([memory.patterns.mean, memory.patterns.scale], axis=1)
@@ -146,7 +133,7 @@ def diagonal(table: Table, rng: np.random.Generator) -> None:
         blocks = y.reshape(-1, num // 100, 2 * d)
         return jax.lax.map(lambda block: (x @ block.T) @ block, blocks).sum(0)
 
-    row("two matrix products", timed(products, stacked[:many], stacked))
+    row("two matrix products", measure(products, stacked[:many], stacked))
 
 
 def clouds(table: Table, rng: np.random.Generator) -> None:
@@ -162,7 +149,7 @@ def clouds(table: Table, rng: np.random.Generator) -> None:
     queries = jdam.PointCloud(near)
     exact = jdam.Sinkhorn(epsilon, tol=1e-6)
     kind, sizes = f"clouds of {atoms}, d = {d}, ε = d/10", (num, many)
-    found = timed(jax.vmap(jdam.step, EVERY), memory, queries, jnp.float32(1))
+    found = measure(jax.vmap(jdam.step, EVERY), memory, queries, jnp.float32(1))
     few = jdam.store(jdam.PointCloud(points[:2]), exact)
     ours, truth = (
         float(jdam.divergences(m, queries[0])[0])
@@ -177,7 +164,7 @@ def clouds(table: Table, rng: np.random.Generator) -> None:
         return solver(linear_problem.LinearProblem(geometry)).reg_ot_cost
 
     pairs = jax.vmap(jax.vmap(one, (None, 0)), (0, None))
-    found = timed(pairs, jnp.asarray(near), jnp.asarray(points), rounds=2)
+    found = measure(pairs, jnp.asarray(near), jnp.asarray(points), rounds=2)
     table.row(kind, sizes, "ott-jax Sinkhorn, vmapped", found, pairs=num * many)
 
 
@@ -187,7 +174,7 @@ def mixtures(table: Table, rng: np.random.Generator) -> None:
     means = 3 * rng.normal(size=(num, components, d)).astype(np.float32)
     every = factors(rng, num * components, d).reshape(num, components, d, d)
     memory = jdam.store(jdam.GaussianMixture(weights, means, every))
-    found = timed(jax.vmap(jdam.step, EVERY), memory, memory.patterns[:many], jnp.float32(1))
+    found = measure(jax.vmap(jdam.step, EVERY), memory, memory.patterns[:many], jnp.float32(1))
     kind = f"mixtures of {components}, d = {d}"
     table.row(kind, (num, many), "`jdam.step`", found, pairs=num * many)
 

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import ot
+from timing import timed
 
 import jdam
 
@@ -49,21 +50,14 @@ class Row:
 def measure(kind: str, num: int, contender: str, function: Any, *args: Any, rounds: int) -> Row:
     """Median of warmed-up, blocked calls; `args[1]` are the queries."""
     queries = jax.tree.leaves(args[1])[0].shape[0]
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(*args).compile()
-    compiling = time.perf_counter() - start
-    result = jax.block_until_ready(compiled(*args))
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*args))
-        seconds.append(time.perf_counter() - start)
+    found = timed(function, *args, rounds=rounds)
     certified = None
-    if isinstance(result, jdam.Recall):
-        certified = float((np.asarray(result.status) != jdam.Status.UNCERTIFIED).mean())
-    temporary = compiled.memory_analysis().temp_size_in_bytes / 2**20
-    milliseconds = 1e3 * float(np.median(seconds)) / queries
-    return Row(kind, num, queries, contender, milliseconds, compiling, temporary, certified)
+    if isinstance(found.result, jdam.Recall):
+        certified = float((np.asarray(found.result.status) != jdam.Status.UNCERTIFIED).mean())
+    milliseconds = 1e3 * found.seconds / queries
+    return Row(
+        kind, num, queries, contender, milliseconds, found.compile, found.temporary, certified
+    )
 
 
 def recalls(search: Any) -> Any:

@@ -143,14 +143,7 @@ def _compute_where(
 ) -> Any:
     function, at_once = settings.function, settings.at_once
 
-    def alone(wanted: Array, default: Any, operand: Any, args: Any) -> Any:
-        def turn(carry: tuple[Array, Any, Any]) -> tuple[Array, Any, Any]:
-            # Were the operand to stay as it is, XLA would move the work out of the loop.
-            consumed = jax.tree.map(jnp.zeros_like, carry[2])
-            return jnp.zeros_like(wanted), function(carry[2], args), consumed
-
-        return while_loop(lambda carry: carry[0], turn, (wanted, default, operand), args)[1]
-
+    alone = partial(_once, function)
     if at_once is None:
         return alone(wanted, default, operand, args)
     one = jax.custom_batching.custom_vmap(alone)
@@ -172,6 +165,20 @@ def _compute_where(
         return found, jax.tree.map(lambda _: True, found)
 
     return one(wanted, default, operand, args)
+
+
+def _once(
+    function: Callable[[Any, Any], T], wanted: Array, default: T, operand: Any, args: Any
+) -> T:
+    """`function(operand, args)` if wanted, by a loop of one turn or none."""
+
+    def turn(carry: tuple[Array, T, Any]) -> tuple[Array, T, Any]:
+        # Were the operand to stay as it is, XLA would move the work out of the loop.
+        consumed = jax.tree.map(jnp.zeros_like, carry[2])
+        return jnp.zeros_like(wanted), function(carry[2], args), consumed
+
+    found: T = while_loop(lambda carry: carry[0], turn, (wanted, default, operand), args)[1]
+    return found
 
 
 def _flat(function: Callable[[Any], Any], rows: Any) -> Any:
@@ -201,14 +208,7 @@ def _gathered(
     if size == 0:
         return default
     if size == 1:
-        # Rows are consumed: else XLA would see that every turn computes the same, as in `alone`.
-        def once(carry: tuple[Array, T, Any]) -> tuple[Array, T, Any]:
-            wanted, _, rows = carry
-            consumed = jax.tree.map(jnp.zeros_like, rows)
-            return jnp.zeros_like(wanted), jax.vmap(function)(rows), consumed
-
-        alone: T = while_loop(lambda carry: carry[0][0], once, (wanted, default, rows), rows)[1]
-        return alone
+        return _once(lambda rows, _: jax.vmap(function)(rows), wanted[0], default, rows, ())
     width = min(at_once, size)
     order = jnp.argsort(~wanted).astype(jnp.int32)  # the wanted ones first
     # One more than are taken: else all are at once, whatever the turn, and XLA would compute them

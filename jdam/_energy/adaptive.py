@@ -22,30 +22,14 @@ FEW = 8
 
 
 @dataclass(frozen=True)
-class Impatient(Certified):
-    """`Certified` that gives up where mass is spread over its first candidates."""
+class Adaptive(Certified):
+    """Few patterns, if it is soon proved that the others do not matter; all of them, if not.
+
+    Recall is that of `Exhaustive` up to `tol` in every weight. The search gives up where mass is
+    spread over its first candidates."""
 
     def goes_on(self, first: Sums) -> Bool[Array, ""]:
         return first.mass <= FEW
-
-
-@dataclass(frozen=True)
-class Adaptive(Search):
-    """Few patterns, if it is proved that the others do not matter; all of them, if not.
-
-    Recall is that of `Exhaustive` up to `few.tol` in every weight."""
-
-    few: Certified
-
-    @property
-    def tolerance(self) -> float:
-        return self.few.tolerance
-
-    def queries_at_once(self, memory: Memory) -> int:
-        return self.few.queries_at_once(memory)
-
-    def start(self, memory: Memory, query: AnyMeasure) -> Start:
-        return self.few.start(memory, query)
 
     def evaluate(
         self,
@@ -56,8 +40,8 @@ class Adaptive(Search):
         *,
         separation: Separation,
     ) -> Evaluation:
-        found = self.few.evaluate(memory, query, beta, start, separation=separation)
-        unproved = ~(found.neglected <= self.tolerance)
+        found = super().evaluate(memory, query, beta, start, separation=separation)
+        unproved = ~(found.neglected <= self.tol)
         at_once = Exhaustive().queries_at_once(memory)
         args = (memory, query, beta)
         return compute_where(unproved, _compare_all, found, start, args, at_once=at_once)
@@ -83,5 +67,5 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
     )
     if not pays:
         return Exhaustive()
-    tol = max(1e-12, min(1e-8, 1e3 * float(jnp.finfo(memory.dtype).eps)))
-    return Adaptive(Impatient(16, max_candidates=max(16, memory.capacity // 8), tol=tol))
+    tol = 1e-12 if memory.dtype == jnp.float64 else 1e-8
+    return Adaptive(max_candidates=memory.capacity // 8, tol=tol)

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import by_platform
 from jdam._core.linalg import rounding, safe_sqrt, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import Gaussian
@@ -25,6 +24,7 @@ from jdam.geometry.protocol import (
     Geometry,
     Patterns,
     average,
+    batch_sizes_of,
     check_batch_ndim,
 )
 
@@ -103,12 +103,9 @@ class MixtureWasserstein(Geometry):
         on = query.weights > 0
         shares = plans.mass / jnp.where(on, query.weights, 1)[None, :, None]
         aligned = _by_pattern(found.pull.factor, measures)
-        held_still = view.components.query
-        means = jnp.einsum("bkl,bld->bkd", shares, measures.means)
-        factors = jnp.einsum("bkl,bkldr->bkdr", shares, aligned)
         pull = Gaussian(
-            jnp.where(on[None, :, None], means, held_still.mean[None]),
-            jnp.where(on[None, :, None, None], factors, held_still.factor[None]),
+            jnp.einsum("bkl,bld->bkd", shares, measures.means),
+            jnp.einsum("bkl,bkldr->bkdr", shares, aligned),
         )
         allowed = rounding(sum(costs.shape[1:]), costs.dtype) * costs.max((1, 2))
         missed = jax.lax.stop_gradient(plans.gap > 64 * allowed)
@@ -120,8 +117,12 @@ class MixtureWasserstein(Geometry):
         return *map(_by_moments, Full.bounds()), _by_components
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
+        query = view.query
         moved = jax.vmap(Full.move, (0, 0, None))(view.components, pull, step_size)
-        return with_leaves(view.query, view.query.weights, moved.mean, moved.factor)
+        on = (query.weights > 0)[:, None]  # padding stays where it is
+        means = jnp.where(on, moved.mean, query.means)
+        factors = jnp.where(on[..., None], moved.factor, query.factors)
+        return with_leaves(query, query.weights, means, factors)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """√Σ pₖ(|Δmₖ|² + |ΔLₖ|²), which is at least MW₂ of the step."""
@@ -142,8 +143,7 @@ class MixtureWasserstein(Geometry):
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         pairs = patterns.num_components**2
-        at_once = max(1, by_platform(2**16, 2**18) // (pairs * patterns.factors[0, 0].size))
-        return BatchSizes(by_platform(16, 256), at_once, at_once)
+        return batch_sizes_of(pairs * patterns.factors[0, 0].size)
 
 
 def _flat(mixtures: GaussianMixture) -> Gaussian:

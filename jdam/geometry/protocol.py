@@ -183,8 +183,7 @@ class Geometry(eqx.Module):
         """How much to compare at once: by default 16 queries and 2¹⁶ numbers' worth of patterns,
         which keep two cores busy, and 64 times that on an accelerator."""
         numbers = sum(leaf.size for leaf in jax.tree.leaves(patterns)) // batch_size(patterns)
-        at_once = max(1, by_platform(2**16, 2**18) // numbers)
-        return BatchSizes(by_platform(16, 256), at_once, at_once)
+        return batch_sizes_of(numbers)
 
     def _change(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
         """pull − ξ, where that makes sense."""
@@ -195,6 +194,12 @@ class Geometry(eqx.Module):
                 f"`move` and `residual`; got {pull} for {view}: override both"
             )
         return jax.tree.map(jnp.subtract, pull, view)
+
+
+def batch_sizes_of(numbers: int) -> BatchSizes:
+    """For comparisons with patterns of so many numbers each."""
+    at_once = max(1, by_platform(2**16, 2**18) // numbers)
+    return BatchSizes(by_platform(16, 256), at_once, at_once)
 
 
 def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:

@@ -23,7 +23,8 @@ def directions(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
     return result
 
 
-def float_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+def checked_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    """That floating dtype, JAX's default one if None."""
     dtype = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating dtype; got {dtype}")

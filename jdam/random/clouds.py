@@ -13,7 +13,7 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._core.derivatives import full_precision
 from jdam._measures.point_cloud import PointCloud
-from jdam.random._uniform import float_dtype
+from jdam.random._uniform import checked_dtype
 
 #: How often to try to place an atom at its distance from the others.
 TRIES = 1000
@@ -69,7 +69,7 @@ def separated_clouds(
     if not 0 <= min_weight * num_atoms <= 1:
         raise ValueError(f"min_weight must be in [0, 1/num_atoms]; got {min_weight}")
     lengths["min_weight"] = min_weight
-    dtype = float_dtype(dtype)
+    dtype = checked_dtype(dtype)
     settings = {name: jnp.asarray(value, dtype) for name, value in lengths.items()}
     points, weights = _clouds(key, settings, num, num_atoms, dim)
     if checks.is_concrete(points) and bool(jnp.isnan(points).any()):

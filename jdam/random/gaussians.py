@@ -16,7 +16,7 @@ from jdam._core.derivatives import full_precision
 from jdam._core.lapack import cholesky
 from jdam._core.linalg import squared_norm
 from jdam._measures.gaussian import Gaussian
-from jdam.random._uniform import directions, float_dtype, orthogonal
+from jdam.random._uniform import checked_dtype, directions, orthogonal
 
 
 def wasserstein_sphere(
@@ -45,7 +45,7 @@ def wasserstein_sphere(
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
     num, dim = checks.positive_int("num", num), checks.positive_int("dim", dim)
-    dtype = float_dtype(dtype)
+    dtype = checked_dtype(dtype)
     if bounds is None:
         if commuting:
             raise ValueError("bounds must be given where commuting=True; got None")

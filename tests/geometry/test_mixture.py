@@ -76,7 +76,7 @@ def test_order_padding_and_splitting_change_nothing(rng):
     np.testing.assert_allclose(jdam.divergences(memory, memory[1])[1], 0, atol=1e-13)
     stepped, other = (jdam.step(memory, q, 0.5) for q in (query, query.padded(K=5)))
     np.testing.assert_allclose(other.means[:3], stepped.means, rtol=1e-12)
-    np.testing.assert_allclose(other.means[3:], query.means[jnp.array([2, 2])], rtol=1e-15)
+    np.testing.assert_array_equal(other.means[3:], query.means[jnp.array([2, 2])])
 
 
 def test_perturbed_shuffled_mixtures_are_recalled(rng):
