@@ -76,6 +76,7 @@ from jdam._recall.result import Status as Status
 from jdam._recall.result import Trace as Trace
 from jdam.geometry import BatchSizes as BatchSizes
 from jdam.geometry import Bures as Bures
+from jdam.geometry import Chart as Chart
 from jdam.geometry import Comparison as Comparison
 from jdam.geometry import DotProduct as DotProduct
 from jdam.geometry import EntropicBures as EntropicBures

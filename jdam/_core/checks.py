@@ -116,10 +116,10 @@ def index(i: Any, size: int, what: str) -> None:
         raise IndexError(f"index {i} is out of range for {what} of {size}")
 
 
-def positive_int(name: str, value: Any) -> int:
-    """`value` as an int ≥ 1."""
+def positive_int(name: str, value: Any, *, least: int = 1) -> int:
+    """`value` as an int ≥ `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an int; got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be ≥ 1; got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be ≥ {least}; got {value}")
     return int(value)

@@ -17,6 +17,7 @@ from jdam._energy.search import Search
 from jdam._energy.separation import Separation
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
+from jdam._recall.acceleration import Acceleration, Proposal
 from jdam._recall.result import Recall, Status, Trace, is_mixture
 
 
@@ -42,6 +43,13 @@ class State(NamedTuple):
     num_steps: Int[Array, ""]
     neglected: Float[Array, ""]  # the worst so far
     unsolved: Float[Array, ""]  # likewise
+    kept: Any = None  # by the acceleration
+
+    def start_from(self) -> Start:
+        """The start of an evaluation close by."""
+        kept = self.evaluation.pull, self.evaluation.nearest.inliers
+        pull, inliers = jax.tree.map(jnp.zeros_like, kept)
+        return Start(pull, inliers, self.evaluation.guess)
 
 
 class Attempt(NamedTuple):
@@ -50,6 +58,7 @@ class Attempt(NamedTuple):
     measure: AnyMeasure
     evaluation: Evaluation
     backtracks: Int[Array, ""]
+    bold: Bool[Array, ""]  # whether it is what the acceleration proposed
 
 
 class End(NamedTuple):
@@ -67,6 +76,7 @@ class Flow:
     separation: Separation
     max_steps: int = 1
     save_trace: bool = False
+    acceleration: Acceleration | None = None
 
     def problem(
         self, memory: Memory, beta: Array, step_size: Array, tol: Array | None = None
@@ -102,6 +112,7 @@ class Flow:
             num_steps=jnp.array(-1, jnp.int32),
             neglected=nothing,
             unsolved=nothing,
+            kept=None if self.acceleration is None else self.acceleration.start(query, nothing),
         )
 
     def evaluate(self, measure: AnyMeasure, problem: Problem, start: Start) -> Evaluation:
@@ -148,16 +159,25 @@ class Flow:
     def advance(self, state: State, problem: Problem) -> State:
         """One step and the evaluation that follows it; on the first turn the evaluation alone."""
         backtracking = problem.memory.geometry.max_backtracks > 0
-        attempt = (_first_accepted if backtracking else _attempt)(self, state, problem)
+        acceleration = self.acceleration
+        bold = None if acceleration is None else acceleration.propose(self, state, problem)
+        trying = backtracking or bold is not None
+        attempt = (_first_accepted if trying else _attempt)(self, state, problem, bold)
         residual = _residual(attempt.evaluation, problem)
-        stuck = jnp.array(False)
+        gain = state.evaluation.energy - attempt.evaluation.energy
+        resolution = _resolution(state, problem)
+        kept, stuck = None, jnp.array(False)
+        if acceleration is not None and bold is not None:
+            learnt = acceleration.learn(bold, gain + resolution, attempt.bold)
+            kept = jax.tree.map(partial(jnp.where, state.evaluated), learnt, state.kept)
         if backtracking:
-            gain = state.evaluation.energy - attempt.evaluation.energy
-            resolution = _resolution(state, problem)
             # Where energies are all rounding, residuals still tell.
             better = (gain >= 0) | (gain >= -resolution) & (residual < state.residual)
             keep = state.evaluated & ~better
-            old = (Attempt(state.measure, state.evaluation, attempt.backtracks), state.residual)
+            old = (
+                attempt._replace(measure=state.measure, evaluation=state.evaluation),
+                state.residual,
+            )
             attempt, residual = jax.tree.map(
                 lambda x, y: jnp.where(keep, x, y), old, (attempt, residual)
             )
@@ -173,11 +193,12 @@ class Flow:
             num_steps=state.num_steps + 1,
             neglected=jnp.maximum(state.neglected, attempt.evaluation.neglected),
             unsolved=jnp.maximum(state.unsolved, attempt.evaluation.unsolved),
+            kept=kept,
         )
 
     def settle(self, state: State, measure: AnyMeasure, problem: Problem) -> State:
         """The state, were it evaluated at another measure."""
-        evaluation = self.evaluate(measure, problem, _start_from(state.evaluation))
+        evaluation = self.evaluate(measure, problem, state.start_from())
         return state._replace(measure=measure, evaluation=evaluation)
 
     def pending(self, state: State, problem: Problem) -> Bool[Array, ""]:
@@ -230,12 +251,6 @@ class Flow:
         )
 
 
-def _start_from(evaluation: Evaluation) -> Start:
-    kept = evaluation.pull, evaluation.nearest.inliers
-    pull, inliers = jax.tree.map(jnp.zeros_like, kept)
-    return Start(pull, inliers, evaluation.guess)
-
-
 def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
     """What change of energy says anything, the rounding of the sum over patterns included."""
     energy = jax.lax.stop_gradient(state.evaluation.energy)
@@ -248,46 +263,60 @@ def _residual(evaluation: Evaluation, problem: Problem) -> Float[Array, ""]:
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
-def _attempt(flow: Flow, state: State, problem: Problem) -> Attempt:
-    """A step with the caution that the state asks for, and an evaluation."""
+def _attempt(
+    flow: Flow, state: State, problem: Problem, proposal: Proposal | None, bold: Any = False
+) -> Attempt:
+    """What was proposed, if `bold`, or else a step with the caution that the state asks for; and an
+    evaluation."""
     moved = flow.move(state.measure, state.evaluation, problem, state.backtracks)
-    measure = jax.tree.map(
-        lambda new, old: jnp.where(state.evaluated, new, old), moved, state.measure
-    )
-    found = flow.evaluate(measure, problem, _start_from(state.evaluation))
-    return Attempt(measure, found, state.backtracks)
+    if proposal is not None:
+        moved = jax.tree.map(partial(jnp.where, bold), proposal.measure, moved)
+    measure = jax.tree.map(partial(jnp.where, state.evaluated), moved, state.measure)
+    found = flow.evaluate(measure, problem, state.start_from())
+    return Attempt(measure, found, state.backtracks, jnp.asarray(bold))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_accepted(flow: Flow, state: State, problem: Problem) -> Attempt:
-    """The first of ever more cautious attempts that does not raise the energy."""
+def _first_accepted(
+    flow: Flow, state: State, problem: Problem, proposal: Proposal | None
+) -> Attempt:
+    """The proposal, or the first of ever more cautious attempts, that does not raise the energy."""
     most = problem.memory.geometry.max_backtracks
 
     def turn(carry: tuple[Array, Array, Attempt]) -> tuple[Array, Array, Attempt]:
-        backtracks, _, _ = carry
-        attempt = _attempt(flow, state._replace(backtracks=backtracks), problem)
-        rise = attempt.evaluation.energy - state.evaluation.energy
-        accepted = ~state.evaluated | (rise <= _resolution(state, problem))
-        return backtracks + 1, accepted, attempt
+        backtracks, _, last = carry
+        bold = last.bold & state.evaluated
+        attempt = _attempt(flow, state._replace(backtracks=backtracks), problem, proposal, bold)
+        gain, resolution = (
+            state.evaluation.energy - attempt.evaluation.energy,
+            _resolution(state, problem),
+        )
+        # Where energies are all rounding, residuals still tell.
+        nearer = _residual(attempt.evaluation, problem) < state.residual
+        accepted = ~state.evaluated | (gain >= -resolution) & (~bold | nearer | (gain > resolution))
+        following = jnp.where(bold, backtracks, backtracks + 1)
+        found = attempt._replace(bold=bold & accepted)
+        return following, accepted, found
 
     def unfinished(carry: tuple[Array, Array, Attempt]) -> Array:
         backtracks, accepted, _ = carry
         return ~accepted & (backtracks <= most)
 
-    first = Attempt(state.measure, state.evaluation, state.backtracks)
-    start = (state.backtracks, jnp.array(False), first)
-    return while_loop(unfinished, turn, start, state, problem)[2]
+    first = jnp.array(proposal is not None)
+    start = Attempt(state.measure, state.evaluation, state.backtracks, first)
+    end = (state.backtracks, jnp.array(False), start)
+    return while_loop(unfinished, turn, end, state, problem, proposal)[2]
 
 
 @partial(_first_accepted.defjvp, symbolic_zeros=True)
 @full_precision
 def _first_accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     # Which attempt is accepted is piecewise constant.
-    state, problem = primals
-    backtracks = _first_accepted(flow, state, problem).backtracks
+    found = _first_accepted(flow, *primals)
 
-    def accepted(state: State, problem: Problem) -> Attempt:
-        return _attempt(flow, state._replace(backtracks=backtracks), problem)
+    def accepted(state: State, problem: Problem, proposal: Proposal | None) -> Attempt:
+        cautious = state._replace(backtracks=found.backtracks)
+        return _attempt(flow, cautious, problem, proposal, found.bold)
 
     return jvp(accepted, primals, tangents)
 

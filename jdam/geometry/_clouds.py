@@ -47,6 +47,14 @@ class Pull(NamedTuple):
     variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
 
 
+class Tangent(NamedTuple):
+    """How a cloud changes: where its atoms move, and what is added to the logarithms of weights, in
+    units of √κ."""
+
+    points: Float[Array, "n d"]
+    reaction: Float[Array, " n"]
+
+
 def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
     """The median of ½|x−y|² over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
     counted once; of large batches over some clouds and atoms, evenly spread."""

@@ -46,6 +46,15 @@ class BatchSizes(NamedTuple):
     differentiated: int
 
 
+class Chart(NamedTuple):
+    """Coordinates about a query, in which the energy has second derivatives: tangents are pytrees
+    of arrays, zero at the query."""
+
+    masses: Any  # of the metric |s|² = Σ mⱼsⱼ² of tangents, ≥ 0; where it is 0 nothing moves
+    displaced: Callable[[Any], AnyMeasure]  # the measure at a tangent
+    slope: Callable[[AnyView, AnyMeasure], Any]  # ∂E/∂s, of the view and the average pull there
+
+
 #: Lower bounds on the divergences between the query of a view and some patterns, (B,).
 Bound: TypeAlias = Callable[[AnyView, Patterns], Float[Array, " B"]]
 
@@ -113,6 +122,11 @@ class Geometry(eqx.Module):
         """Whether it is proved that the first attempt, `moved`, does not raise the energy: saves
         `jdam.step` a second comparison."""
         return jnp.array(self.max_backtracks == 0)
+
+    def chart(self, query: AnyMeasure) -> Chart | None:
+        """Coordinates for the Newton steps that `acceleration` then takes; without them it combines
+        plain steps. Worth it where steps cost much and gain little."""
+        return None
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Float[Array, ""]:
         """How far the full step goes, in units of distance: zero at fixed points only. By default

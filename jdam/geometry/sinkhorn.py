@@ -34,6 +34,7 @@ from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
     Pull,
+    Tangent,
     View,
     about,
     place,
@@ -47,6 +48,7 @@ from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
     Bound,
+    Chart,
     Comparison,
     Geometry,
     Patterns,
@@ -280,6 +282,26 @@ class Sinkhorn(Geometry):
         bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
         result: Array = (self.hellinger_scale == 0) & (bound <= 0)
         return result
+
+    def chart(self, query: AnyMeasure) -> Chart:
+        """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
+        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄)."""
+        weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
+
+        def displaced(tangent: Tangent) -> PointCloud:
+            logits = safe_log(weights) + speed * tangent.reaction
+            moved = jax.nn.softmax(logits, where=weights > 0)
+            # With κ = 0 not even the last digit of a weight changes.
+            held = jnp.where(speed > 0, moved, weights)
+            return PointCloud(query.points + tangent.points, held)
+
+        def slope(view: View, pull: Pull) -> Tangent:
+            p = view.query.weights
+            reaction = speed * p * (pull.variation - jnp.vdot(p, pull.variation))
+            return Tangent(-p[:, None] * pull.velocity, reaction)
+
+        masses = Tangent(jnp.broadcast_to(weights[:, None], query.points.shape), weights)
+        return Chart(masses, displaced, slope)
 
     def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """The weights if κ = 0, and always those that are 0."""

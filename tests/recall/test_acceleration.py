@@ -1,0 +1,153 @@
+"""Accelerated recalls end where plain ones do, in fewer steps and at no higher energy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdam
+from tests.cases import KINDS, alike, every_kind, problem
+from tests.helpers import gaussians
+
+
+@every_kind
+def test_ends_where_plain_steps_end(rng, kind):
+    memory, query = problem(rng, kind)
+    beta = 3.0
+    plain = jdam.recall(memory, query, beta, max_steps=600, tol=1e-6)
+    fast = jdam.recall(memory, query, beta, max_steps=600, tol=1e-6, acceleration=2)
+    assert int(fast.status) == int(plain.status)
+    assert fast.residual <= 1e-6
+    assert int(fast.nearest) == int(plain.nearest)
+    assert fast.energy <= plain.energy + 1e-10
+    assert fast.num_steps <= plain.num_steps + 2  # where few are needed, none are saved
+    alike(fast.measure, plain.measure, atol=3e-3 if kind == "clouds" else 3e-5)
+
+
+def near_the_transition(rng, dtype=np.float64):
+    """Gaussians at a β at which patterns begin to part, and queries near them."""
+    patterns = gaussians(rng, 24, 4, dtype=dtype)
+    memory = jdam.store(patterns)
+    beta = 0.3 * jdam.suggest_beta(memory)
+    off = rng.normal(scale=0.3, size=patterns.mean.shape).astype(dtype)
+    return memory, jdam.Gaussian(patterns.mean + off, patterns.factor), beta
+
+
+def test_gaussians_near_the_transition(rng):
+    memory, queries, beta = near_the_transition(rng)
+    plain, fast = (
+        jdam.recall_batch(memory, queries, beta, max_steps=400, tol=1e-9, acceleration=k)
+        for k in (0, 3)
+    )
+    assert (fast.status == plain.status).all()
+    assert (fast.energy <= plain.energy + 1e-12).all()
+    assert plain.num_steps.mean() > 10
+    assert fast.num_steps.mean() < 0.5 * plain.num_steps.mean()
+    assert (fast.num_steps <= plain.num_steps).all()
+
+
+def test_energies_never_rise_and_a_batch_is_its_queries(rng):
+    memory, queries, beta = near_the_transition(rng)
+    kwargs = {"max_steps": 30, "tol": 1e-9, "acceleration": 3, "save_trace": True}
+    batch = jax.vmap(lambda q: jdam.recall(memory, q, beta, **kwargs))(queries)
+    assert (np.diff(batch.trace.energy, axis=1) <= 1e-13).all()
+    for i in (0, 7):
+        one = jdam.recall(memory, queries[i], beta, **kwargs)
+        assert int(one.num_steps) == int(batch.num_steps[i])
+        np.testing.assert_allclose(one.energy, batch.energy[i], rtol=1e-12)
+
+
+def test_rotating_a_factor_changes_nothing(rng):
+    memory, queries, beta = near_the_transition(rng)
+    query = queries[3]
+    turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    turned = jdam.Gaussian(query.mean, query.factor @ turn)
+    first, second = (jdam.recall(memory, q, beta, acceleration=3) for q in (query, turned))
+    assert int(first.num_steps) == int(second.num_steps)
+    alike(first.measure, second.measure, rtol=1e-9, atol=1e-11)
+
+
+def test_single_precision(rng):
+    memory, queries, beta = near_the_transition(rng, np.float32)
+    fast = jdam.recall_batch(memory, queries, beta, max_steps=100, acceleration=3)
+    assert fast.measure.mean.dtype == fast.energy.dtype == jnp.float32
+    assert np.isin(fast.status, (jdam.Status.CONVERGED, jdam.Status.MIXTURE)).all()
+
+
+def test_derivatives_of_gaussians(rng):
+    memory, queries, beta = near_the_transition(rng)
+
+    def loss(beta, adjoint):
+        found = jdam.recall(
+            memory, queries[3], beta, max_steps=40, tol=1e-11, acceleration=3, adjoint=adjoint
+        )
+        return jnp.sum(found.measure.mean**2) + jnp.trace(found.measure.covariance)
+
+    slopes = [jax.grad(loss)(beta, adjoint) for adjoint in (jdam.Unrolled(), jdam.Implicit())]
+    h = 1e-4 * beta
+    numeric = (loss(beta + h, jdam.Unrolled()) - loss(beta - h, jdam.Unrolled())) / (2 * h)
+    np.testing.assert_allclose(slopes, numeric, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def stiff():
+    """Clouds of which atoms are placed slowly, without and with reweighting."""
+    rng = np.random.default_rng(5)
+    points = rng.normal(size=(4, 1, 2)) + rng.normal(size=(4, 8, 2))
+    queries = jdam.PointCloud(points + rng.normal(scale=0.2, size=points.shape))
+    return jdam.PointCloud(points), queries
+
+
+@pytest.mark.parametrize("kappa", [0.0, 0.5])
+def test_clouds(stiff, kappa):
+    patterns, queries = stiff
+    memory = jdam.store(patterns, jdam.Sinkhorn(0.2, hellinger_scale=kappa))
+
+    def run(depth, most):
+        return jdam.recall_batch(
+            memory, queries, 30.0, tol=1e-6, max_steps=most, acceleration=depth
+        )
+
+    plain, fast = run(0, 600), run(3, 200)
+    assert (fast.status == jdam.Status.CONVERGED).all()
+    assert (fast.nearest == plain.nearest).all()
+    assert (fast.energy <= plain.energy + 1e-12).all()
+    assert np.median(fast.num_steps) < 0.2 * np.median(plain.num_steps)
+    assert (plain.num_steps > 100).any()
+    np.testing.assert_allclose(fast.measure.weights.sum(1), 1, rtol=1e-12)
+    if kappa == 0:
+        np.testing.assert_array_equal(fast.measure.weights, queries.weights)
+
+
+def test_derivatives_of_clouds_are_implicit(stiff):
+    patterns, queries = stiff
+
+    def loss(epsilon, adjoint, depth):
+        changed = jdam.store(patterns, jdam.Sinkhorn(epsilon))
+        found = jdam.recall(
+            changed, queries[0], 3.0, tol=1e-9, max_steps=60, acceleration=depth, adjoint=adjoint
+        )
+        return found.energy
+
+    with pytest.raises(ValueError, match=r"adjoint=jdam\.Implicit\(\)"):
+        jax.grad(loss)(0.2, jdam.Unrolled(), 1)
+    slope = jax.grad(loss)(0.2, jdam.OneStep(), 1)
+    h = 1e-5
+    numeric = (loss(0.2 + h, jdam.OneStep(), 1) - loss(0.2 - h, jdam.OneStep(), 1)) / (2 * h)
+    np.testing.assert_allclose(slope, numeric, rtol=1e-4)  # an envelope: dE/dξ is 0
+
+
+@pytest.mark.parametrize(
+    ("depth", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("3", TypeError)]
+)
+def test_arguments(rng, depth, error):
+    memory, query = problem(rng, "euclidean")
+    with pytest.raises(error, match="acceleration must be"):
+        jdam.recall(memory, query, 1.0, acceleration=depth)
+
+
+def test_kinds_choose(rng):
+    """Clouds take Newton steps; what comes from outside needs no more than it has."""
+    chart = jdam.Geometry.chart
+    charted = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).chart is not chart}
+    assert charted == {"clouds"}
