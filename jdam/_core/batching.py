@@ -1,8 +1,8 @@
 """Batches in which time follows the work that is left, and memory a few elements at a time.
 
-Three primitives: `map_in_chunks` maps over rows that are there; `in_tiles` and `compute_where` are
-functions of one element, and say what `jax.vmap` shall make of a batch of them. Their functions
-must close over nothing traced.
+Four primitives: `map_in_chunks` maps over rows that are there; `in_tiles`, `compute_where` and
+`advance_while` are functions of one element, and say what `jax.vmap` shall make of a batch of them.
+Their functions must close over nothing traced.
 """
 
 from collections.abc import Callable
@@ -77,6 +77,47 @@ def compute_where(
     settings = _Settings(function, at_once, flat)
     found: T = _compute_where(settings, wanted, default, operand, args)
     return found
+
+
+def advance_while(
+    unfinished: Callable[[T, Any], Array],
+    turn: Callable[[T, Any], T],
+    state: T,
+    args: Any,
+    *,
+    at_once: int,
+    flat: bool = False,
+) -> T:
+    """`turn(state, args)` as long as the state is `unfinished`. It has no derivative.
+
+    Under `jax.vmap` the elements that are not finished take turns, `at_once` of them at a time, so
+    that none of them waits for the slowest. `flat` as in `in_tiles`.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def one(state: T, args: Any) -> Any:
+        return while_loop(lambda s: unfinished(s, args), lambda s: turn(s, args), state, args)
+
+    def many(given: Any) -> Any:
+        state, rows = given
+        return _queued(jax.vmap(unfinished), jax.vmap(turn), at_once, state, rows)
+
+    @one.def_vmap
+    @full_precision
+    def over_one(size: int, batched: Any, *given: Any) -> Any:
+        if flat:
+            found = _flat(many, _lead(size, tuple(batched), given))
+        else:
+            rows, join = _split(batched[1], given[1])
+            pending, advance = (
+                jax.vmap(lambda s, row, f=f: f(s, join(row))) for f in (unfinished, turn)
+            )
+            state = _lead(size, batched[0], given[0])
+            found = _queued(pending, advance, at_once, state, rows)
+        return found, jax.tree.map(lambda _: True, found)
+
+    advanced: T = one(state, args)
+    return advanced
 
 
 def _with_derivative_of(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,11 +262,40 @@ def _gathered(
         chosen = jax.lax.dynamic_slice(order, (done,), (width,))
         computed = jax.vmap(function)(jax.tree.map(lambda leaf: leaf[chosen], rows))
         chosen = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, chosen, size)
-        found = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), found, computed)
-        return done + width, found
+        return done + width, _written(found, chosen, computed)
 
     start = (jnp.array(0, jnp.int32), default)
     return while_loop(lambda carry: carry[0] < count, turn, start, rows)[1]
+
+
+def _queued(
+    unfinished: Callable[[T, Any], Array],
+    turn: Callable[[T, Any], T],
+    at_once: int,
+    state: T,
+    rows: Any,
+) -> T:
+    """Turns of the states that are unfinished, the first `at_once` of them each time."""
+    size = batch_size(state)
+    if size == 0:
+        return state
+
+    def take_turns(state: T) -> T:
+        waiting = unfinished(state, rows)
+        if size <= at_once:
+            ahead: T = jax.tree.map(partial(jax.vmap(jnp.where), waiting), turn(state, rows), state)
+            return ahead
+        chosen = jnp.argsort(~waiting)[:at_once].astype(jnp.int32)
+        ahead = turn(*jax.tree.map(lambda leaf: leaf[chosen], (state, rows)))
+        return _written(state, jnp.where(waiting[chosen], chosen, size), ahead)
+
+    return while_loop(lambda state: unfinished(state, rows).any(), take_turns, state, rows)
+
+
+def _written(table: T, chosen: Array, rows: T) -> T:
+    """The table with other rows where they are chosen; an index beyond its end chooses none."""
+    written: T = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), table, rows)
+    return written
 
 
 def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

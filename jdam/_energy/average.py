@@ -18,7 +18,7 @@ from jdam._energy.evaluation import Block, Evaluation, Nearest, Start
 from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam.geometry.protocol import AnyView, Comparison, Patterns
+from jdam.geometry.protocol import AnyView, Comparison, Geometry, Patterns
 
 
 class Settings(NamedTuple):
@@ -32,13 +32,13 @@ class Settings(NamedTuple):
 def start(memory: Memory, query: AnyMeasure) -> Start:
     """A start without knowledge: the shapes of what is kept of comparisons, and first guesses."""
 
-    def compare(memory: Memory, query: AnyMeasure) -> tuple[AnyMeasure, Array | None]:
+    def compare_one(memory: Memory, query: AnyMeasure) -> tuple[AnyMeasure, Array | None]:
         one, prepared = jax.tree.map(lambda leaf: leaf[:1], (memory.patterns, memory.prepared))
         patterns = Patterns(one, prepared, memory.geometry.first_guess(prepared))
-        found = memory.geometry.compare(memory.geometry.view(query), patterns)
+        found = compare(memory.geometry, view_of(memory.geometry, query), patterns)
         return found.pull, found.inliers
 
-    shapes = jax.eval_shape(compare, memory, query)
+    shapes = jax.eval_shape(compare_one, memory, query)
     pull, inliers = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
     return Start(pull, inliers, memory.geometry.first_guess(memory.prepared))
 
@@ -85,7 +85,7 @@ def _in_one_sweep(
     settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
 ) -> Evaluation:
     """By sums that are accumulated pattern after pattern."""
-    separation, view = LogSumExp(), memory.geometry.view(query)
+    separation, view = LogSumExp(), view_of(memory.geometry, query)
 
     def accumulate(sums: Any, found: Comparison, block: Block) -> tuple[Any, Any]:
         return separation.accumulate(sums, found, block, beta), found.guess
@@ -103,7 +103,7 @@ def _in_two_sweeps(
 ) -> Evaluation:
     """By weights that are known only when all divergences are: a sweep for these, and one for the
     pulls unless one block is all."""
-    view, layout, num = memory.geometry.view(query), memory.layout, memory.capacity
+    view, layout, num = view_of(memory.geometry, query), memory.layout, memory.capacity
     blocks = cut_into_blocks(memory, settings.block_size, start.guess)
     at_once = start.pull is not None and batch_size(blocks) == 1  # all pulls fit in memory
 
@@ -152,10 +152,24 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     def keep(_: None, found: Comparison, block: Block) -> tuple[None, Array]:
         return None, found.divergence
 
-    blocks, view = cut_into_blocks(memory, None, None), memory.geometry.view(query)
+    blocks, view = cut_into_blocks(memory, None, None), view_of(memory.geometry, query)
     divergences = Sweep(keep).over(memory, view, blocks, None)[1]
     result: Array = all_rows(_in_a_row(divergences, memory.capacity), memory.layout)
     return result
+
+
+@partial(jax.jit, static_argnames="exact")
+def compare(
+    geometry: Geometry, view: AnyView, patterns: Patterns, *, exact: bool = True
+) -> Comparison:
+    """`Geometry.compare`, traced once for all that compare alike."""
+    return geometry.compare(view, patterns, exact=exact)
+
+
+@jax.jit
+def view_of(geometry: Geometry, query: AnyMeasure) -> AnyView:
+    """`Geometry.view`, likewise."""
+    return geometry.view(query)
 
 
 class Sweep(NamedTuple):
@@ -173,7 +187,7 @@ class Sweep(NamedTuple):
         """
 
         def turn(carry: Any, block: Any) -> tuple[Any, Any]:
-            found = memory.geometry.compare(view, block.patterns, exact=self.exact)
+            found = compare(memory.geometry, view, block.patterns, exact=self.exact)
             _check_comparison(memory, found, block)
             return self.accumulate(carry, found, block)
 

@@ -10,13 +10,13 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import by_platform, compute_where
+from jdam._core.batching import advance_while, by_platform, compute_where
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
 from jdam._core.mesh import Layout, first_index, psum
-from jdam._energy.average import Settings, evaluate, start
+from jdam._energy.average import Settings, compare, evaluate, start, view_of
 from jdam._energy.evaluation import Block, Evaluation, Start
-from jdam._energy.search import Search
+from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation, Sums, mass, with_prior
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
@@ -24,6 +24,14 @@ from jdam.geometry.protocol import AnyView, Bound, Patterns
 
 #: How many patterns to bound more closely at a time, by the second bound and by those after it.
 SHARPENED = 256, 64
+#: Fewer patterns are all compared unless told otherwise: the program is smaller.
+MANY = 512
+#: Over how many patterns mass may be spread, for bounds to be worth their time.
+FEW = 8
+#: Of all patterns, the share of candidates after which comparing all costs no more.
+SHARE = 8
+#: How many queries to take turns at a time on a CPU.
+HUNTED = 4
 #: Above the number of any bound.
 COMPARED = 127
 
@@ -40,16 +48,18 @@ class Certified(Search):
 
     While that is more than `tol`, patterns that might still matter are bounded more closely
     (by the next of the bounds) and then compared, `num_candidates` at a time in order of their
-    bounds, at most `max_candidates` in all: 32 times `num_candidates` unless given. Easy queries
-    are cheap, hard ones take as long as they need. `Recall.neglected` is the largest bound of all
-    steps; where it is more than `tol`, the status is `UNCERTIFIED`: β is too small for few
-    patterns to hold the Gibbs mass, or bounds are too loose. Otherwise a recall is that of
-    `Exhaustive` up to `tol` in every weight. Bounds include their rounding; that of the D of the
-    candidates is as in `Exhaustive`. With a geometry that has no bounds all patterns are compared.
+    bounds, until the proof is there: at worst when all are compared, as they are at once where
+    Gaussians' or mixtures' mass is spread over many of the first candidates. So a recall is that of
+    `Exhaustive` up to `tol` in every weight; easy queries are cheap, hard ones take as long as they
+    need. `Recall.neglected` is the largest bound of all steps. With `max_candidates` the search
+    ends there; where `neglected` then is more than `tol`, the status is `UNCERTIFIED`: β is too
+    small for few patterns to hold the Gibbs mass, or bounds are too loose. Bounds include their
+    rounding; that of the D of the candidates is as in `Exhaustive`. With a geometry that has no
+    bounds all patterns are compared.
 
     **Choosing.** `num_candidates` about the number of patterns that matter to an ordinary query;
-    16 is good for most. Time grows with it, and derivatives compare `max_candidates` patterns in
-    any case, so that for learning it should be small.
+    16 is good for most. Derivatives compare as many patterns as the search may: for learning give
+    a small `max_candidates`.
 
     **Raises:** `TypeError` or `ValueError` for counts that are no ints ≥ 1, `max_candidates`
     below `num_candidates`, or a `tol` outside (0, 1). `recall` raises `ValueError` for it with a
@@ -100,27 +110,54 @@ class Certified(Search):
             raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
         if not _bounds(memory):
             return evaluate(Settings(), memory, query, beta, start)
-        return _evaluate(self, memory, query, beta, start)[0]
+        found = _evaluate(self, memory, query, beta, start)[0]
+        if not self.falls_back(memory):
+            return found
+        unproved = ~(found.neglected <= self.tol)
+        at_once = memory.geometry.batch_sizes(memory.patterns).queries
+        args = (memory, query, beta)
+        return compute_where(unproved, _compare_all, found, start, args, at_once=at_once)
 
-    def goes_on(self, first: Sums) -> Bool[Array, ""] | bool:
-        """Whether to look for more than the first candidates, which have these sums."""
-        return True
+    def falls_back(self, memory: Memory) -> bool:
+        """Whether to compare all at once where it is not soon proved that few will do: where
+        a comparison costs so little that the order of candidates would cost as much."""
+        return self.max_candidates is None and memory.geometry.bounds_pay and memory.layout is None
 
-    def sizes(self, num: int) -> tuple[int, int]:
-        """How many of N patterns to compare at a time, and in how many turns at most."""
+    def sizes(self, memory: Memory) -> tuple[int, int]:
+        """How many patterns to compare at a time, and in how many turns at most."""
+        num = memory.capacity
         size = min(num, self.num_candidates)
-        most = 32 * size if self.max_candidates is None else self.max_candidates
+        most = num if self.max_candidates is None else self.max_candidates
+        if self.falls_back(memory):
+            most = max(num // SHARE, size)
         return size, most // size if most < num else -(-num // size)
+
+
+def choose(search: Search | None, memory: Memory, separation: Separation) -> Search:
+    """That search, and for None the one that suits the memory."""
+    if search is not None:
+        return search
+    pays = (
+        memory.capacity >= MANY
+        and memory.layout is None
+        and type(separation) is LogSumExp
+        and memory.geometry.bounds_pay
+        and len(_bounds(memory)) > 1  # else a comparison costs no more than a product
+    )
+    if not pays:
+        return Exhaustive()
+    return Certified(tol=1e-12 if memory.dtype == jnp.float64 else 1e-8)
+
+
+def _compare_all(wanted: Start, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
+    memory, query, beta = args
+    wanted = wanted._replace(guess=start(memory, query).guess)
+    found = evaluate(Settings(), memory, query, beta, wanted)
+    return found._replace(guess=None)
 
 
 def _bounds(memory: Memory) -> tuple[Bound, ...]:
     return memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
-
-
-def has_sharper_bounds(memory: Memory) -> bool:
-    """Whether there are bounds beyond the cheapest, as there are where comparing costs more than a
-    product."""
-    return len(_bounds(memory)) > 1
 
 
 def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
@@ -129,7 +166,8 @@ def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
     if bounds := _bounds(memory):
         return bounds[0](view, patterns)
     guess = geometry.first_guess(memory.prepared)
-    return geometry.compare(view, patterns._replace(guess=guess)).divergence
+    exact: Array = compare(geometry, view, patterns._replace(guess=guess)).divergence
+    return exact
 
 
 class _Hunt(NamedTuple):
@@ -148,7 +186,7 @@ def _evaluate(
     search: Certified, memory: Memory, query: AnyMeasure, beta: Array, start: Start
 ) -> tuple[Evaluation, Int[Array, " C"]]:
     """The average over the candidates, with what the others can weigh, and the candidates."""
-    view = memory.geometry.view(query)
+    view = view_of(memory.geometry, query)
     hunt = _hunt(search, memory, view, beta, start)
     whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
     out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
@@ -160,7 +198,7 @@ def _evaluate(
 def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted: Start) -> _Hunt:
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = memory.capacity, memory.layout
-    size, turns = search.sizes(num)
+    size, turns = search.sizes(memory)
     start = _Hunt(
         floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
@@ -170,13 +208,13 @@ def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted:
         turns=jnp.array(0, jnp.int32),
     )
     args = (memory, view, beta)
-    first = _compare(search, start, args)
-    if layout is not None:
-        here = first.sums._replace(pull=None)
-        first = first._replace(others=LogSumExp().merge(here, beta, layout))
-    at_once = by_platform(1, 64)
-    again = (_left_out(first, beta) > _goal(search, layout)) & search.goes_on(first.sums)
-    return compute_where(again, partial(_go_on, search), first, first, args, at_once=at_once)
+    if layout is not None:  # what all devices know at first is learnt outside of the loop
+        start = _compare(search, start, args)
+        here = start.sums._replace(pull=None)
+        start = start._replace(others=LogSumExp().merge(here, beta, layout))
+    unfinished, turn = partial(_unfinished, search), partial(_turn, search)
+    hunt: _Hunt = advance_while(unfinished, turn, start, args, at_once=by_platform(HUNTED, 64))
+    return hunt
 
 
 @partial(_evaluate.defjvp, symbolic_zeros=True)
@@ -203,32 +241,35 @@ def _evaluate_jvp(
     return (found, picked), jvp(average, primals, tangents)[1]
 
 
-def _go_on(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
-    """Bound more closely what may matter, and compare what still may, to the end.
+def _unfinished(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> Array:
+    """Whether what was left out may matter, and there may be more candidates."""
+    memory, _, beta = args
+    _, most = search.sizes(memory)
+    unproved = (_left_out(hunt, beta) > _goal(search, memory.layout)) & (hunt.turns < most)
+    if search.falls_back(memory):
+        unproved &= (hunt.turns > 1) | (hunt.sums.mass <= FEW)
+    return (hunt.turns == 0) | unproved
+
+
+def _turn(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+    """Bound more closely what may matter, and compare what still may.
 
     Each bound waits for a turn with candidates of the bound before: the better these, the fewer
     patterns need it."""
     memory, _, beta = args
-    _, most = search.sizes(memory.capacity)
     goal = _goal(search, memory.layout)
+    for number in range(1, len(_bounds(memory))):
 
-    def turn(hunt: _Hunt) -> _Hunt:
-        for number in range(1, len(_bounds(memory))):
+        def blunt(hunt: _Hunt, number: int = number) -> Array:
+            matters = _left_out(hunt, beta, where=hunt.bounded < number) > goal / 2
+            # Bounds are for few patterns that matter, among many that do not.
+            return matters & (hunt.turns >= number) & (hunt.sums.mass <= FEW)
 
-            def blunt(hunt: _Hunt, number: int = number) -> Array:
-                matters = _left_out(hunt, beta, where=hunt.bounded < number) > goal / 2
-                return matters & (hunt.turns >= number)
+        def sharpen(hunt: _Hunt, number: int = number) -> _Hunt:
+            return _sharpen(number, hunt, args)
 
-            def sharpen(hunt: _Hunt, number: int = number) -> _Hunt:
-                return _sharpen(number, hunt, args)
-
-            hunt = while_loop(blunt, sharpen, hunt, args)
-        return _compare(search, hunt, args)
-
-    def unproved(hunt: _Hunt) -> Array:
-        return (_left_out(hunt, beta) > goal) & (hunt.turns < most)
-
-    return while_loop(unproved, turn, hunt, args)
+        hunt = while_loop(blunt, sharpen, hunt, args)
+    return _compare(search, hunt, args)
 
 
 def _goal(search: Certified, layout: Layout | None) -> float:
@@ -258,10 +299,10 @@ def _relative_mass(floor: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
 def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
     """One turn: the patterns of least bound are compared."""
     memory, view, beta = args
-    size, _ = search.sizes(memory.capacity)
+    size, _ = search.sizes(memory)
     index, on = _least(_open(hunt), size)
     block = _take(memory, index, on)
-    found = memory.geometry.compare(view, block.patterns)
+    found = compare(memory.geometry, view, block.patterns)
     exact = with_prior(found.divergence, block.log_prior, beta)
     return hunt._replace(
         floor=hunt.floor.at[index].set(jnp.where(on, exact, hunt.floor[index])),
@@ -314,7 +355,7 @@ class Explored(NamedTuple):
 
 def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
-    view = memory.geometry.view(query)
+    view = view_of(memory.geometry, query)
     hunt = _hunt(search, memory, view, beta, Start())
     sums = hunt.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta

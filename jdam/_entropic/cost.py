@@ -1,5 +1,6 @@
 """What it costs to move mass from one atom to another, and the derivatives of that."""
 
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,9 @@ from jaxtyping import Float
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import scan
+
+#: Up to how many dimensions distances are sums without a loop.
+UNROLLED = 8
 
 
 class Cost(ABC):
@@ -72,6 +76,8 @@ def _half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> F
         return total + (p[:, None] - q[None]) ** 2, None
 
     start = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
+    if x.shape[1] <= UNROLLED:
+        return functools.reduce(lambda *args: add(*args)[0], zip(x.T, y.T, strict=True), start) / 2
     return scan(add, start, (x.T, y.T))[0] / 2
 
 

@@ -103,6 +103,7 @@ class State(NamedTuple):
     error: Float[Array, ""]
     iterations: Int[Array, ""]
     newton: Float[Array, ""]  # the length of the last Newton step in units of ε; ∞ before the first
+    ratio: Float[Array, ""]  # by how much larger an ε the next round takes
     largest: Float[Array, ""]  # of the costs, in units of ε
 
 

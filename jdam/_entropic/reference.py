@@ -12,6 +12,7 @@ from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import Pair, Solver, State
 from jdam._entropic.response import Columns, columns_of
+from jdam._entropic.scaling import sharpened
 
 
 def solve_by_ott(solver: Solver, pair: Pair) -> State:
@@ -29,15 +30,17 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
         g, count = iterate(solver, pair, geometry)
     columns = columns_of(solver.cost, g, pair)
     held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
-    return State(
+    state = State(
         f=columns.response.potential,
         g=g,
         gradient=columns.response.gradient,
         error=_missed(columns),
         iterations=count,
         newton=jnp.zeros_like(pair.marginals.epsilon),
+        ratio=jnp.ones_like(pair.marginals.epsilon),
         largest=jnp.where(held, cost, 0).max() / pair.marginals.epsilon,
     )
+    return sharpened(state, cost / pair.marginals.epsilon, pair)
 
 
 def _missed(columns: Columns) -> Float[Array, ""]:

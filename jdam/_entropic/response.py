@@ -27,16 +27,16 @@ def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
     """The damped soft c-transform g = s f^{c,ε}, and the plan of f and g, all of whose mass at yₖ
     is bₖ e^(−g/ρ) whatever f is."""
     x, a, y, _, marginals = pair
-    epsilon, costs = marginals.epsilon, cost.matrix(y, x)
-    f = jnp.where(a > 0, f, 0)
-    logits = (f[None] - costs) / epsilon
+    epsilon = marginals.epsilon
+    costs = cost.scaled(y, x, epsilon)
+    logits = (jnp.where(a > 0, f, 0) / epsilon)[None] - costs
     level = soft_minimum(logits, a[None])  # f^{c,ε}/ε
     density = jnp.exp(jnp.minimum(level[:, None] + logits, LARGE))
     plan = density * a[None]
     return Response(
         potential=marginals.damping * epsilon * level,
         gradient=cost.gradient(plan, y, x),
-        spent=(plan * costs).sum(1),
+        spent=epsilon * (plan * costs).sum(1),
         density=density,
     )
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
+from jdam._core.batching import advance_while
 from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import (
@@ -19,11 +20,14 @@ from jdam._entropic.problem import (
     SelfCoupling,
     Solver,
     State,
+    pairs_at_once,
     soft_minimum,
 )
 
 #: Scaling iterations before the first Newton step, and after each.
 FIRST_BURST, LATER_BURST = 40, 10
+#: Conjugate gradients for a Newton step, at most.
+NEWTON = 100
 #: Scaling iterations for a bound.
 SOME = 4
 #: An error of the marginal beyond which ε is annealed, and the ratio of its ladder.
@@ -42,58 +46,72 @@ class _Plan(NamedTuple):
     v: Float[Array, " m"]
     sums: Float[Array, " n"]  # M v
     columns: Float[Array, " m"]  # (a u)ᵀ M, so that the plan's columns sum to columns·v
-    wanted: Float[Array, " m"]  # what they should: b e^(−g/ρ)
+    wanted: Float[Array, " m"]  # what they should be: b e^(−g/ρ)
 
 
-@partial(jax.jit, static_argnums=0)
-def first_burst(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
-    """Scaling iterations on the kernel of the guess of g: enough for most pairs."""
-    return _round(solver, pair, guess, FIRST_BURST, newton=False)
+def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
+    """Rounds on a fresh kernel each: scaling iterations, which are enough for most pairs, and then
+    Newton steps with a few of these after. Where the first round was far off, the next come down a
+    ladder of larger ε. Pairs of a vmapped batch take turns, a few at a time."""
+    zero = jnp.zeros_like(pair.marginals.epsilon)
+    start = State(
+        f=jnp.zeros_like(pair.a),
+        g=guess,
+        gradient=jnp.zeros_like(pair.x),
+        error=zero + jnp.inf,
+        iterations=jnp.array(0, jnp.int32),
+        newton=zero + jnp.inf,
+        ratio=zero + 1,
+        largest=zero,
+    )
+    pairs = pairs_at_once(pair.a.size * pair.b.size)
+    unfinished, turn = partial(_unfinished, solver), partial(_turn, solver)
+    state: State = advance_while(unfinished, turn, start, pair, at_once=pairs, flat=True)
+    return state._replace(error=jnp.where(state.ratio > 1, jnp.inf, state.error))
 
 
 def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Float[Array, " m"]:
     """A better g, by some scaling iterations on the kernel of the guess."""
-    return _round(solver, pair, guess, SOME, newton=False, roughly=True).g
+    cost = solver.cost.roughly(pair.x, pair.y, pair.marginals.epsilon)
+    kernel, g = _kernel(cost, pair, guess)
+    plan, _, _ = _scaled(solver, kernel, jnp.ones_like(g), SOME)
+    return g + pair.marginals.epsilon * jnp.log(plan.v)
 
 
-def unsolved(solver: Solver, state: State) -> Bool[Array, ""]:
+def _unfinished(solver: Solver, state: State, pair: Pair) -> Bool[Array, ""]:
     """Whether the marginal is wrong, or, where it is to be right to many digits, the potentials
     may be: of plans that are nearly permutations, marginals say little of potentials."""
-    wrong = state.error > solver.tol
-    return wrong | (state.newton > SETTLED) if solver.tol < TIGHT else wrong
+    wrong = (state.error > solver.tol) | (state.ratio > 1)
+    if solver.tol < TIGHT:
+        wrong |= state.newton > SETTLED
+    # Pairs that hold NaN may come along with others.
+    more = wrong & ~jnp.isnan(state.error) & (state.iterations < solver.max_iterations)
+    return more | (state.iterations == 0)
 
 
 @partial(jax.jit, static_argnums=0)
-def finish(solver: Solver, first: State, pair: Pair) -> State:
-    """Rounds of a Newton step and a few scaling iterations, each on a fresh kernel. Where the
-    first burst was far off, they come down a ladder of larger ε."""
-    marginals = pair.marginals
-    top = jnp.where(first.error < POOR, 1, jnp.maximum(_hardness(first, marginals), 1))
-
-    def pending(carry: tuple[Array, State]) -> Array:
-        ratio, state = carry
-        more = unsolved(solver, state) | (ratio > 1)
-        # Pairs that hold NaN may come along with others.
-        return more & ~jnp.isnan(state.error) & (state.iterations < solver.max_iterations)
-
-    def turn(carry: tuple[Array, State]) -> tuple[Array, State]:
-        ratio, last = carry
-        burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
-        epsilon = ratio * marginals.epsilon
-        warmer = pair._replace(marginals=marginals._replace(epsilon=epsilon))
-        state = _round(solver, warmer, last.g, burst, newton=True)
-        # Steps that no longer become shorter are all rounding.
-        solved = (ratio == 1) & (last.error <= solver.tol)
-        rounding = solved & (state.newton > last.newton / 2)
-        worse = solved & (state.error > solver.tol)
-        ratio = jnp.where(state.error < POOR, jnp.maximum(ratio / DESCENT, 1), ratio)
-        iterations = last.iterations + jnp.maximum(state.iterations, 1)
-        state = jax.tree.map(lambda new, old: jnp.where(worse, old, new), state, last)
-        newton = jnp.where(rounding | worse, 0, state.newton)
-        return ratio, state._replace(iterations=iterations, newton=newton)
-
-    ratio, state = while_loop(pending, turn, (top, first), pair)
-    return state._replace(error=jnp.where(ratio > 1, jnp.inf, state.error))
+def _turn(solver: Solver, last: State, pair: Pair) -> State:
+    first, marginals = last.iterations == 0, pair.marginals
+    burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
+    burst = jnp.where(first, FIRST_BURST, burst)
+    newton = jnp.where(first, 0, NEWTON)
+    warmer = pair._replace(marginals=marginals._replace(epsilon=last.ratio * marginals.epsilon))
+    state = _round(solver, warmer, last.g, burst, newton)
+    # Steps that no longer become shorter are all rounding.
+    solved = ~first & (last.ratio == 1) & (last.error <= solver.tol)
+    rounding = solved & (state.newton > last.newton / 2)
+    worse = solved & (state.error > solver.tol)
+    cooler = jnp.maximum(last.ratio / DESCENT, 1)
+    hottest = jnp.maximum(_hardness(state, marginals), 1)
+    ratio = jnp.where(state.error < POOR, cooler, jnp.where(first, hottest, last.ratio))
+    state = jax.tree.map(lambda new, old: jnp.where(worse, old, new), state, last)
+    result: State = state._replace(
+        iterations=last.iterations + jnp.maximum(state.iterations, 1),
+        newton=jnp.where(first, jnp.inf, jnp.where(rounding | worse, 0, state.newton)),
+        ratio=ratio,
+        largest=jnp.where(first, state.largest, last.largest),
+    )
+    return result
 
 
 class _Kernel(NamedTuple):
@@ -113,32 +131,29 @@ class _Kernel(NamedTuple):
         t = self.marginals.translation(f, self.a, self.g, self.b)
         return self._replace(top=self.top + t, g=self.g + t), t
 
-    def complete(self, v: Float[Array, " m"], wanted: Float[Array, " m"]) -> _Plan:
+    def plan(self, v: Float[Array, " m"]) -> _Plan:
         """The plan of g + log v."""
         sums = jnp.maximum(self.matrix @ v, _least(v))
         if self.marginals.rho is None:
-            u = 1 / sums
+            u, wanted = 1 / sums, self.b
         else:
             s = self.marginals.damping
             u = jnp.exp((1 - s) * self.top - s * jnp.log(sums))
+            wanted = self.b * self.marginals.share(self.g + jnp.log(v))
         return _Plan(u, v, sums, (self.a * u) @ self.matrix, wanted)
 
-    def rise(self, step: Float[Array, " m"]) -> _Plan:
-        """The plan of g + step."""
-        return self.complete(jnp.exp(step), self.b * self.marginals.share(self.g + step))
-
-    def rescale(self, plan: _Plan) -> _Plan:
-        """The plan of g = s f^{c,ε}, which is right in its columns for the f that is."""
+    def rescaled(self, plan: _Plan) -> Float[Array, " m"]:
+        """The v of g = s f^{c,ε}, which is right in its columns for the f that is."""
         on, least = self.b > 0, _least(plan.v)
         if self.marginals.rho is None:
             columns = jnp.maximum(plan.columns, least)
-            return self.complete(jnp.where(on, self.b / columns, 1), self.b)
+            return jnp.where(on, self.b / columns, 1)
         # Mass that finds no partner is given up: what the kernel left out must not look like it.
         left_out = plan.u.max() * math.exp(VISIBLE - LARGE)
         columns = jnp.maximum(plan.columns, jnp.maximum(left_out, least**2))
         s, ratio = self.marginals.damping, columns / jnp.where(on, self.b, 1)
         log_v = jnp.where(on, -s * jnp.log(ratio) - (1 - s) * self.g, 0)
-        return self.rise(jnp.clip(log_v, -LARGE, LARGE))
+        return jnp.exp(jnp.clip(log_v, -LARGE, LARGE))
 
     def missed(self, plan: _Plan) -> Float[Array, ""]:
         """The L1 error of the columns; of plans between relaxed marginals, for the constant that is
@@ -169,54 +184,99 @@ def _hardness(state: State, marginals: Marginals) -> Float[Array, ""]:
     return jnp.minimum(state.largest, marginals.rho / marginals.epsilon)
 
 
-def _round(
-    solver: Solver, pair: Pair, g: Array, burst: Any, *, newton: bool, roughly: bool = False
-) -> State:
-    """A kernel whose rows are right for g, improvements of g on it, and what follows from it."""
-    x, a, y, b, marginals = pair
-    epsilon, on = marginals.epsilon, b > 0
-    cost = (solver.cost.roughly if roughly else solver.cost.scaled)(x, y, epsilon)
-    g = g / epsilon
-    logits = (g + safe_log(b))[None] - cost
+def _round(solver: Solver, pair: Pair, g: Array, burst: Array, newton: Array) -> State:
+    """A kernel whose rows are right for g, a Newton step by at most `newton` conjugate gradients, a
+    burst of scaling iterations on it, and what follows."""
+    epsilon = pair.marginals.epsilon
+    cost = solver.cost.scaled(pair.x, pair.y, epsilon)
+    kernel, g = _kernel(cost, pair, g)
+    step, size, iterations = _newton_step(solver, kernel, newton)
+    plan, error, count = _scaled(solver, kernel, jnp.exp(step), burst)
+    rows = kernel.matrix * plan.v[None] / plan.sums[:, None]
+    held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
+    state = State(
+        f=epsilon * kernel.f(plan),
+        g=g + epsilon * jnp.log(plan.v),
+        gradient=solver.cost.gradient(rows, pair.x, pair.y),
+        error=error,
+        iterations=iterations + count,
+        newton=size,
+        ratio=jnp.ones_like(size),
+        largest=jnp.where(held, cost, 0).max(),
+    )
+    return sharpened(state, cost, pair)
+
+
+def sharpened(state: State, cost: Float[Array, "n m"], pair: Pair) -> State:
+    """The same with the best constant in its potentials, `cost` being in units of ε; and, where ε
+    is larger than all costs, or than ρ, so that logarithms of scalings have no digits, with
+    potentials that do."""
+    _, a, _, b, marginals = pair
+    epsilon, inside = marginals.epsilon, marginals.scaled(marginals.epsilon)
+    blurred = state.largest < 1
+    if marginals.rho is not None:
+        blurred |= 16 * marginals.rho < epsilon
+
+    def turn(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        count, f, _ = carry
+        if marginals.rho is None:
+            f = f - jnp.vdot(a, f)  # a constant, free to choose, may be large
+        f = jnp.where(a > 0, f, 0)
+        g = inside.damping * soft_minimum(f[None] - cost.T, a[None])
+        f = inside.damping * soft_minimum(g[None] - cost, b[None])
+        return (count + 1, *best(f, g))
+
+    def best(f: Array, g: Array) -> tuple[Array, Array]:
+        t = inside.translation(f, a, jnp.where(b > 0, g, 0), b)
+        return f - inside.damping * t, g + t
+
+    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+        # What one turn leaves of the rounding is a constant.
+        return blurred & (carry[0] < 2)
+
+    start = (jnp.array(0, jnp.int32), *best(state.f / epsilon, state.g / epsilon))
+    _, f, g = while_loop(unfinished, turn, start, cost, pair)
+    return state._replace(f=epsilon * f, g=epsilon * g)
+
+
+def _kernel(cost: Array, pair: Pair, g: Array) -> tuple[_Kernel, Array]:
+    """The kernel of g + t, t the best constant, and g + t."""
+    _, a, _, b, marginals = pair
+    epsilon = marginals.epsilon
+    scaled = g / epsilon
+    logits = (scaled + safe_log(b))[None] - cost
     top = logits.max(1)
     depth = logits - top[:, None]
     matrix = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow
-    kernel = _Kernel(matrix, top, a, b, jnp.where(on, g, 0), marginals.scaled(epsilon))
+    kernel = _Kernel(matrix, top, a, b, jnp.where(b > 0, scaled, 0), marginals.scaled(epsilon))
     kernel, t = kernel.translated()
-    plan, iterations = kernel.rise(jnp.zeros_like(b)), jnp.array(0, jnp.int32)
-    size = jnp.full_like(epsilon, jnp.inf)
-    if newton:
-        step, size, iterations = _newton_step(solver, kernel, plan)
-        plan = kernel.rise(step)
+    return kernel, g + epsilon * t
+
+
+def _scaled(
+    solver: Solver, kernel: _Kernel, v: Float[Array, " m"], most: Any
+) -> tuple[_Plan, Float[Array, ""], Int[Array, ""]]:
+    """The plan of g + log v after scaling iterations, its error, and how many there were."""
 
     def rescale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
-        plan = kernel.rescale(plan)
+        plan = kernel.plan(jnp.where(count < 0, v, kernel.rescaled(plan)))
         return count + 1, plan, kernel.missed(plan)
 
     def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
         count, _, error = carry
-        result: Array = (error > solver.tol) & (count < burst)
+        result: Array = (error > solver.tol) & (count < most)
         return result
 
-    start = (jnp.array(0, jnp.int32), plan, kernel.missed(plan))
+    # The first turn makes the plan.
+    nothing = _Plan(jnp.ones_like(kernel.a), v, jnp.ones_like(kernel.a), v, v)
+    start = (jnp.array(-1, jnp.int32), nothing, jnp.full_like(kernel.marginals.epsilon, jnp.inf))
     count, plan, error = while_loop(unfinished, rescale, start, kernel)
-    rows = kernel.matrix * plan.v[None] / plan.sums[:, None]
-    f, rise = kernel.f(plan), jnp.log(plan.v)
-    best = kernel.marginals.translation(f, a, kernel.g + jnp.where(on, rise, 0), b)
-    return State(
-        f=epsilon * (f - kernel.marginals.damping * best),
-        g=epsilon * (g + t + rise + best),
-        gradient=solver.cost.gradient(rows, x, y),
-        error=error,
-        iterations=iterations + count,
-        newton=size,
-        largest=jnp.where((a[:, None] > 0) & on[None], cost, 0).max(),
-    )
+    return plan, error, count
 
 
 def _newton_step(
-    solver: Solver, kernel: _Kernel, plan: _Plan
+    solver: Solver, kernel: _Kernel, most: Array
 ) -> tuple[Float[Array, " m"], Float[Array, ""], Array]:
     """A step δ of g along the Newton direction of the semi-dual objective J, in units of ε,
 
@@ -225,6 +285,7 @@ def _newton_step(
     c the plan's columns and w what they should be, as long as it surely ascends; the length of
     the direction; and the number of iterations that it took."""
     s, rho = kernel.marginals.damping, kernel.marginals.rho
+    plan = kernel.plan(jnp.ones_like(kernel.b))
     columns, weight = plan.columns, kernel.a * plan.u / plan.sums  # v = 1
     diagonal = columns if rho is None else columns + plan.wanted / rho
 
@@ -238,7 +299,7 @@ def _newton_step(
     if solver.tol < TIGHT:
         # Where little is left to mend it is left in the directions that residuals show least.
         precision = jnp.where(error > TIGHT, precision, 1e-9)
-    step, iterations = conjugate_gradients(hessian, gradient, diagonal, precision, 100)
+    step, iterations = conjugate_gradients(hessian, gradient, diagonal, precision, most)
     # J is self-concordant with respect to this size: a step of this length always ascends.
     if rho is None:
         step = step - step.max()  # a constant changes nothing, and may be large
@@ -252,7 +313,7 @@ def _newton_step(
 
 
 def conjugate_gradients(
-    matvec: Any, right: Array, diagonal: Array, precision: Any, most: int
+    matvec: Any, right: Array, diagonal: Array, precision: Any, most: Any
 ) -> tuple[Array, Array]:
     """The solution of a semidefinite system, preconditioned by its diagonal, to a relative L1
     residual `precision`, and the number of iterations. Where it breaks down it stops."""

@@ -24,9 +24,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from jdam._core.batching import compute_where, in_tiles
+from jdam._core.batching import in_tiles
 from jdam._core.derivatives import ITERATED, full_precision, jvp, moves, vdot
-from jdam._core.loops import repeat
 from jdam._entropic.cost import Cost
 from jdam._entropic.problem import (
     Cloud,
@@ -34,13 +33,11 @@ from jdam._entropic.problem import (
     Marginals,
     Pair,
     Solver,
-    State,
     pairs_at_once,
-    soft_minimum,
 )
 from jdam._entropic.reference import solve_by_ott
 from jdam._entropic.response import Response, columns_of, respond_in_tiles
-from jdam._entropic.scaling import conjugate_gradients, finish, first_burst, unsolved
+from jdam._entropic.scaling import conjugate_gradients, solve
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -49,17 +46,11 @@ def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
     at a time, each to its own convergence."""
     x, a, y, b, marginals = pair
     pair = Pair(*Cloud(x, a).normalised(), *Cloud(y, b).normalised(), marginals)
-    pairs = pairs_at_once(a.size * b.size)
-    where = partial(compute_where, at_once=pairs, flat=True)
     if solver.method == "ott":
+        pairs = pairs_at_once(a.size * b.size)
         state = in_tiles(partial(solve_by_ott, solver), pairs, pair, flat=True)
     else:
-        state = in_tiles(partial(first_burst, solver), pairs, pair, guess, flat=True)
-        state = where(unsolved(solver, state), partial(finish, solver), state, state, pair)
-    blurred = state.largest < 1
-    if marginals.rho is not None:
-        blurred |= 16 * marginals.rho < marginals.epsilon
-    state = where(blurred, partial(_sharpened, solver.cost), state, state, pair)
+        state = solve(solver, pair, guess)
     f, g = state.f, jnp.where(b > 0, state.g, 0)
     cost = jnp.vdot(marginals.variation(f), pair.a) + jnp.vdot(marginals.dual(g), pair.b)
     return Coupling(cost, f, state.g, state.gradient, state.error)
@@ -140,26 +131,3 @@ def change_by_marginals(
     lost = second / marginals.rho  # 1 − ΣP
     relaxed = (first + second - priced) / marginals.rho
     return vdot(entropy + lost, dmarginals.epsilon) + vdot(relaxed, dmarginals.rho)
-
-
-def _sharpened(cost: Cost, state: State, pair: Pair) -> State:
-    """The same with potentials that keep their digits where ε is larger than all costs, or than ρ,
-    so that logarithms of scalings have none."""
-    x, a, y, b, marginals = pair
-    epsilon, costs = marginals.epsilon, cost.scaled(x, y, marginals.epsilon)
-    marginals = marginals.scaled(epsilon)
-    g = jnp.where(b > 0, state.g, 0)
-    if marginals.rho is None:
-        g = g - jnp.vdot(b, g)  # a constant, free to choose, may be large
-    g = g / epsilon
-
-    def answer(g: Array) -> Array:
-        return marginals.damping * soft_minimum(g[None] - costs, b[None])
-
-    def turn(g: Array) -> Array:
-        f = answer(g)
-        g = marginals.damping * soft_minimum(f[None] - costs.T, a[None])
-        return g + marginals.translation(answer(g), a, g, b)
-
-    g = repeat(2, turn, g, costs)  # what one turn leaves of the rounding is a constant
-    return state._replace(f=epsilon * answer(g), g=epsilon * g)

@@ -13,7 +13,7 @@ from jdam._core import checks
 from jdam._core.batching import in_tiles, map_in_chunks
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import where_it_is
-from jdam._energy.adaptive import choose
+from jdam._energy.certified import choose
 from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, queries_at_once
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation

@@ -1,4 +1,5 @@
-"""The search of those who choose none: right at every β, and quick where few patterns matter."""
+"""The search of those who choose none, and `Certified` without an end: right at every β, and quick
+where few patterns matter."""
 
 from functools import partial
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import jdam
-from jdam._energy import adaptive
+from jdam._energy.certified import choose
 from tests.cases import alike
 from tests.helpers import diagonals, gaussians, mixtures, near
 
@@ -64,12 +65,12 @@ def test_derivatives_are_those_of_exhaustive(rng):
 def test_what_is_chosen(rng):
     def chosen(memory, search=None, separation=None):
         separation = separation or jdam.LogSumExp()
-        return type(adaptive.choose(search, memory, separation)).__name__
+        return type(choose(search, memory, separation)).__name__
 
     many = jdam.store(gaussians(rng, 600, 2))
-    assert chosen(many) == "Adaptive"
+    assert chosen(many) == "Certified"
     assert chosen(many, jdam.Exhaustive()) == "Exhaustive"
     assert chosen(many, separation=jdam.Epanechnikov()) == "Exhaustive"
     assert chosen(jdam.store(gaussians(rng, 20, 2))) == "Exhaustive"
     assert chosen(jdam.store(diagonals(rng, 600, 2))) == "Exhaustive"
-    assert chosen(jdam.store(gaussians(rng, 20, 2), capacity=600)) == "Adaptive"
+    assert chosen(jdam.store(gaussians(rng, 20, 2), capacity=600)) == "Certified"
