@@ -7,8 +7,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import equinox as eqx
 import jax
+import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import jdam
 import jdam.nn
@@ -108,3 +112,53 @@ def test_every_public_name_is_used_beside_its_documentation(page):
         if isinstance(node, ast.Attribute)
     }
     assert documented <= used
+
+
+def test_every_status_is_explained_as_it_explains_itself():
+    text = (FOLDER / "guides" / "results.md").read_text()
+    for status in jdam.Status:
+        assert f"| `{status.name}` | {status.message} |" in text
+
+
+def test_models_learn():
+    """The recipes for Equinox and Flax, with an optimizer around."""
+    code = [b for b in blocks(FOLDER / "guides" / "learning.md") if "x.Module" in b]
+    assert len(code) == 2
+    rng = np.random.default_rng(0)
+    mean = rng.normal(size=(12, 2))
+    queries = jdam.Gaussian(mean, np.tile(0.3 * np.eye(2), (12, 1, 1)))
+    labels = jax.numpy.arange(12) % 3
+    scope = {"jax": jax, "jdam": jdam, "eqx": eqx, "queries": queries}
+    scope["memory"] = jdam.store(queries[:6])
+    optimizer = optax.adam(0.05)
+
+    def error(logits):
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for block in code:
+            run(block, scope)
+        model, layer = scope["model"], scope["layer"]
+        for name in ("logits", "outputs"):
+            assert jax.numpy.isfinite(scope[name]).all()
+        state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
+        other = nnx.Optimizer(layer, optimizer, wrt=nnx.Param)
+
+        @eqx.filter_jit
+        def update(model, state):
+            value, slope = eqx.filter_value_and_grad(lambda m: error(jax.vmap(m)(queries)))(model)
+            change, state = optimizer.update(slope, state)
+            return eqx.apply_updates(model, change), state, value
+
+        @nnx.jit
+        def update_layer(layer, other):
+            value, slope = nnx.value_and_grad(lambda m: error(jax.vmap(m)(queries)))(layer)
+            other.update(layer, slope)
+            return value
+
+        losses = []
+        for _ in range(40):
+            model, state, first = update(model, state)
+            losses.append((float(first), float(update_layer(layer, other))))
+    assert losses[-1][0] < 0.5 * losses[0][0]
+    assert losses[-1][1] < 0.5 * losses[0][1]
