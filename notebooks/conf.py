@@ -11,6 +11,9 @@ import re
 import textwrap
 from typing import Any
 
+import equinox as eqx
+from docutils import nodes
+
 import jdam
 import jdam.nn
 import jdam.plot
@@ -64,7 +67,7 @@ PUBLIC = {
 def restructured(lines: list[str]) -> list[str]:
     """A docstring as reStructuredText: paragraph by paragraph."""
     paragraphs = re.split(r"\n(?:[ ]*\n)+", "\n".join(lines).strip("\n"))
-    return "\n\n".join(map(paragraph, paragraphs)).splitlines() + [""]
+    return [*"\n\n".join(map(paragraph, paragraphs)).splitlines(), ""]
 
 
 def paragraph(text: str) -> str:
@@ -143,13 +146,13 @@ def process_docstring(app: Any, what: str, name: str, obj: Any, options: Any, li
 
 
 class Linked(ast.NodeTransformer):
-    """Public names in annotations by their full names, and shapes without what only linters need."""
+    """Public names in annotations by their full names, shapes without outer spaces."""
 
-    def visit_Name(self, node: ast.Name) -> ast.AST:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> ast.AST:
         known = PUBLIC.get(node.id)
         return ast.parse(known, mode="eval").body if known else node
 
-    def visit_Constant(self, node: ast.Constant) -> ast.AST:  # noqa: N802
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
         if isinstance(node.value, str):
             inner = node.value.strip()
             return ast.Name(inner) if inner in PUBLIC else ast.Constant(inner)
@@ -169,8 +172,8 @@ def arguments_of(obj: Any, skip_first: bool) -> tuple[str, str | None]:
     """The arguments and the result of a function as its source has them."""
     node = definition(obj)
     given = node.args
-    if skip_first:
-        given.args = given.args[1:] if given.args and given.args[0].arg in ("self", "cls") else given.args
+    if skip_first and given.args and given.args[0].arg in ("self", "cls"):
+        given.args = given.args[1:]
     for argument in [*given.posonlyargs, *given.args, *given.kwonlyargs]:
         argument.annotation = annotation(argument.annotation)
     result = annotation(node.returns)
@@ -179,12 +182,10 @@ def arguments_of(obj: Any, skip_first: bool) -> tuple[str, str | None]:
 
 def fields_of(kind: type) -> str:
     """The arguments of a dataclass or named tuple without a constructor of its own."""
-    found = [
-        ast.unparse(Linked().visit(node))
-        for node in definition(kind).body
-        if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)
-    ]
-    return f"({', '.join(found)})"
+    found = [node for node in definition(kind).body if isinstance(node, ast.AnnAssign)]
+    for node in found:
+        node.annotation = Linked().visit(node.annotation)
+    return f"({', '.join(map(ast.unparse, found))})"
 
 
 def process_signature(
@@ -199,15 +200,21 @@ def process_signature(
                 return arguments_of(vars(obj)["__init__"], skip_first=True)[0], None
             except (OSError, TypeError):
                 pass
-        own = vars(obj).get("__annotations__", {})
-        return (fields_of(obj) if own and not abstract(obj) else "", None)
+        # Modules and certificates are made by functions, the others by users.
+        made = issubclass(obj, eqx.Module) or obj.__module__.startswith("jdam.theory")
+        own = getattr(obj, "__annotations__", None) and not inspect.isabstract(obj)
+        return (fields_of(obj) if own and not made else "", None)
     return None
 
 
-def abstract(kind: type) -> bool:
-    return inspect.isabstract(kind) or kind in (jdam.Geometry, jdam.Measure, jdam.Status)
+def shorten(app: Any, doctree: nodes.document) -> None:
+    """The types of properties, which Sphinx writes itself, as they are written in the source."""
+    for text in list(doctree.findall(nodes.Text)):
+        if "jaxlib._jax." in text:
+            text.parent.replace(text, nodes.Text(text.replace("jaxlib._jax.", "")))
 
 
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)
+    app.connect("doctree-read", shorten)

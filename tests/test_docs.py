@@ -66,7 +66,9 @@ def run(code: str, scope: dict) -> None:
         if said is not None:
             pattern = ".*".join(re.escape(part) for part in said.split("…"))
             got = printed.getvalue().strip()
-            assert re.fullmatch(pattern, got, re.DOTALL), f"{ast.unparse(node)}: {got!r} for {said!r}"
+            assert re.fullmatch(pattern, got, re.DOTALL), (
+                f"{ast.unparse(node)}: {got!r} for {said!r}"
+            )
 
 
 def run_page(page: Path) -> dict:
