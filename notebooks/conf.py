@@ -13,6 +13,7 @@ from typing import Any
 
 import equinox as eqx
 from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 
 import jdam
 import jdam.nn
@@ -25,7 +26,8 @@ author = "The jdam developers"
 copyright = "The jdam developers"
 release = version = jdam.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx_copybutton"]
+html_math_renderer = "mathml"
 exclude_patterns = ["**.ipynb_checkpoints"]
 
 nb_execution_mode = "off"
@@ -214,7 +216,28 @@ def shorten(app: Any, doctree: nodes.document) -> None:
             text.parent.replace(text, nodes.Text(text.replace("jaxlib._jax.", "")))
 
 
+# ------------------------------------------------------------------ formulas
+
+
+def mathml(node: nodes.Element, *, as_block: bool) -> str:
+    """TeX as MathML, which browsers show by themselves, also without a network."""
+    tex = re.sub(r"(\\[dt]?frac)(\w)(\w)", r"\1{\2}{\3}", node.astext())
+    tex = tex.replace(r"\dots", r"\ldots")
+    return str(tex2mathml(tex, as_block=as_block))
+
+
+def visit_inline(self: Any, node: nodes.Element) -> None:
+    self.body.append(mathml(node, as_block=False))
+    raise nodes.SkipNode
+
+
+def visit_block(self: Any, node: nodes.Element) -> None:
+    self.body.append(f'<div class="math">{mathml(node, as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     app.connect("autodoc-process-docstring", process_docstring)
     app.connect("autodoc-process-signature", process_signature)
     app.connect("doctree-read", shorten)
