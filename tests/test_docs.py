@@ -116,12 +116,6 @@ def test_every_public_name_is_used_beside_its_documentation(page):
     assert documented <= used
 
 
-def test_every_status_is_explained_as_it_explains_itself():
-    text = (FOLDER / "guides" / "results.md").read_text()
-    for status in jdam.Status:
-        assert f"| `{status.name}` | {status.message} |" in text
-
-
 def test_models_learn():
     """The recipes for Equinox and Flax, with an optimizer around."""
     code = [b for b in blocks(FOLDER / "guides" / "learning.md") if "x.Module" in b]
