@@ -22,19 +22,27 @@ AnyView: TypeAlias = Any
 class Patterns(NamedTuple):
     """Some patterns of a memory, (B,) of them; all leaves lead with (B,)."""
 
+    #: The measures themselves.
     measures: AnyMeasure
-    prepared: Any = None  # what `Geometry.prepare` made of them
-    guess: Any = None  # `Comparison.guess` of an earlier comparison with a query close by
+    #: What `Geometry.prepare` made of them.
+    prepared: Any = None
+    #: `Comparison.guess` of an earlier comparison with a query close by.
+    guess: Any = None
 
 
 class Comparison(NamedTuple):
     """What comparing a query with B patterns tells; all leaves lead with (B,)."""
 
-    divergence: Float[Array, " B"]  # D(ξ, Xᵢ)
-    pull: AnyMeasure  # what each asks the query to become
-    guess: Any = None  # a start for comparing the same patterns with a query close by
-    missed: Bool[Array, " B"] | None = None  # did an inner solver miss its tolerance?
-    inliers: Float[Array, "B n"] | None = None  # which share of each atom belongs to the pattern
+    #: D(ξ, Xᵢ).
+    divergence: Float[Array, " B"]
+    #: What each asks the query to become.
+    pull: AnyMeasure
+    #: A start for comparing the same patterns with a query close by.
+    guess: Any = None
+    #: Whether an inner solver missed its tolerance.
+    missed: Bool[Array, " B"] | None = None
+    #: Which share of each atom belongs to the pattern.
+    inliers: Float[Array, "B n"] | None = None
 
 
 class BatchSizes(NamedTuple):
