@@ -111,6 +111,13 @@ def cholesky(matrix: Array) -> Array:
     return result
 
 
+@_unsplit(4e4)
+def inverse(matrix: Array) -> Array:
+    """M⁻¹, by LU factors."""
+    result: Array = jnp.linalg.inv(matrix)
+    return result
+
+
 @_unsplit(2e5)
 def solve_lower(lower: Array, right: Array) -> Array:
     """L⁻¹B."""

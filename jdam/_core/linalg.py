@@ -11,6 +11,7 @@ from jaxtyping import Float
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_polar
 from jdam._core.lapack import eigh, full_svd, svd
+from jdam._core.newton import newton_polar
 
 #: How many numbers may be summed one after the other.
 LONG = 256
@@ -44,8 +45,21 @@ def _small_polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tup
 @jax.custom_jvp
 def _polar(matrix: Array) -> tuple[Array, Array, Array]:
     """R, and U and s of K = U diag(s) Vᵀ, which count as constant."""
+    found: tuple[Array, Array, Array] = jax.lax.platform_dependent(
+        matrix, cpu=_polar_by_svd, default=_polar_by_newton
+    )
+    return found
+
+
+def _polar_by_svd(matrix: Array) -> tuple[Array, Array, Array]:
     left, values, right = svd(matrix)
     return left @ right, left, values
+
+
+def _polar_by_newton(matrix: Array) -> tuple[Array, Array, Array]:
+    factor = newton_polar(matrix)
+    values, left = eigh(_symmetric(matrix @ factor.mT))  # compiled for derivatives only
+    return factor, left, jnp.maximum(values, 0)
 
 
 @_polar.defjvp
