@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
 
-from jdam._core.derivatives import full_precision, jvp
+from jdam._core.derivatives import ACCEPTED, full_precision, jvp
 from jdam._core.loops import while_loop
 from jdam._core.mesh import where_it_is
 
@@ -173,7 +173,10 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
 def _selected(settings: _Settings, wanted: Array, default: T, operand: Any, args: Any) -> T:
     # A loop of unknown length has no reverse mode; what it computes has.
     function = settings.function
-    computed = (function if settings.at_once is None else jax.checkpoint(function))(operand, args)
+    if settings.at_once is not None:
+        policy = jax.checkpoint_policies.save_only_these_names(ACCEPTED)
+        function = jax.checkpoint(function, policy=policy)
+    computed = function(operand, args)
     selected: T = jax.tree.map(lambda x, y: jnp.where(wanted, x, y), computed, default)
     return selected
 

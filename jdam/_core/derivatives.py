@@ -11,6 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 
 #: The name of what is kept rather than found again in the reverse of a scan over blocks.
 ITERATED = "iterated"
+#: The name of what is kept of the steps that were tried, in the reverse of those taken.
+ACCEPTED = "accepted"
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:

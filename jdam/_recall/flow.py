@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
 from jdam._core.batching import compute_where
-from jdam._core.derivatives import full_precision, jvp
+from jdam._core.derivatives import ACCEPTED, full_precision, jvp
 from jdam._core.loops import scan, while_loop
 from jdam._energy.evaluation import Evaluation, Nearest, Start
 from jdam._energy.search import Search
@@ -264,7 +265,13 @@ def _residual(evaluation: Evaluation, problem: Problem) -> Float[Array, ""]:
 
 
 def _attempt(
-    flow: Flow, state: State, problem: Problem, proposal: Proposal | None, bold: Any = False
+    flow: Flow,
+    state: State,
+    problem: Problem,
+    proposal: Proposal | None,
+    bold: Any = False,
+    *,
+    guess: Any = None,
 ) -> Attempt:
     """What was proposed, if `bold`, or else a step with the caution that the state asks for; and an
     evaluation."""
@@ -272,7 +279,8 @@ def _attempt(
     if proposal is not None:
         moved = jax.tree.map(partial(jnp.where, bold), proposal.measure, moved)
     measure = jax.tree.map(partial(jnp.where, state.evaluated), moved, state.measure)
-    found = flow.evaluate(measure, problem, state.start_from())
+    start = state.start_from()
+    found = flow.evaluate(measure, problem, start if guess is None else start._replace(guess=guess))
     return Attempt(measure, found, state.backtracks, jnp.asarray(bold))
 
 
@@ -311,12 +319,15 @@ def _first_accepted(
 @partial(_first_accepted.defjvp, symbolic_zeros=True)
 @full_precision
 def _first_accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    # Which attempt is accepted is piecewise constant.
+    # Which attempt is accepted is piecewise constant, and what it took to compare is kept.
     found = _first_accepted(flow, *primals)
+    kept = found.backtracks, found.bold, found.evaluation.guess
+    backtracks, bold, guess = checkpoint_name(kept, ACCEPTED)
 
     def accepted(state: State, problem: Problem, proposal: Proposal | None) -> Attempt:
-        cautious = state._replace(backtracks=found.backtracks)
-        return _attempt(flow, cautious, problem, proposal, found.bold)
+        cautious = state._replace(backtracks=backtracks)
+        settled = None if guess is None else problem.memory.geometry.settled(guess)
+        return _attempt(flow, cautious, problem, proposal, bold, guess=settled)
 
     return jvp(accepted, primals, tangents)
 

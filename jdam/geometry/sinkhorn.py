@@ -1,6 +1,7 @@
 """Weighted point clouds under the debiased Sinkhorn divergence, balanced or unbalanced, moved by
 spherical Hellinger–Kantorovich (SHK) gradient flow."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -34,6 +35,7 @@ from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
     Pull,
+    Solved,
     Tangent,
     View,
     about,
@@ -194,6 +196,9 @@ class Sinkhorn(Geometry):
     def first_guess(self, prepared: Any) -> Any:
         return prepared.known.potential
 
+    def settled(self, guess: Any) -> Any:
+        return Solved(guess)
+
     def view(self, query: AnyMeasure) -> AnyView:
         centre = jax.lax.stop_gradient(query.mean)
         centred = about(centre, query, self.epsilon)
@@ -210,11 +215,15 @@ class Sinkhorn(Geometry):
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
         shift, means, placed = place(self._marginals, view, centres, centred, weights)
 
+        guess, solver = patterns.guess, self._solver
+        if isinstance(guess, Solved):
+            guess, solver = guess.g, replace(solver, method="known")
+
         def one(points: Array, weights: Array, guess: Array) -> Coupling:
             pair = Pair(view.centred, query.weights, points, weights, self._marginals)
-            return couple(self._solver, pair, guess)
+            return couple(solver, pair, guess)
 
-        found = jax.vmap(one)(placed, weights, patterns.guess)
+        found = jax.vmap(one)(placed, weights, guess)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
         missed |= rounding_of(view, placed, weights, self._marginals) > jnp.abs(divergence) / 32
