@@ -1,6 +1,5 @@
 """What it costs to move mass from one atom to another, and the derivatives of that."""
 
-import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
@@ -13,10 +12,6 @@ from jaxtyping import Float
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import scan
-
-#: Up to how many dimensions distances are sums without a loop.
-UNROLLED = 8
-
 
 class Cost(ABC):
     """A ground cost c(x, y) ≥ 0: a frozen dataclass with one method, `matrix`. The others have
@@ -69,15 +64,14 @@ class HalfSquaredDistance(Cost):
 @jax.custom_jvp
 def _half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
     """½|xⱼ − yₖ|² from differences, one dimension after the other: digits that the expanded
-    square loses, and no array (n, m, d)."""
+    square loses, and no array (n, m, d). In a loop, since XLA computes sums that it can look into
+    again wherever they are used, with other rounding: of large costs that is a large difference."""
 
     def add(total: Array, coordinates: tuple[Array, Array]) -> tuple[Array, None]:
         p, q = coordinates
         return total + (p[:, None] - q[None]) ** 2, None
 
     start = jnp.zeros((x.shape[0], y.shape[0]), x.dtype)
-    if x.shape[1] <= UNROLLED:
-        return functools.reduce(lambda *args: add(*args)[0], zip(x.T, y.T, strict=True), start) / 2
     return scan(add, start, (x.T, y.T))[0] / 2
 
 

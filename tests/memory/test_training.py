@@ -87,7 +87,7 @@ def test_only_what_is_stale_is_refused(rng):
     moved = eqx.tree_at(lambda m: m.patterns.mean, memory, memory.patterns.mean + 0.1)
     again = jdam.store(moved.patterns)
     assert jdam.energy(moved, memory[0], 2.0) == jdam.energy(again, memory[0], 2.0)
-    search = jdam.Certified(2)
+    search = jdam.Certified(2, max_candidates=8)
     refused = jdam.recall(moved, memory[0], 20.0, search=search)
     assert int(refused.status) == jdam.Status.NONFINITE
     assert int(jdam.recall(again, memory[0], 20.0, search=search).status) == jdam.Status.CONVERGED
