@@ -13,6 +13,7 @@ from jaxtyping import Float
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import scan
 
+
 class Cost(ABC):
     """A ground cost c(x, y) ≥ 0: a frozen dataclass with one method, `matrix`. The others have
     defaults, which a cost may replace by what is faster or loses fewer digits."""
