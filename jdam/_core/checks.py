@@ -116,7 +116,12 @@ def index(i: Any, size: int, what: str) -> None:
         raise IndexError(f"index {i} is out of range for {what} of {size}")
 
 
-def positive_int(name: str, value: Any, *, least: int = 1) -> int:
+def positive_int(name: str, value: Any) -> int:
+    """`value` as an int ≥ 1."""
+    return int_at_least(1, name, value)
+
+
+def int_at_least(least: int, name: str, value: Any) -> int:
     """`value` as an int ≥ `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an int; got {value!r}")

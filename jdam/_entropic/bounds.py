@@ -24,7 +24,7 @@ def dual_after_half_iteration(
     f = -s * epsilon * (top + jnp.log(jnp.exp(logits - top[None]).sum(0)))
     t = marginals.translation(f, a, g, b)
     f, g = f - s * t, g + t
-    value = jnp.vdot(marginals.variation(f), a) + jnp.vdot(marginals.dual(g), b)
+    value = pair.dual_value(f, g)
     origin = jnp.zeros_like(x[:1])
     largest = 2 * (solver.cost.matrix(x, origin).max() + solver.cost.matrix(y, origin).max())
     mass = jnp.maximum(jnp.vdot(marginals.share(g), b), 1)

@@ -78,6 +78,11 @@ class Pair(NamedTuple):
     b: Float[Array, " m"]
     marginals: Marginals
 
+    def dual_value(self, f: Float[Array, " n"], g: Float[Array, " m"]) -> Float[Array, ""]:
+        """The dual objective at a potential g and the response f to it."""
+        marginals, g = self.marginals, jnp.where(self.b > 0, g, 0)
+        return jnp.vdot(marginals.variation(f), self.a) + jnp.vdot(marginals.dual(g), self.b)
+
     def turned(self) -> "Pair":
         """The same the other way round."""
         return Pair(self.y, self.b, self.x, self.a, self.marginals)

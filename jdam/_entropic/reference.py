@@ -6,12 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
 from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import Pair, Solver, State
-from jdam._entropic.response import Columns, columns_of
+from jdam._entropic.response import columns_of
 from jdam._entropic.scaling import sharpened
 
 
@@ -34,17 +33,13 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
         f=columns.response.potential,
         g=g,
         gradient=columns.response.gradient,
-        error=_missed(columns),
+        error=columns.missed,
         iterations=count,
         newton=jnp.zeros_like(pair.marginals.epsilon),
         ratio=jnp.ones_like(pair.marginals.epsilon),
         largest=jnp.where(held, cost, 0).max() / pair.marginals.epsilon,
     )
     return sharpened(state, cost / pair.marginals.epsilon, pair)
-
-
-def _missed(columns: Columns) -> Float[Array, ""]:
-    return jnp.abs(columns.found - columns.wanted).sum()
 
 
 def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
@@ -70,7 +65,7 @@ def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
         f = answer(jnp.zeros_like(a), g, b, 1)
         g = answer(f, jnp.zeros_like(b), a, 0)
         g = g + marginals.translation(answer(jnp.zeros_like(a), g, b, 1), a, g, b)
-        return count + 1, g, _missed(columns_of(solver.cost, g, pair))
+        return count + 1, g, columns_of(solver.cost, g, pair).missed
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         count, _, missed = carry

@@ -48,6 +48,11 @@ class Columns(NamedTuple):
     found: Float[Array, " m"]  # what its columns sum to
     wanted: Float[Array, " m"]  # what they should: b e^(−g/ρ)
 
+    @property
+    def missed(self) -> Float[Array, ""]:
+        """The L1 error of the columns."""
+        return jnp.abs(self.found - self.wanted).sum()
+
 
 def columns_of(cost: Cost, g: Float[Array, " m"], pair: Pair) -> Columns:
     """The columns of the plan of g: as wanted if g is the solution."""

@@ -55,21 +55,14 @@ def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
     else:
         state = solve(solver, pair, guess)
     return Coupling(
-        _dual_value(pair, state.f, state.g), state.f, state.g, state.gradient, state.error
+        pair.dual_value(state.f, state.g), state.f, state.g, state.gradient, state.error
     )
 
 
 def _known(cost: Cost, pair: Pair, g: Float[Array, " m"]) -> Coupling:
-    response, found, wanted = columns_of(cost, g, pair)
-    f = response.potential
-    error = jnp.abs(found - wanted).sum()
-    return Coupling(_dual_value(pair, f, g), f, g, response.gradient, error)
-
-
-def _dual_value(pair: Pair, f: Float[Array, " n"], g: Float[Array, " m"]) -> Float[Array, ""]:
-    """Of g and the response f to it."""
-    marginals, g = pair.marginals, jnp.where(pair.b > 0, g, 0)
-    return jnp.vdot(marginals.variation(f), pair.a) + jnp.vdot(marginals.dual(g), pair.b)
+    columns = columns_of(cost, g, pair)
+    f, gradient = columns.response.potential, columns.response.gradient
+    return Coupling(pair.dual_value(f, g), f, g, gradient, columns.missed)
 
 
 @partial(couple.defjvp, symbolic_zeros=True)

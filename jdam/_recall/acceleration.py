@@ -152,9 +152,11 @@ def _newton_step(newton: Newton, flow: "Flow", state: "State", problem: "Problem
     chart = problem.memory.geometry.chart(state.measure)
     assert chart is not None  # or Anderson's steps would have been chosen
     radius = jnp.where(state.kept > 0, state.kept, state.residual)
+    radius = jnp.where(state.evaluated, radius, 0)  # a first proposal is not looked at
+    start = state.settled(problem, state.evaluation.guess).start_from()
 
     def slope(tangent: Any) -> Any:
-        found = flow.evaluate(chart.displaced(tangent), problem, state.start_from())
+        found = flow.evaluate(chart.displaced(tangent), problem, start)
         return chart.slope(found.view, found.pull)
 
     still = jax.tree.map(jnp.zeros_like, chart.masses)

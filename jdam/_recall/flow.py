@@ -46,6 +46,11 @@ class State(NamedTuple):
     unsolved: Float[Array, ""]  # likewise
     kept: Any = None  # by the acceleration
 
+    def settled(self, problem: Problem, guess: Any) -> "State":
+        """The state, with a guess from which to compare where that has been done."""
+        settled = problem.memory.geometry.settled(guess)
+        return self._replace(evaluation=self.evaluation._replace(guess=settled))
+
     def start_from(self) -> Start:
         """The start of an evaluation close by."""
         kept = self.evaluation.pull, self.evaluation.nearest.inliers
@@ -265,13 +270,7 @@ def _residual(evaluation: Evaluation, problem: Problem) -> Float[Array, ""]:
 
 
 def _attempt(
-    flow: Flow,
-    state: State,
-    problem: Problem,
-    proposal: Proposal | None,
-    bold: Any = False,
-    *,
-    guess: Any = None,
+    flow: Flow, state: State, problem: Problem, proposal: Proposal | None, bold: Any = False
 ) -> Attempt:
     """What was proposed, if `bold`, or else a step with the caution that the state asks for; and an
     evaluation."""
@@ -279,8 +278,7 @@ def _attempt(
     if proposal is not None:
         moved = jax.tree.map(partial(jnp.where, bold), proposal.measure, moved)
     measure = jax.tree.map(partial(jnp.where, state.evaluated), moved, state.measure)
-    start = state.start_from()
-    found = flow.evaluate(measure, problem, start if guess is None else start._replace(guess=guess))
+    found = flow.evaluate(measure, problem, state.start_from())
     return Attempt(measure, found, state.backtracks, jnp.asarray(bold))
 
 
@@ -325,9 +323,8 @@ def _first_accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[An
     backtracks, bold, guess = checkpoint_name(kept, ACCEPTED)
 
     def accepted(state: State, problem: Problem, proposal: Proposal | None) -> Attempt:
-        cautious = state._replace(backtracks=backtracks)
-        settled = None if guess is None else problem.memory.geometry.settled(guess)
-        return _attempt(flow, cautious, problem, proposal, bold, guess=settled)
+        cautious = state._replace(backtracks=backtracks).settled(problem, guess)
+        return _attempt(flow, cautious, problem, proposal, bold)
 
     return jvp(accepted, primals, tangents)
 

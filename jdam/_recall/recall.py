@@ -141,9 +141,9 @@ def recall(
 
 def _accelerated(memory: Memory, depth: Any) -> Acceleration | None:
     """Newton steps where the geometry has coordinates for them, Anderson's where not."""
-    if isinstance(depth, int) and not isinstance(depth, bool) and depth == 0:
+    depth = checks.int_at_least(0, "acceleration", depth)
+    if depth == 0:
         return None
-    depth = checks.positive_int("acceleration", depth, least=0)
     has_chart = type(memory.geometry).chart is not Geometry.chart
     return Newton(depth) if has_chart else Anderson(depth)
 

@@ -58,7 +58,7 @@ def minimise(model: Quadratic, radius: Float[Array, ""], most: int) -> Minimum:
         along=zero,
         speed=squares,
         products=jnp.array(0, jnp.int32),
-        ended=~(squares > 0),
+        ended=~((squares > 0) & (radius > 0)),
     )
     goal = ENOUGH**2 * squares
 

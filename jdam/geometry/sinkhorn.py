@@ -197,7 +197,7 @@ class Sinkhorn(Geometry):
         return prepared.known.potential
 
     def settled(self, guess: Any) -> Any:
-        return Solved(guess)
+        return None if guess is None else Solved(guess)
 
     def view(self, query: AnyMeasure) -> AnyView:
         centre = jax.lax.stop_gradient(query.mean)
