@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool
 
-from jdam._core.derivatives import ACCEPTED, full_precision, jvp
+from jdam._core.derivatives import full_precision, jvp, recomputed
 from jdam._core.loops import while_loop
 from jdam._core.mesh import where_it_is
 
@@ -174,8 +174,7 @@ def _selected(settings: _Settings, wanted: Array, default: T, operand: Any, args
     # A loop of unknown length has no reverse mode; what it computes has.
     function = settings.function
     if settings.at_once is not None:
-        policy = jax.checkpoint_policies.save_only_these_names(ACCEPTED)
-        function = jax.checkpoint(function, policy=policy)
+        function = recomputed(function)
     computed = function(operand, args)
     selected: T = jax.tree.map(lambda x, y: jnp.where(wanted, x, y), computed, default)
     return selected
@@ -322,7 +321,7 @@ def _lead(size: int, batched: Any, tree: Any) -> Any:
     """The tree with every leaf led by the batch axis."""
 
     def lead(leaf: Array, is_batched: bool) -> Array:
-        return leaf if is_batched else jnp.broadcast_to(leaf[None], (size, *leaf.shape))
+        return leaf if is_batched else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
 
     return jax.tree.map(lead, tree, batched)
 

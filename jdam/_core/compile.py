@@ -44,7 +44,12 @@ def compiled(
             result = run_on(*_cast((first, *args), inside))
             return _cast(result, dtype) if rounded else result
 
-        return cast(Callable[P, R], run)
+        @functools.wraps(whole)
+        def settled(*args: Any, **kwargs: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+                return run(*args, **kwargs)
+
+        return cast(Callable[P, R], settled)
 
     return decorate
 

@@ -28,6 +28,13 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     return precise
 
 
+def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, of which reverse mode keeps only which steps were taken."""
+    policy = jax.checkpoint_policies.save_only_these_names(ACCEPTED)
+    found: Callable[..., Any] = jax.checkpoint(function, policy=policy)
+    return found
+
+
 def jvp(
     function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:

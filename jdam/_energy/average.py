@@ -32,13 +32,14 @@ class Settings(NamedTuple):
 def start(memory: Memory, query: AnyMeasure) -> Start:
     """A start without knowledge: the shapes of what is kept of comparisons, and first guesses."""
 
-    def compare_one(memory: Memory, query: AnyMeasure) -> tuple[AnyMeasure, Array | None]:
-        one, prepared = jax.tree.map(lambda leaf: leaf[:1], (memory.patterns, memory.prepared))
-        patterns = Patterns(one, prepared, memory.geometry.first_guess(prepared))
-        found = compare(memory.geometry, view_of(memory.geometry, query), patterns)
+    def compare_block(memory: Memory, query: AnyMeasure) -> tuple[AnyMeasure, Array | None]:
+        block = jax.tree.map(lambda leaf: leaf[0], cut_into_blocks(memory, None, None))
+        # As a sweep will compare, so that both are traced once.
+        view = view_of(memory.geometry, query)
+        found = compare(memory.geometry, view, block.patterns, exact=True)
         return found.pull, found.inliers
 
-    shapes = jax.eval_shape(compare_one, memory, query)
+    shapes = jax.eval_shape(compare_block, memory, query)
     pull, inliers = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
     return Start(pull, inliers, memory.geometry.first_guess(memory.prepared))
 

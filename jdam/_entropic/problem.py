@@ -14,6 +14,8 @@ from jdam._entropic.cost import Cost, HalfSquaredDistance
 
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
 LARGE = 80.0
+#: A tolerance of the marginal below which a solver is tight.
+TIGHT = 1e-9
 
 
 class Marginals(NamedTuple):
@@ -98,6 +100,12 @@ class Solver:
     method: str = "stabilised"
     cost: Cost = field(default_factory=HalfSquaredDistance)
 
+    @property
+    def tight(self) -> bool:
+        """Whether potentials are wanted to many digits too: of plans that are nearly permutations,
+        marginals say little of them."""
+        return self.tol < TIGHT
+
 
 class State(NamedTuple):
     """How far the solution of two clouds has come."""
@@ -107,9 +115,9 @@ class State(NamedTuple):
     gradient: Float[Array, "n d"]
     error: Float[Array, ""]
     iterations: Int[Array, ""]
-    newton: Float[Array, ""]  # the length of the last Newton step in units of ε; ∞ before the first
     ratio: Float[Array, ""]  # by how much larger an ε the next round takes
-    largest: Float[Array, ""]  # of the costs, in units of ε
+    #: Of a tight solver, the length of the last Newton step in units of ε; ∞ before the first.
+    newton: Float[Array, ""] | None = None
 
 
 class Coupling(NamedTuple):

@@ -11,7 +11,7 @@ from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import Pair, Solver, State
 from jdam._entropic.response import columns_of
-from jdam._entropic.scaling import sharpened
+from jdam._entropic.scaling import largest, sharpened
 
 
 def solve_by_ott(solver: Solver, pair: Pair) -> State:
@@ -28,18 +28,16 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         g, count = iterate(solver, pair, geometry)
     columns = columns_of(solver.cost, g, pair)
-    held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
     state = State(
         f=columns.response.potential,
         g=g,
         gradient=columns.response.gradient,
         error=columns.missed,
         iterations=count,
-        newton=jnp.zeros_like(pair.marginals.epsilon),
         ratio=jnp.ones_like(pair.marginals.epsilon),
-        largest=jnp.where(held, cost, 0).max() / pair.marginals.epsilon,
     )
-    return sharpened(state, cost / pair.marginals.epsilon, pair)
+    cost = cost / pair.marginals.epsilon
+    return sharpened(state, cost, pair, largest(cost, pair))
 
 
 def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import (
     LARGE,
+    TIGHT,
     Cloud,
     Marginals,
     Pair,
@@ -34,9 +35,8 @@ SOME = 4
 POOR, DESCENT = 0.01, 2.5
 #: By how much, as an exponent, mass must exceed what a kernel may have left out.
 VISIBLE = 10.0
-#: A tolerance of the marginal below which potentials are wanted to many digits too: up to a
-#: Newton step of so many ε.
-TIGHT, SETTLED = 1e-9, 1e-8
+#: A Newton step of so many ε, after which a tight solver may end.
+SETTLED = 1e-8
 
 
 class _Plan(NamedTuple):
@@ -60,9 +60,8 @@ def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
         gradient=jnp.zeros_like(pair.x),
         error=zero + jnp.inf,
         iterations=jnp.array(0, jnp.int32),
-        newton=zero + jnp.inf,
         ratio=zero + 1,
-        largest=zero,
+        newton=zero + jnp.inf if solver.tight else None,
     )
     pairs = pairs_at_once(pair.a.size * pair.b.size)
     unfinished, turn = partial(_unfinished, solver), partial(_turn, solver)
@@ -79,10 +78,9 @@ def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Fl
 
 
 def _unfinished(solver: Solver, state: State, pair: Pair) -> Bool[Array, ""]:
-    """Whether the marginal is wrong, or, where it is to be right to many digits, the potentials
-    may be: of plans that are nearly permutations, marginals say little of potentials."""
+    """Whether the marginal is wrong, or the potentials of a tight solver may be."""
     wrong = (state.error > solver.tol) | (state.ratio > 1)
-    if solver.tol < TIGHT:
+    if state.newton is not None:
         wrong |= state.newton > SETTLED
     # Pairs that hold NaN may come along with others.
     more = wrong & ~jnp.isnan(state.error) & (state.iterations < solver.max_iterations)
@@ -96,21 +94,22 @@ def _turn(solver: Solver, last: State, pair: Pair) -> State:
     burst = jnp.where(first, FIRST_BURST, burst)
     newton = jnp.where(first, 0, NEWTON)
     warmer = pair._replace(marginals=marginals._replace(epsilon=last.ratio * marginals.epsilon))
-    state = _round(solver, warmer, last.g, burst, newton)
+    state, hardness = _round(solver, warmer, last.g, burst, newton)
+    cooler = jnp.maximum(last.ratio / DESCENT, 1)
+    hotter = jnp.where(first, jnp.maximum(hardness, 1), last.ratio)
+    state = state._replace(
+        iterations=last.iterations + jnp.maximum(state.iterations, 1),
+        ratio=jnp.where(state.error < POOR, cooler, hotter),
+    )
+    if state.newton is None or last.newton is None:
+        return state
     # Steps that no longer become shorter are all rounding.
     solved = ~first & (last.ratio == 1) & (last.error <= solver.tol)
-    rounding = solved & (state.newton > last.newton / 2)
     worse = solved & (state.error > solver.tol)
-    cooler = jnp.maximum(last.ratio / DESCENT, 1)
-    hottest = jnp.maximum(_hardness(state, marginals), 1)
-    ratio = jnp.where(state.error < POOR, cooler, jnp.where(first, hottest, last.ratio))
-    state = jax.tree.map(lambda new, old: jnp.where(worse, old, new), state, last)
-    result: State = state._replace(
-        iterations=last.iterations + jnp.maximum(state.iterations, 1),
-        newton=jnp.where(first, jnp.inf, jnp.where(rounding | worse, 0, state.newton)),
-        ratio=ratio,
-        largest=jnp.where(first, state.largest, last.largest),
-    )
+    ended = worse | solved & (state.newton > last.newton / 2)
+    step = jnp.where(first, jnp.inf, jnp.where(ended, 0, state.newton))
+    kept = last._replace(iterations=state.iterations, ratio=state.ratio)
+    result: State = jax.tree.map(partial(jnp.where, worse), kept, state)._replace(newton=step)
     return result
 
 
@@ -176,44 +175,47 @@ def _least(like: Array) -> float:
     return result
 
 
-def _hardness(state: State, marginals: Marginals) -> Float[Array, ""]:
-    """How far above ε annealing has to start: at the largest cost, or at ρ, beyond which costs are
-    not paid."""
-    if marginals.rho is None:
-        return state.largest
-    return jnp.minimum(state.largest, marginals.rho / marginals.epsilon)
+def largest(cost: Float[Array, "n m"], pair: Pair) -> Float[Array, ""]:
+    """Of the costs between atoms with mass."""
+    held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
+    return jnp.where(held, cost, 0).max()
 
 
-def _round(solver: Solver, pair: Pair, g: Array, burst: Array, newton: Array) -> State:
+def _round(
+    solver: Solver, pair: Pair, g: Array, burst: Array, newton: Array
+) -> tuple[State, Float[Array, ""]]:
     """A kernel whose rows are right for g, a Newton step by at most `newton` conjugate gradients, a
-    burst of scaling iterations on it, and what follows."""
-    epsilon = pair.marginals.epsilon
+    burst of scaling iterations on it, and what follows. And how far above ε annealing would have to
+    start: at the largest cost, or at ρ, beyond which costs are not paid."""
+    marginals, epsilon = pair.marginals, pair.marginals.epsilon
     cost = solver.cost.scaled(pair.x, pair.y, epsilon)
     kernel, g = _kernel(cost, pair, g)
     step, size, iterations = _newton_step(solver, kernel, newton)
     plan, error, count = _scaled(solver, kernel, jnp.exp(step), burst)
     rows = kernel.matrix * plan.v[None] / plan.sums[:, None]
-    held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
     state = State(
         f=epsilon * kernel.f(plan),
         g=g + epsilon * jnp.log(plan.v),
         gradient=solver.cost.gradient(rows, pair.x, pair.y),
         error=error,
         iterations=iterations + count,
-        newton=size,
         ratio=jnp.ones_like(size),
-        largest=jnp.where(held, cost, 0).max(),
+        newton=size if solver.tight else None,
     )
-    return sharpened(state, cost, pair)
+    top = largest(cost, pair)
+    hardness = top if marginals.rho is None else jnp.minimum(top, marginals.rho / epsilon)
+    return sharpened(state, cost, pair, top), hardness
 
 
-def sharpened(state: State, cost: Float[Array, "n m"], pair: Pair) -> State:
+def sharpened(
+    state: State, cost: Float[Array, "n m"], pair: Pair, largest: Float[Array, ""]
+) -> State:
     """The same with the best constant in its potentials, `cost` being in units of ε; and, where ε
     is larger than all costs, or than ρ, so that logarithms of scalings have no digits, with
     potentials that do."""
     _, a, _, b, marginals = pair
     epsilon, inside = marginals.epsilon, marginals.scaled(marginals.epsilon)
-    blurred = state.largest < 1
+    blurred = largest < 1
     if marginals.rho is not None:
         blurred |= 16 * marginals.rho < epsilon
 
@@ -296,7 +298,7 @@ def _newton_step(
     # Precise enough for superlinear convergence, and no more.
     error = jnp.abs(gradient).sum()
     precision = jnp.minimum(0.1, error)
-    if solver.tol < TIGHT:
+    if solver.tight:
         # Where little is left to mend it is left in the directions that residuals show least.
         precision = jnp.where(error > TIGHT, precision, 1e-9)
     step, iterations = conjugate_gradients(hessian, gradient, diagonal, precision, most)

@@ -10,9 +10,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
 
-from jdam._core.batching import compute_where
-from jdam._core.derivatives import ACCEPTED, full_precision, jvp
-from jdam._core.loops import scan, while_loop
+from jdam._core.batching import advance_while, compute_where
+from jdam._core.derivatives import ACCEPTED, full_precision, jvp, recomputed
+from jdam._core.loops import scan
+from jdam._energy.average import view_of
 from jdam._energy.evaluation import Evaluation, Nearest, Start
 from jdam._energy.search import Search
 from jdam._energy.separation import Separation
@@ -36,15 +37,17 @@ class State(NamedTuple):
     """Where a recall has come to."""
 
     measure: AnyMeasure
-    evaluation: Evaluation  # at the measure
-    evaluated: Bool[Array, ""]  # False until the first turn, which moves nothing
-    backtracks: Int[Array, ""]  # with how much caution to try the next step first
+    evaluation: Evaluation  # at the measure; its view is what is kept of that
+    backtracks: Int[Array, ""]  # with how much caution the last step was taken
     stalled: Bool[Array, ""]  # neither energy nor residual falls any more
     residual: Float[Array, ""]
-    num_steps: Int[Array, ""]
-    neglected: Float[Array, ""]  # the worst so far
-    unsolved: Float[Array, ""]  # likewise
+    num_steps: Int[Array, ""]  # −1 before the first evaluation
     kept: Any = None  # by the acceleration
+
+    @property
+    def evaluated(self) -> Bool[Array, ""]:
+        """False until the first turn, which moves nothing."""
+        return self.num_steps >= 0
 
     def settled(self, problem: Problem, guess: Any) -> "State":
         """The state, with a guess from which to compare where that has been done."""
@@ -63,8 +66,16 @@ class Attempt(NamedTuple):
 
     measure: AnyMeasure
     evaluation: Evaluation
-    backtracks: Int[Array, ""]
-    bold: Bool[Array, ""]  # whether it is what the acceleration proposed
+    residual: Float[Array, ""]
+
+
+class Attempts(NamedTuple):
+    """Where the attempts at one step have come to."""
+
+    state: State  # before the step, and after it once one is accepted
+    waiting: Bool[Array, ""]  # for one that is
+    moved: Bool[Array, ""]  # whether it led to something better
+    bold: Bool[Array, ""] | None  # whether what the acceleration proposed is to be tried
 
 
 class End(NamedTuple):
@@ -97,8 +108,9 @@ class Flow:
     def start(self, query: AnyMeasure, problem: Problem) -> State:
         """The state before the first evaluation."""
         memory, nothing = problem.memory, jnp.zeros_like(problem.beta)
-        view = jax.eval_shape(memory.geometry.view, query)
-        start, zero = self.search.start(memory, query), jnp.array(0, jnp.int32)
+        geometry, start = memory.geometry, self.search.start(memory, query)
+        zero = jnp.array(0, jnp.int32)
+        view = jax.eval_shape(lambda *given: geometry.kept(view_of(*given)), geometry, query)
         return State(
             measure=query,
             evaluation=Evaluation(
@@ -111,13 +123,10 @@ class Flow:
                 neglected=nothing,
                 guess=start.guess,
             ),
-            evaluated=jnp.array(False),
             backtracks=zero,
             stalled=jnp.array(False),
             residual=jnp.full_like(nothing, jnp.inf),
             num_steps=jnp.array(-1, jnp.int32),
-            neglected=nothing,
-            unsolved=nothing,
             kept=None if self.acceleration is None else self.acceleration.start(query, nothing),
         )
 
@@ -154,7 +163,9 @@ class Flow:
         def advance(measure: AnyMeasure, others: tuple[Problem, Evaluation]) -> AnyMeasure:
             problem, evaluation = others
             state = self.start(measure, problem)
-            state = state._replace(evaluation=evaluation, evaluated=jnp.array(True))
+            state = state._replace(
+                evaluation=_kept(evaluation, problem), num_steps=state.backtracks
+            )
             return self.advance(state, problem).measure
 
         step_size = problem.step_size
@@ -162,50 +173,54 @@ class Flow:
         doubtful = ~sure & (evaluation.weight != 0)
         return compute_where(doubtful, advance, moved, measure, (problem, evaluation))
 
+    @partial(jax.jit, static_argnums=0)
     def advance(self, state: State, problem: Problem) -> State:
         """One step and the evaluation that follows it; on the first turn the evaluation alone."""
-        backtracking = problem.memory.geometry.max_backtracks > 0
         acceleration = self.acceleration
-        bold = None if acceleration is None else acceleration.propose(self, state, problem)
-        trying = backtracking or bold is not None
-        attempt = (_first_accepted if trying else _attempt)(self, state, problem, bold)
-        residual = _residual(attempt.evaluation, problem)
-        gain = state.evaluation.energy - attempt.evaluation.energy
-        resolution = _resolution(state, problem)
-        kept, stuck = None, jnp.array(False)
-        if acceleration is not None and bold is not None:
-            learnt = acceleration.learn(bold, gain + resolution, attempt.bold)
-            kept = jax.tree.map(partial(jnp.where, state.evaluated), learnt, state.kept)
-        if backtracking:
-            # Where energies are all rounding, residuals still tell.
-            better = (gain >= 0) | (gain >= -resolution) & (residual < state.residual)
-            keep = state.evaluated & ~better
-            old = (
-                attempt._replace(measure=state.measure, evaluation=state.evaluation),
-                state.residual,
-            )
-            attempt, residual = jax.tree.map(
-                lambda x, y: jnp.where(keep, x, y), old, (attempt, residual)
-            )
-            stuck = state.evaluated & ~(gain > resolution)
+        if acceleration is not None:
+            proposal = acceleration.propose(self, state, problem)
+            return _accepted(self, jnp.array(True), state, problem, proposal).state
+        if problem.memory.geometry.max_backtracks > 0:
+            return _accepted(self, jnp.array(True), state, problem, None).state
+        return self.follow(state, _attempt(self, state, problem, None, False), problem)
+
+    def follow(
+        self,
+        state: State,
+        attempt: Attempt,
+        problem: Problem,
+        moved: Any = True,
+        learnt: Any = None,
+    ) -> State:
+        """The state after an attempt, with what the acceleration learnt; where it was not `moved`,
+        the attempt has told only that there is no more to gain."""
+        found, old = attempt.evaluation, state.evaluation
+        # The worst so far.
+        found = found._replace(
+            neglected=jnp.maximum(old.neglected, found.neglected),
+            unsolved=jnp.maximum(old.unsolved, found.unsolved),
+        )
+        attempt = Attempt(attempt.measure, _kept(found, problem), attempt.residual)
+        stalled = state.stalled
+        if problem.memory.geometry.max_backtracks > 0:
+            gain = old.energy - found.energy
+            before = Attempt(state.measure, old, state.residual)
+            attempt = jax.tree.map(partial(jnp.where, moved), attempt, before)
+            stalled = state.evaluated & ~(gain > _resolution(state, problem))
+            stalled &= attempt.residual >= state.residual
         return State(
-            measure=attempt.measure,
-            evaluation=attempt.evaluation,
-            evaluated=jnp.array(True),
-            # The next attempt may be a little bolder than the last that was good.
-            backtracks=jnp.maximum(attempt.backtracks - 1, 0),
-            stalled=stuck & (residual >= state.residual),
-            residual=residual,
+            *attempt[:2],
+            backtracks=state.backtracks,
+            stalled=stalled,
+            residual=attempt.residual,
             num_steps=state.num_steps + 1,
-            neglected=jnp.maximum(state.neglected, attempt.evaluation.neglected),
-            unsolved=jnp.maximum(state.unsolved, attempt.evaluation.unsolved),
-            kept=kept,
+            kept=jax.tree.map(partial(jnp.where, state.evaluated), learnt, state.kept),
         )
 
     def settle(self, state: State, measure: AnyMeasure, problem: Problem) -> State:
         """The state, were it evaluated at another measure."""
         evaluation = self.evaluate(measure, problem, state.start_from())
-        return state._replace(measure=measure, evaluation=evaluation)
+        return state._replace(measure=measure, evaluation=_kept(evaluation, problem))
 
     def pending(self, state: State, problem: Problem) -> Bool[Array, ""]:
         """Whether a state is not the last."""
@@ -215,11 +230,9 @@ class Flow:
 
     def run(self, state: State, problem: Problem) -> End:
         """All steps of a recall."""
-        at_once = self.search.queries_at_once(problem.memory)
 
         def turn(state: State, _: None) -> tuple[State, Trace | None]:
-            pending = self.pending(state, problem)
-            state = compute_where(pending, self.advance, state, state, problem, at_once=at_once)
+            state = self.next(state, problem)
             seen = Trace(state.evaluation.energy, state.residual, state.measure)
             return state, seen if self.save_trace else None
 
@@ -227,10 +240,20 @@ class Flow:
         state, trace = scan(turn, state, None, problem, length=self.max_steps + 1)
         return End(state, jax.tree.map(lambda leaf: leaf[1:], trace))
 
+    def next(self, state: State, problem: Problem) -> State:
+        """The state one step on, if it is not the last."""
+        pending = self.pending(state, problem)
+        if self.acceleration is not None or problem.memory.geometry.max_backtracks == 0:
+            at_once = self.search.queries_at_once(problem.memory)
+            return compute_where(pending, self.advance, state, state, problem, at_once=at_once)
+        # Queries that take turns at attempts need not take turns at steps too.
+        attempts: Attempts = recomputed(partial(_accepted, self))(pending, state, problem, None)
+        return attempts.state
+
     def report(self, end: End, problem: Problem) -> Recall:
         """The `Recall`, with its status, of the last evaluated state."""
         state, found, tol = end.state, end.state.evaluation, problem.tol
-        valid = jnp.isfinite(tol) & (problem.step_size > 0) & ~jnp.isnan(state.neglected)
+        valid = jnp.isfinite(tol) & (problem.step_size > 0) & ~jnp.isnan(found.neglected)
         out_of_reach = (found.weight == 0) & (found.energy == jnp.inf)
         finite = (jnp.isfinite(found.energy) | out_of_reach) & jnp.isfinite(state.residual)
         rounding = float(jnp.finfo(found.energy.dtype).eps) ** 0.5
@@ -247,12 +270,12 @@ class Flow:
                 (is_mixture(found.weight), Status.MIXTURE),
                 (state.residual > tol, Status.MAX_STEPS),
                 ((state.residual > tol) & state.stalled, Status.STALLED),
-                (state.unsolved > rounding, Status.SOLVER),
-                (state.neglected > self.search.tolerance, Status.UNCERTIFIED),
+                (found.unsolved > rounding, Status.SOLVER),
+                (found.neglected > self.search.tolerance, Status.UNCERTIFIED),
                 (~(finite & valid), Status.NONFINITE),
                 (out_of_reach & valid, Status.OUT_OF_REACH),
             ),
-            neglected=state.neglected,
+            neglected=found.neglected,
             trace=end.trace,
         )
 
@@ -269,8 +292,13 @@ def _residual(evaluation: Evaluation, problem: Problem) -> Float[Array, ""]:
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
+def _kept(evaluation: Evaluation, problem: Problem) -> Evaluation:
+    """Of an evaluation, what the next step needs."""
+    return evaluation._replace(view=problem.memory.geometry.kept(evaluation.view))
+
+
 def _attempt(
-    flow: Flow, state: State, problem: Problem, proposal: Proposal | None, bold: Any = False
+    flow: Flow, state: State, problem: Problem, proposal: Proposal | None, bold: Any
 ) -> Attempt:
     """What was proposed, if `bold`, or else a step with the caution that the state asks for; and an
     evaluation."""
@@ -279,54 +307,82 @@ def _attempt(
         moved = jax.tree.map(partial(jnp.where, bold), proposal.measure, moved)
     measure = jax.tree.map(partial(jnp.where, state.evaluated), moved, state.measure)
     found = flow.evaluate(measure, problem, state.start_from())
-    return Attempt(measure, found, state.backtracks, jnp.asarray(bold))
+    return Attempt(measure, found, _residual(found, problem))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _first_accepted(
-    flow: Flow, state: State, problem: Problem, proposal: Proposal | None
-) -> Attempt:
-    """The proposal, or the first of ever more cautious attempts, that does not raise the energy."""
+def _accepted(
+    flow: Flow, pending: Array, state: State, problem: Problem, proposal: Proposal | None
+) -> Attempts:
+    """The proposal, or the first of ever more cautious attempts, that does not raise the energy.
+    Queries of a vmapped batch that still wait for one take turns, a few at a time."""
+    # The first attempt may be a little bolder than the last that was good.
+    state = state._replace(backtracks=jnp.maximum(state.backtracks - 1, 0))
+    bold = None if proposal is None else state.evaluated
+    start = Attempts(state, pending, jnp.array(False), bold)
+    found: Attempts = advance_while(
+        lambda attempts, _: attempts.waiting,
+        partial(_try, flow),
+        start,
+        (problem, proposal),
+        at_once=flow.search.queries_at_once(problem.memory),
+    )
+    return found
+
+
+@partial(jax.jit, static_argnums=0)
+def _try(flow: Flow, last: Attempts, args: tuple[Problem, Proposal | None]) -> Attempts:
+    """One attempt."""
+    (problem, proposal), state, backtracks = args, last.state, last.state.backtracks
     most = problem.memory.geometry.max_backtracks
-
-    def turn(carry: tuple[Array, Array, Attempt]) -> tuple[Array, Array, Attempt]:
-        backtracks, _, last = carry
-        bold = last.bold & state.evaluated
-        attempt = _attempt(flow, state._replace(backtracks=backtracks), problem, proposal, bold)
-        gain, resolution = (
-            state.evaluation.energy - attempt.evaluation.energy,
-            _resolution(state, problem),
-        )
-        # Where energies are all rounding, residuals still tell.
-        nearer = _residual(attempt.evaluation, problem) < state.residual
-        accepted = ~state.evaluated | (gain >= -resolution) & (~bold | nearer | (gain > resolution))
-        following = jnp.where(bold, backtracks, backtracks + 1)
-        found = attempt._replace(bold=bold & accepted)
-        return following, accepted, found
-
-    def unfinished(carry: tuple[Array, Array, Attempt]) -> Array:
-        backtracks, accepted, _ = carry
-        return ~accepted & (backtracks <= most)
-
-    first = jnp.array(proposal is not None)
-    start = Attempt(state.measure, state.evaluation, state.backtracks, first)
-    end = (state.backtracks, jnp.array(False), start)
-    return while_loop(unfinished, turn, end, state, problem, proposal)[2]
+    bold = jnp.array(False) if last.bold is None else last.bold
+    attempt = _attempt(flow, state, problem, proposal, bold)
+    gain = state.evaluation.energy - attempt.evaluation.energy
+    resolution = _resolution(state, problem)
+    # Where energies are all rounding, residuals still tell.
+    nearer = attempt.residual < state.residual
+    level, first = gain >= -resolution, ~state.evaluated
+    accepted = first | level & (~bold | nearer | (gain > resolution))
+    moved = first | (gain >= 0) | level & nearer
+    ended = accepted | ~bold & (backtracks >= most)
+    learnt = _learnt(flow, proposal, gain + resolution, bold & accepted)
+    after = flow.follow(state, attempt, problem, moved, learnt)
+    again = state._replace(backtracks=jnp.where(bold, backtracks, backtracks + 1))
+    return Attempts(
+        state=jax.tree.map(partial(jnp.where, ended), after, again),
+        waiting=~ended,
+        moved=ended & moved,
+        bold=None if last.bold is None else bold & accepted,
+    )
 
 
-@partial(_first_accepted.defjvp, symbolic_zeros=True)
+def _learnt(flow: Flow, proposal: Proposal | None, gain: Array, accepted: Array) -> Any:
+    if flow.acceleration is None or proposal is None:
+        return None
+    return flow.acceleration.learn(proposal, gain, accepted)
+
+
+@partial(_accepted.defjvp, symbolic_zeros=True)
 @full_precision
-def _first_accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+def _accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     # Which attempt is accepted is piecewise constant, and what it took to compare is kept.
-    found = _first_accepted(flow, *primals)
-    kept = found.backtracks, found.bold, found.evaluation.guess
-    backtracks, bold, guess = checkpoint_name(kept, ACCEPTED)
+    found = _accepted(flow, *primals)
+    taken = found.moved, found.bold, found.state.backtracks, found.state.evaluation.guess
+    moved, bold, backtracks, guess = checkpoint_name(taken, ACCEPTED)
+    bold = jnp.array(False) if bold is None else bold
 
-    def accepted(state: State, problem: Problem, proposal: Proposal | None) -> Attempt:
-        cautious = state._replace(backtracks=backtracks).settled(problem, guess)
-        return _attempt(flow, cautious, problem, proposal, bold)
+    def again(
+        pending: Array, state: State, problem: Problem, proposal: Proposal | None
+    ) -> Attempts:
+        cautious = state._replace(backtracks=backtracks)
+        attempt = _attempt(flow, cautious.settled(problem, guess), problem, proposal, bold)
+        gain = state.evaluation.energy - attempt.evaluation.energy + _resolution(state, problem)
+        learnt = _learnt(flow, proposal, gain, bold)
+        after = flow.follow(cautious, attempt, problem, moved, learnt)
+        after = jax.tree.map(partial(jnp.where, pending), after, state)
+        return found._replace(state=after)
 
-    return jvp(accepted, primals, tangents)
+    return jvp(again, primals, tangents)
 
 
 def _last_true(*findings: tuple[Array, Status]) -> Int[Array, ""]:

@@ -46,6 +46,12 @@ class View(NamedTuple):
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
 
 
+class Footing(NamedTuple):
+    """Of a view, what a step needs."""
+
+    query: PointCloud
+
+
 class Pull(NamedTuple):
     """What a pattern asks of each atom: a velocity, and to weigh less by its first variation."""
 

@@ -192,6 +192,11 @@ class Geometry(eqx.Module):
         """What `compare`, `move` and `residual` need of the query, computed once an evaluation."""
         return query
 
+    def kept(self, view: AnyView) -> AnyView:
+        """Of a view, what `move` and `backtrack` need: recall keeps it from step to step. Override
+        it where views hold much else."""
+        return view
+
     # ------------------------------------------------------------- speed
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:

@@ -33,6 +33,7 @@ from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
+    Footing,
     Prepared,
     Pull,
     Solved,
@@ -207,6 +208,9 @@ class Sinkhorn(Geometry):
         answer = respond(self._solver.cost, known.potential, itself)
         share = self._marginals.share(known.potential)
         return View(query, centre, centred, known, share[:, None] * answer.gradient)
+
+    def kept(self, view: AnyView) -> AnyView:
+        return Footing(view.query)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
