@@ -100,7 +100,7 @@ def advance_while(
 
     def many(given: Any) -> Any:
         state, rows = given
-        return _queued(jax.vmap(unfinished), jax.vmap(turn), at_once, state, rows)
+        return _queued(unfinished, turn, at_once, state, rows)
 
     @one.def_vmap
     @full_precision
@@ -109,9 +109,7 @@ def advance_while(
             found = _flat(many, _lead(size, tuple(batched), given))
         else:
             rows, join = _split(batched[1], given[1])
-            pending, advance = (
-                jax.vmap(lambda s, row, f=f: f(s, join(row))) for f in (unfinished, turn)
-            )
+            pending, advance = (lambda s, row, f=f: f(s, join(row)) for f in (unfinished, turn))
             state = _lead(size, batched[0], given[0])
             found = _queued(pending, advance, at_once, state, rows)
         return found, jax.tree.map(lambda _: True, found)
@@ -264,7 +262,8 @@ def _gathered(
         chosen = jax.lax.dynamic_slice(order, (done,), (width,))
         computed = jax.vmap(function)(jax.tree.map(lambda leaf: leaf[chosen], rows))
         chosen = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, chosen, size)
-        return done + width, _written(found, chosen, computed)
+        written = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), found, computed)
+        return done + width, written
 
     start = (jnp.array(0, jnp.int32), default)
     return while_loop(lambda carry: carry[0] < count, turn, start, rows)[1]
@@ -277,27 +276,23 @@ def _queued(
     state: T,
     rows: Any,
 ) -> T:
-    """Turns of the states that are unfinished, the first `at_once` of them each time."""
+    """Rounds in which all states that are unfinished have a turn."""
     size = batch_size(state)
     if size == 0:
         return state
 
     def take_turns(state: T) -> T:
-        waiting = unfinished(state, rows)
+        waiting = jax.vmap(unfinished)(state, rows)
         if size <= at_once:
-            ahead: T = jax.tree.map(partial(jax.vmap(jnp.where), waiting), turn(state, rows), state)
-            return ahead
-        chosen = jnp.argsort(~waiting)[:at_once].astype(jnp.int32)
-        ahead = turn(*jax.tree.map(lambda leaf: leaf[chosen], (state, rows)))
-        return _written(state, jnp.where(waiting[chosen], chosen, size), ahead)
+            ahead = jax.vmap(turn)(state, rows)
+            moved: T = jax.tree.map(partial(jax.vmap(jnp.where), waiting), ahead, state)
+            return moved
+        return _gathered(lambda row: turn(*row), at_once, waiting, (state, rows), state)
 
-    return while_loop(lambda state: unfinished(state, rows).any(), take_turns, state, rows)
+    def waiting(state: T) -> Array:
+        return jax.vmap(unfinished)(state, rows).any()
 
-
-def _written(table: T, chosen: Array, rows: T) -> T:
-    """The table with other rows where they are chosen; an index beyond its end chooses none."""
-    written: T = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), table, rows)
-    return written
+    return while_loop(waiting, take_turns, state, rows)
 
 
 def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

@@ -12,7 +12,7 @@ from jdam._core.batching import in_tiles
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import repeat
 from jdam._entropic.problem import Cloud, Marginals, Pair, SelfCoupling, Solver, pairs_at_once
-from jdam._entropic.response import respond, respond_in_tiles
+from jdam._entropic.response import Response, respond, respond_in_tiles
 from jdam._entropic.scaling import solve_self
 from jdam._entropic.transport import change_by_atoms, change_by_marginals
 
@@ -42,10 +42,11 @@ def _couple_with_itself_jvp(
     cloud, marginals = problem
     dcloud, dmarginals = tangents[:2]
 
-    def answer(h: Array, cloud: Cloud, marginals: Marginals) -> Array:
-        return respond(
-            solver.cost, h, Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)
-        ).potential
+    def respond_to(h: Array, cloud: Cloud, marginals: Marginals) -> Response:
+        return respond(solver.cost, h, Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals))
+
+    def answer(*problem: Any) -> Array:
+        return respond_to(*problem).potential
 
     # h = s h^{c,ε}, so that (I + sE) dh = (∂(s h^{c,ε})/∂problem) dproblem.
     right = jvp(partial(answer, h), problem, tangents[:2])[1]
@@ -65,4 +66,8 @@ def _couple_with_itself_jvp(
     back = respond_in_tiles(solver.cost, h, itself)
     dcost = 2 * change_by_atoms(marginals, h, cloud.a, back.gradient, dcloud)
     dcost += change_by_marginals(itself, h, back._replace(potential=h), dmarginals)
-    return solved, SelfCoupling(dcost, dh, jnp.zeros_like(solved.error))
+    dgradient = None
+    if solved.gradient is not None:
+        _, moved = jvp(respond_to, (h, *problem), (dh, *tangents[:2]))
+        dgradient = moved.gradient
+    return solved, SelfCoupling(dcost, dh, jnp.zeros_like(solved.error), dgradient)

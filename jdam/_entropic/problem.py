@@ -136,6 +136,7 @@ class SelfCoupling(NamedTuple):
     cost: Float[Array, ""]
     potential: Float[Array, " n"]
     error: Float[Array, ""]
+    gradient: Float[Array, "n d"] | None = None  # as of a `Coupling`; None where dropped
 
 
 def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:

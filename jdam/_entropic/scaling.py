@@ -378,4 +378,7 @@ def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfCoupli
     answer = s * soft_minimum(h[None] - cost, a[None])
     value = jnp.vdot(a, marginals.dual(h) + marginals.variation(answer))
     potential = answer + jnp.vdot(a, h - answer) * (s / (1 + s))
-    return SelfCoupling(epsilon * value, epsilon * potential, error)
+    plan = a[None] * jnp.exp(jnp.minimum(potential[:, None] + potential[None] - cost, LARGE))
+    plan = plan / plan.sum(1, keepdims=True)
+    gradient = solver.cost.gradient(plan, x, x)
+    return SelfCoupling(epsilon * value, epsilon * potential, error, gradient)

@@ -382,7 +382,7 @@ def _accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...
         after = jax.tree.map(partial(jnp.where, pending), after, state)
         return found._replace(state=after)
 
-    return jvp(again, primals, tangents)
+    return found, jvp(again, primals, tangents)[1]
 
 
 def _last_true(*findings: tuple[Array, Status]) -> Int[Array, ""]:

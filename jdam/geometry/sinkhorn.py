@@ -26,7 +26,6 @@ from jdam._entropic.problem import (
     SelfCoupling,
     Solver,
 )
-from jdam._entropic.response import respond
 from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.batches import as_batch
@@ -190,6 +189,7 @@ class Sinkhorn(Geometry):
         centre = jax.lax.stop_gradient(patterns.mean)
         centred = about(centre, patterns, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
+        known = known._replace(gradient=None)
         offset = jnp.vecmat(patterns.weights, centred)
         radius = None if self.rho is None else radius_of(centred, patterns.weights)
         return Prepared(centre, *jax.lax.stop_gradient((offset, known, radius)))
@@ -204,10 +204,9 @@ class Sinkhorn(Geometry):
         centre = jax.lax.stop_gradient(query.mean)
         centred = about(centre, query, self.epsilon)
         known = self._couple_with_itself(centred, query.weights)
-        itself = Pair(centred, query.weights, centred, query.weights, self._marginals)
-        answer = respond(self._solver.cost, known.potential, itself)
         share = self._marginals.share(known.potential)
-        return View(query, centre, centred, known, share[:, None] * answer.gradient)
+        assert known.gradient is not None  # that is so of patterns only
+        return View(query, centre, centred, known, share[:, None] * known.gradient)
 
     def kept(self, view: AnyView) -> AnyView:
         return Footing(view.query)
