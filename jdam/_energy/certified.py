@@ -34,6 +34,8 @@ SHARE = 8
 HUNTED = 4
 #: Above the number of any bound.
 COMPARED = 127
+#: Of how many numbers a query may keep guesses from step to step.
+KEPT = 2**16
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,12 @@ class Certified(Search):
 
     def start(self, memory: Memory, query: AnyMeasure) -> Start:
         first = start(memory, query)
-        return first._replace(guess=None) if _bounds(memory) else first
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(first.guess))
+        return first._replace(guess=None) if _bounds(memory) and numbers > KEPT else first
+
+    def settled(self, memory: Memory, guess: Any) -> Any:
+        # Only of candidates it is known; where there are others, it has to be found again.
+        return guess if _bounds(memory) else super().settled(memory, guess)
 
     def evaluate(
         self,
@@ -150,10 +157,8 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
 
 
 def _compare_all(wanted: Start, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
-    memory, query, beta = args
-    wanted = wanted._replace(guess=start(memory, query).guess)
-    found = evaluate(Settings(), memory, query, beta, wanted)
-    return found._replace(guess=None)
+    found = evaluate(Settings(), *args, wanted)
+    return found if wanted.guess is not None else found._replace(guess=None)
 
 
 def _bounds(memory: Memory) -> tuple[Bound, ...]:
@@ -179,6 +184,7 @@ class _Hunt(NamedTuple):
     others: Sums | None  # over the first ones on all devices, of a memory on several
     picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
     turns: Int[Array, ""]
+    guess: Any  # to start comparisons from, of all patterns; None for their own
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -191,7 +197,7 @@ def _evaluate(
     whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
     out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
-    found = LogSumExp().finish(whole, beta, view, None)
+    found = LogSumExp().finish(whole, beta, view, hunt.guess)
     return found._replace(neglected=neglected), hunt.picked.reshape(-1)
 
 
@@ -206,6 +212,7 @@ def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted:
         others=None,
         picked=jnp.full((turns, size), -1, jnp.int32),
         turns=jnp.array(0, jnp.int32),
+        guess=wanted.guess,
     )
     args = (memory, view, beta)
     if layout is not None:  # what all devices know at first is learnt outside of the loop
@@ -225,8 +232,10 @@ def _evaluate_jvp(
     found, picked = _evaluate(search, *primals)
 
     def average(memory: Memory, query: AnyMeasure, beta: Array, start: Start) -> tuple[Any, ...]:
-        part = _take(memory, picked, picked >= 0)
+        part = _take(memory, picked, picked >= 0, found.guess)
         measures, prepared, guess = part.patterns
+        if found.guess is not None:
+            guess = memory.geometry.settled(guess)
         few = replace(
             memory,
             patterns=measures,
@@ -236,7 +245,8 @@ def _evaluate_jvp(
         )
         again = evaluate(Settings(), few, query, beta, start._replace(guess=guess))
         nearest = again.nearest._replace(pattern=found.nearest.pattern)
-        return again._replace(nearest=nearest, guess=None, neglected=found.neglected), picked
+        again = again._replace(nearest=nearest, guess=found.guess, neglected=found.neglected)
+        return again, picked
 
     return (found, picked), jvp(average, primals, tangents)[1]
 
@@ -301,7 +311,7 @@ def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
     memory, view, beta = args
     size, _ = search.sizes(memory)
     index, on = _least(_open(hunt), size)
-    block = _take(memory, index, on)
+    block = _take(memory, index, on, hunt.guess)
     found = compare(memory.geometry, view, block.patterns)
     exact = with_prior(found.divergence, block.log_prior, beta)
     return hunt._replace(
@@ -310,6 +320,11 @@ def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
         sums=LogSumExp().accumulate(hunt.sums, found, block, beta),
         picked=hunt.picked.at[hunt.turns].set(jnp.where(on, index, -1)),
         turns=hunt.turns + 1,
+        guess=jax.tree.map(
+            lambda table, rows: table.at[index].set(rows),
+            hunt.guess,
+            None if hunt.guess is None else found.guess,
+        ),
     )
 
 
@@ -318,7 +333,7 @@ def _sharpen(number: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _
     memory, view, beta = args
     size = min(memory.capacity, SHARPENED[min(number, len(SHARPENED)) - 1])
     index, _ = _least(jnp.where(hunt.bounded < number, hunt.floor, jnp.inf), size)
-    block = _take(memory, index, jnp.ones_like(index, bool))
+    block = _take(memory, index, jnp.ones_like(index, bool), hunt.guess)
     bounds = _bounds(memory)[number](view, block.patterns)
     return hunt._replace(
         floor=hunt.floor.at[index].max(with_prior(bounds, block.log_prior, beta)),
@@ -334,12 +349,15 @@ def _least(floor: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool
     return index, floor[index] != jnp.inf  # NaN has to be seen
 
 
-def _take(memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"]) -> Block:
+def _take(
+    memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
+) -> Block:
     """The patterns at some indices, those that are not on switched off by the prior."""
-    rows = (memory.patterns, memory.prepared, memory.log_prior)
-    patterns, prepared, prior = jax.tree.map(lambda leaf: leaf[index], rows)
+    rows = (memory.patterns, memory.prepared, memory.log_prior, guess)
+    patterns, prepared, prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
     prior = jnp.zeros(index.shape, memory.dtype) if prior is None else prior
-    held = Patterns(patterns, prepared, memory.geometry.first_guess(prepared))
+    guess = memory.geometry.first_guess(prepared) if guess is None else guess
+    held = Patterns(patterns, prepared, guess)
     first = first_index(memory.capacity, memory.layout)
     return Block(first + index, held, jnp.where(on, prior, -jnp.inf))
 

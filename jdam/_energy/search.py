@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 from jax import Array
 from jaxtyping import Float
@@ -41,6 +42,10 @@ class Search(ABC):
     def start(self, memory: Memory, query: AnyMeasure) -> Start:
         """The start of a first evaluation; later ones start from those before."""
         return start(memory, query)
+
+    def settled(self, memory: Memory, guess: Any) -> Any:
+        """The guess of an evaluation, for derivatives of the same once more."""
+        return memory.geometry.settled(guess)
 
 
 @dataclass(frozen=True)

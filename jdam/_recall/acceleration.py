@@ -153,7 +153,8 @@ def _newton_step(newton: Newton, flow: "Flow", state: "State", problem: "Problem
     assert chart is not None  # or Anderson's steps would have been chosen
     radius = jnp.where(state.kept > 0, state.kept, state.residual)
     radius = jnp.where(state.evaluated, radius, 0)  # a first proposal is not looked at
-    start = state.settled(problem, state.evaluation.guess).start_from()
+    start = state.start_from()
+    start = start._replace(guess=flow.search.settled(problem.memory, start.guess))
 
     def slope(tangent: Any) -> Any:
         found = flow.evaluate(chart.displaced(tangent), problem, start)

@@ -49,10 +49,9 @@ class State(NamedTuple):
         """False until the first turn, which moves nothing."""
         return self.num_steps >= 0
 
-    def settled(self, problem: Problem, guess: Any) -> "State":
-        """The state, with a guess from which to compare where that has been done."""
-        settled = problem.memory.geometry.settled(guess)
-        return self._replace(evaluation=self.evaluation._replace(guess=settled))
+    def with_guess(self, guess: Any) -> "State":
+        """The state, with another guess to start evaluations from."""
+        return self._replace(evaluation=self.evaluation._replace(guess=guess))
 
     def start_from(self) -> Start:
         """The start of an evaluation close by."""
@@ -375,7 +374,8 @@ def _accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...
         pending: Array, state: State, problem: Problem, proposal: Proposal | None
     ) -> Attempts:
         cautious = state._replace(backtracks=backtracks)
-        attempt = _attempt(flow, cautious.settled(problem, guess), problem, proposal, bold)
+        settled = cautious.with_guess(flow.search.settled(problem.memory, guess))
+        attempt = _attempt(flow, settled, problem, proposal, bold)
         gain = state.evaluation.energy - attempt.evaluation.energy + _resolution(state, problem)
         learnt = _learnt(flow, proposal, gain, bold)
         after = flow.follow(cautious, attempt, problem, moved, learnt)

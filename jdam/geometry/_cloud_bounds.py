@@ -55,7 +55,8 @@ def by_dual(
         return dual_value(solver, Pair(*query, points, weights, marginals), potential)
 
     at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
-    duals = map_in_chunks(dual, at_once, (placed, clouds.weights, prepared.known.potential))
+    guess = prepared.known.potential if patterns.guess is None else patterns.guess
+    duals = map_in_chunks(dual, at_once, (placed, clouds.weights, guess))
     selves = (view.known.cost + prepared.known.cost) / 2
     error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
     result: Array = means + duals - selves - error
