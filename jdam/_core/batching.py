@@ -34,8 +34,7 @@ def map_in_chunks(function: Callable[[Any], T], at_once: int, rows: Any) -> T:
     if size <= at_once:
         whole: T = jax.vmap(function)(rows)
         return whole
-    count = -(-size // at_once)
-    width = -(-size // max(count, 1))
+    count, width = equal_parts(size, at_once)
 
     def cut(leaf: Array) -> Array:
         missing = count * width - size
@@ -325,6 +324,14 @@ def by_platform(cpu: int, accelerator: int) -> int:
     """How much to compute at once: what stays in the cache of a CPU, or what lasts longer on an
     accelerator than the launch of its kernels."""
     return cpu if jax.default_backend() == "cpu" else accelerator
+
+
+def equal_parts(size: int, at_most: int) -> tuple[int, int]:
+    """Into how many parts of what size to cut so many rows; with no rest where that is possible,
+    since filling up the last part takes a copy of all."""
+    width = next((w for w in range(at_most, at_most // 2, -1) if size % w == 0), at_most)
+    count = -(-size // width)
+    return count, -(-size // max(count, 1))
 
 
 def batch_size(tree: Any) -> int:

@@ -1,6 +1,5 @@
 """The average of the pulls: of all comparisons with patterns only some exist at a time."""
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import batch_size, compute_where
+from jdam._core.batching import batch_size, compute_where, equal_parts
 from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
 from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, psum
@@ -223,10 +222,7 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block
     """
     num = memory.capacity
     size = block_size or memory.geometry.batch_sizes(memory.patterns).patterns
-    # Blocks that N is a multiple of need no filling, and so no copy of the memory.
-    size = next((s for s in range(min(size, num), size // 2, -1) if num % s == 0), size)
-    count = math.ceil(num / size)
-    size = math.ceil(num / count)
+    count, size = equal_parts(num, min(size, num))
     missing = count * size - num
 
     def cut(leaf: Array, **fill: Any) -> Array:

@@ -1,5 +1,6 @@
 """What is computed once of patterns, and a few bits by which to tell what it was computed of."""
 
+from functools import partial
 from typing import Any
 
 import equinox as eqx
@@ -11,10 +12,13 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, UInt
 
 from jdam._core import checks
-from jdam._core.batching import batch_size
+from jdam._core.batching import batch_size, map_in_chunks
 from jdam._core.compile import compiled, float_dtype, working_dtype
 from jdam._measures.base import AnyMeasure
 from jdam.geometry import Geometry
+
+#: How many numbers of patterns to hash at a time.
+DIGESTED = 2**20
 
 
 def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
@@ -78,20 +82,22 @@ def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
     """23 bits about each pattern and the geometry's parameters, as a number in [1, 2)."""
     read = [value for name, value in vars(geometry).items() if name not in geometry.unprepared]
     parameters = eqx.filter(read, eqx.is_inexact_array)
-    leaves = [_digest(leaf.reshape(len(leaf), -1)) for leaf in jax.tree.leaves(patterns)]
-    leaves += [_digest(leaf.reshape(1, -1)) for leaf in jax.tree.leaves(parameters)]
-    mixed = jnp.zeros(batch_size(patterns), jnp.uint32)
-    for leaf in leaves:
+    leaves, num = jax.tree.leaves(patterns), batch_size(patterns)
+    at_once = max(1, DIGESTED * num // max(1, sum(leaf.size for leaf in leaves)))
+    digests = map_in_chunks(partial(jax.tree.map, _digest), at_once, leaves)
+    digests += map(_digest, jax.tree.leaves(parameters))
+    mixed = jnp.zeros(num, jnp.uint32)
+    for leaf in digests:
         mixed = mixed * jnp.uint32(0x9E3779B1) + leaf
     fraction = (mixed >> 9).astype(jnp.float32) * jnp.float32(2**-23)
     result: Array = (1 + fraction).astype(working_dtype(float_dtype(patterns)))
     return result
 
 
-def _digest(rows: Float[Array, "N k"]) -> UInt[Array, " N"]:
-    """A hash of the bits of each row; of −0 as of 0, which differ in nothing else."""
-    values = jnp.where(rows == 0, 0, jax.lax.stop_gradient(rows))
-    words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(rows), -1)
+def _digest(numbers: Float[Array, "..."]) -> UInt[Array, ""]:
+    """A hash of their bits; of −0 as of 0, which differ in nothing else."""
+    values = jnp.where(numbers == 0, 0, jax.lax.stop_gradient(numbers))
+    words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(-1)
     words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
-    odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
-    return jnp.sum((words ^ (words >> 13)) * odd[None], axis=1, dtype=jnp.uint32)
+    odd = 2 * jnp.arange(words.size, dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
+    return jnp.sum((words ^ (words >> 13)) * odd, dtype=jnp.uint32)
