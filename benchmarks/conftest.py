@@ -1,10 +1,13 @@
-"""Prints what was measured as the Markdown table that README.md holds."""
+"""Prints what was measured as the Markdown tables of README.md, one a question."""
 
 import platform
 
 import jax
 import numpy as np
 import pytest
+
+UNITS = {"error": "relative error", "temporary": "MiB beside arguments and results"}
+DIGITS = {"error": "0e", "temporary": "3g"}
 
 
 @pytest.fixture
@@ -14,11 +17,12 @@ def rng():
 
 @pytest.fixture
 def measure(benchmark):
-    """Median seconds of a warmed-up, blocked call, over the pairs it treats, in microseconds;
-    what else is known of the contender goes to the table too."""
+    """Median seconds of a warmed-up, blocked call, over the pairs it treats, in microseconds: a
+    cell of the table of this question. What else is known of it goes to tables of their own."""
 
-    def run(row, name, function, *args, pairs=1, rounds=7, warmup=2, **extra):
-        benchmark.extra_info.update(row=row, name=name, pairs=pairs, **extra)
+    def run(question, row, column, function, *args, pairs=1, rounds=7, warmup=2, note="", **known):
+        cell = {"question": question, "row": row, "column": column, "note": note, "pairs": pairs}
+        benchmark.extra_info.update(cell, known={k: float(v) for k, v in known.items()})
         benchmark.pedantic(
             lambda: jax.block_until_ready(function(*args)),
             rounds=rounds,
@@ -34,28 +38,26 @@ def pytest_terminal_summary(terminalreporter, config):
     done = [b for b in session.benchmarks if not b.has_error] if session else []
     if not done:
         return
-    device = jax.devices()[0]
     write = terminalreporter.write_line
-    write(
-        f"\nCPU {platform.processor() or platform.machine()}, JAX {jax.__version__} on {device}\n"
-    )
-    rows: dict[str, dict[str, dict]] = {}
+    cpu = platform.processor() or platform.machine()
+    write(f"\n{cpu}, JAX {jax.__version__} on {jax.devices()[0]}\n")
+    tables: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    firsts: dict[tuple[str, str], float] = {}
     for b in done:
-        info = dict(b.extra_info)
-        info["micros"] = 1e6 * b.stats.median / info["pairs"]
-        rows.setdefault(info["row"], {})[info["name"]] = info
-    for row, cells in rows.items():
-        first = next(iter(cells.values()))["micros"]
-        temporary = any("temporary" in info for info in cells.values())
-        extra = " temporary, MiB |" if temporary else ""
-        write(f"| {row} | µs a pair | × the first | compile, s | error |{extra}")
-        write("|---|---|---|---|---|" + "---|" * temporary)
-        for name, info in cells.items():
-            compile_s = f"{info['compile']:.2f}" if "compile" in info else ""
-            error = f"{info['error']:.0e}" if "error" in info else ""
-            extra = f" {info['temporary']:.3g} |" if "temporary" in info else "  |" * temporary
-            write(
-                f"| {name} | {info['micros']:.3g} | {info['micros'] / first:.2f} "
-                f"| {compile_s} | {error} |{extra}"
-            )
+        info = b.extra_info
+        micros = 1e6 * b.stats.median / info["pairs"]
+        first = firsts.setdefault((info["question"], info["row"]), micros)
+        time = f"{micros:.3g} µs" if micros is first else f"{micros / first:.3g} ×"
+        cells = {"time a pair, the others relative to the first": time + info["note"]}
+        cells |= {UNITS[k]: f"{v:.{DIGITS[k]}}" for k, v in info["known"].items()}
+        for what, cell in cells.items():
+            table = tables.setdefault((info["question"], what), {})
+            table.setdefault(info["row"], {})[info["column"]] = cell
+    for (question, what), rows in tables.items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        write(f"### {question}: {what}\n")
+        write("| | " + " | ".join(columns) + " |")
+        write("|---" * (len(columns) + 1) + "|")
+        for row, cells in rows.items():
+            write(f"| {row} | " + " | ".join(cells.get(column, "") for column in columns) + " |")
         write("")

@@ -32,14 +32,9 @@ def clouds(rng, queries, num, atoms, d):
 
 
 def compiled(function, *args):
-    """The compiled function, and what is known of it: how long compiling took, and its memory."""
-    start = time.perf_counter()
+    """The compiled function, and its memory."""
     function = jax.jit(function).lower(*args).compile()
-    seconds = time.perf_counter() - start
-    return function, {
-        "compile": seconds,
-        "temporary": function.memory_analysis().temp_size_in_bytes / 2**20,
-    }
+    return function, {"temporary": function.memory_analysis().temp_size_in_bytes / 2**20}
 
 
 def repetitions(function, *args):
@@ -129,8 +124,8 @@ def with_pot(x, y, epsilon, tol):
 def test_every_pair(measure, rng, contender, queries, num, atoms, d, tol):
     epsilon, pairs = d / 10, queries * num
     x, y = clouds(rng, queries, num, atoms, d)
-    row = f"Q = {queries}, N = {num}, n = m = {atoms}, d = {d}, to {tol:.0e}, float32"
-    few = [(x[i % queries], y[i // queries]) for i in range(LOOPED)]
+    row = f"Q = {queries}, N = {num}, n = {atoms}, d = {d}, to {tol:.0e}"
+    note, few = "", [(x[i % queries], y[i // queries]) for i in range(LOOPED)]
     if contender == "step":
         memory = jdam.store(jdam.PointCloud(y), jdam.Sinkhorn(epsilon, tol=tol))
         query = jdam.PointCloud(x)
@@ -150,7 +145,7 @@ def test_every_pair(measure, rng, contender, queries, num, atoms, d, tol):
         found, rounds = repetitions(function, x, y)
         name = ", `jax.lax.map`" if "map" in contender else ", vmapped"
         name += ", `lse_mode=False`" if "kernel" in contender else ""
-        name = f"ott-jax{name}{missed(found[3])}"
+        name, note = f"ott-jax{name}", missed(found[3])
         one_to_one = jax.jit(jax.vmap(solve))
 
         def divergence(x, y):
@@ -173,7 +168,7 @@ def test_every_pair(measure, rng, contender, queries, num, atoms, d, tol):
 
         found, _ = repetitions(function)
         done = np.array([converged for _, converged in found])
-        name = f"POT, stabilised, {dtype} loop, {LOOPED} pairs{missed(done)}"
+        name, note = f"POT, stabilised, {dtype}", missed(done)
         pairs, arguments, rounds, known = LOOPED, (), 3, {}
     else:
         torch, geomloss = pytest.importorskip("torch"), pytest.importorskip("geomloss")
@@ -190,10 +185,11 @@ def test_every_pair(measure, rng, contender, queries, num, atoms, d, tol):
         def function():
             return loss(*stacked).numpy()
 
-        name = f"geomloss, S_ε, `scaling=.99`, {LOOPED} pairs"
+        name = "geomloss, S_ε, `scaling=.99`"
         pairs, arguments, rounds, known = LOOPED, (), 3, {}
     known["error"] = relative_error(divergence, x, y, epsilon)
-    measure(row, name, function, *arguments, pairs=pairs, rounds=rounds, warmup=1, **known)
+    settings = {"pairs": pairs, "rounds": rounds, "note": note}
+    measure("A cloud", row, name, function, *arguments, warmup=1, **settings, **known)
 
 
 def missed(converged):
@@ -228,12 +224,11 @@ def test_derivatives_and_recalls(measure, rng, contender, queries):
     arguments = memory, query, 1.0
     if queries == 1:
         arguments = memory, jax.tree.map(lambda leaf: leaf[0], query), 1.0
-        function, known = compiled(function, *arguments)
+        function, _ = compiled(function, *arguments)
     else:
-        function, known = compiled(jax.vmap(function, (None, 0, None)), *arguments)
+        function, _ = compiled(jax.vmap(function, (None, 0, None)), *arguments)
     if contender == "recall":
         steps = np.mean(function(*arguments).num_steps)
-        name, pairs = f"`jdam.recall`, {steps:.3g} steps, each", pairs * steps
-    kind = "energies" if contender in ("energy", "grad") else "steps"
-    row = f"{kind}: Q = {queries}, N = {num}, n = m = {atoms}, d = {d}, to 1e-05, float32"
-    measure(row, name, function, *arguments, pairs=pairs, rounds=15, **known)
+        name, pairs = "each of ten steps of a recall", pairs * steps
+    row = f"Q = {queries}, N = {num}, n = {atoms}, d = {d}, to 1e-5"
+    measure("Steps of clouds in a row", row, name, function, *arguments, pairs=pairs, rounds=15)

@@ -1,7 +1,6 @@
 """What derivatives cost: gradients of the energy beside the energy, and gradients through recall
 by its three adjoints beside recall."""
 
-import time
 from functools import partial
 
 import jax
@@ -53,13 +52,11 @@ CONTENDERS = {
 @pytest.mark.parametrize("kind", ["Bures, d = 32, N = 512", "Sinkhorn, n = m = 64, N = 32"])
 def test_energy(rng, measure, kind, name):
     memory, query, beta = problem(rng, kind)
-    start = time.perf_counter()
     function = jax.jit(CONTENDERS[name]).lower(memory, query, beta).compile()
-    seconds = time.perf_counter() - start
     temporary = function.memory_analysis().temp_size_in_bytes / 2**20
     measure(
-        f"{kind}, float32", name, function, memory, query, beta,
-        pairs=len(memory), compile=seconds, temporary=temporary,
+        "Derivatives of an energy", kind, name, function, memory, query, beta,
+        pairs=len(memory), temporary=temporary,
     )  # fmt: skip
 
 
@@ -85,9 +82,7 @@ def test_recall(rng, measure, steps, name):
 
     function = outcome if adjoint is None else jax.grad(outcome)
     function = partial(function, adjoint=adjoint or jdam.Unrolled())
-    start = time.perf_counter()
     function = jax.jit(function).lower(memory.patterns).compile()
-    seconds = time.perf_counter() - start
     temporary = function.memory_analysis().temp_size_in_bytes / 2**20
-    row = f"recall of Gaussians, d = 8, N = 64, at most {steps} steps"
-    measure(row, name, function, memory.patterns, compile=seconds, temporary=temporary)
+    question, row = "Derivatives of a recall", f"Gaussians, d = 8, N = 64, at most {steps} steps"
+    measure(question, row, name, function, memory.patterns, temporary=temporary)

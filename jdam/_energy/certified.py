@@ -127,8 +127,10 @@ class Certified(Search):
 
     def falls_back(self, memory: Memory) -> bool:
         """Whether to compare all at once where it is not soon proved that few will do: where
-        a comparison costs so little that the order of candidates would cost as much."""
-        return self.max_candidates is None and memory.geometry.bounds_pay and memory.layout is None
+        a comparison takes no iterations, so that the order of candidates would cost as much."""
+        iterated = memory.geometry.first_guess(memory.prepared) is not None
+        pays = memory.geometry.bounds_pay and not iterated
+        return self.max_candidates is None and pays and memory.layout is None
 
     def sizes(self, memory: Memory) -> tuple[int, int]:
         """How many patterns to compare at a time, and in how many turns at most."""

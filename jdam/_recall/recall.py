@@ -103,8 +103,8 @@ def recall(
     eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square size of the
     patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step compares: all of them, `Exhaustive()`,
     or few, with a proof that the others do not matter, `Certified()`. None chooses: of 512 and
-    more full Gaussians or mixtures few where that is soon proved and all where not, else all; the
-    recall is that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
+    more full Gaussians, mixtures or point clouds (without ρ) few where that is soon proved, else
+    all; the recall is that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
     `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`. `separation`: the
     shape of the energy. `acceleration`: 0 for plain steps. With k > 0 a bolder step is tried before
     each and taken where the energy does not rise: of point clouds a Newton step within a trust

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.problem import Marginals, SelfCoupling
 from jdam._measures.point_cloud import PointCloud
@@ -89,6 +90,13 @@ def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
     first = jnp.searchsorted(below, half * (1 - eps))
     last = jnp.searchsorted(below, half * (1 + eps))
     return (costs[order[first]] + costs[order[last]]) / 2
+
+
+@compiled(rounded=False)
+def unit_of(patterns: PointCloud) -> Float[Array, ""]:
+    """`typical_cost` of clouds with any batch axes."""
+    batch = len(patterns.batch_shape)
+    return typical_cost(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns))
 
 
 def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:

@@ -14,7 +14,6 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
-from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
 from jdam._entropic.itself import couple_with_itself
@@ -43,7 +42,7 @@ from jdam.geometry._clouds import (
     radius_of,
     rounding_of,
     shortening,
-    typical_cost,
+    unit_of,
     without_padding,
 )
 from jdam.geometry.protocol import (
@@ -171,7 +170,7 @@ class Sinkhorn(Geometry):
         if not isinstance(patterns, PointCloud):
             raise TypeError(f"patterns must be jdam.PointClouds; got {type(patterns).__name__}")
         checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
-        unit = _unit(patterns)
+        unit = unit_of(patterns)
         if checks.is_concrete(unit) and not unit > 0:
             raise ValueError("patterns must have different atoms in a cloud; got a median of 0")
         price = None if rho is None else rho * unit
@@ -365,6 +364,11 @@ class Sinkhorn(Geometry):
         return f"Sinkhorn({', '.join(settings)})"
 
     @property
+    def bounds_pay(self) -> bool:  # type: ignore[override]
+        """Not for a given ρ, where D of far patterns hardly differs."""
+        return self.rho is None
+
+    @property
     def cost_scale(self) -> float | None:  # type: ignore[override]
         """½ for the balanced divergence; the other does not grow without bounds."""
         return 0.5 if self.rho is None else None
@@ -388,12 +392,6 @@ class Sinkhorn(Geometry):
         self, points: Array, weights: Array, known: SelfCoupling | None = None
     ) -> SelfCoupling:
         return couple_with_itself(self._solver, Cloud(points, weights), self._marginals, known)
-
-
-@compiled(rounded=False)
-def _unit(patterns: PointCloud) -> Float[Array, ""]:
-    batch = len(patterns.batch_shape)
-    return typical_cost(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns))
 
 
 def _shown(value: Array) -> str:

@@ -74,3 +74,29 @@ def test_what_is_chosen(rng):
     assert chosen(jdam.store(gaussians(rng, 20, 2))) == "Exhaustive"
     assert chosen(jdam.store(diagonals(rng, 600, 2))) == "Exhaustive"
     assert chosen(jdam.store(gaussians(rng, 20, 2), capacity=600)) == "Certified"
+    points = jdam.PointCloud(rng.normal(size=(600, 3, 2)))
+    assert chosen(jdam.store(points, jdam.Sinkhorn(0.1))) == "Certified"
+    assert chosen(jdam.store(points, jdam.Sinkhorn(0.1, rho=1.0))) == "Exhaustive"
+
+
+def test_clouds_keep_potentials(rng):
+    """From step to step, and in derivatives, where there is room for them."""
+    centres = 3 * rng.normal(size=(24, 1, 2))
+    clouds = jdam.PointCloud(centres + rng.normal(size=(24, 8, 2)))
+    memory, query = jdam.store(clouds, jdam.Sinkhorn(0.3)), clouds[5].points + 0.2
+    few = jdam.Certified(2)
+    assert few.start(memory, clouds[5]).guess.shape == (24, 8)
+
+    @partial(jax.jit, static_argnums=0)
+    def recalled(search, points, beta):
+        def height(points):
+            found = jdam.recall(memory, jdam.PointCloud(points), beta, search=search, max_steps=4)
+            return (found.measure.points**2).sum(), found
+
+        (_, found), slope = jax.value_and_grad(height, has_aux=True)(points)
+        return found.measure.points, found.energy, slope
+
+    for beta in (5.0, 0.02):
+        found, wanted = (recalled(s, query, beta) for s in (few, jdam.Exhaustive()))
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7)
