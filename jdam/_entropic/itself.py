@@ -12,7 +12,7 @@ from jdam._core.batching import in_tiles
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import repeat
 from jdam._entropic.problem import Cloud, Marginals, Pair, SelfCoupling, Solver, pairs_at_once
-from jdam._entropic.response import Response, respond, respond_in_tiles
+from jdam._entropic.response import Response, respond, respond_to_change
 from jdam._entropic.scaling import solve_self
 from jdam._entropic.transport import change_by_atoms, change_by_marginals
 
@@ -42,18 +42,17 @@ def _couple_with_itself_jvp(
     cloud, marginals = problem
     dcloud, dmarginals = tangents[:2]
 
-    def respond_to(h: Array, cloud: Cloud, marginals: Marginals) -> Response:
+    itself = Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)
+
+    def answer(cloud: Cloud, marginals: Marginals) -> Response:
         return respond(solver.cost, h, Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals))
 
-    def answer(*problem: Any) -> Array:
-        return respond_to(*problem).potential
-
-    # h = s h^{c,ε}, so that (I + sE) dh = (∂(s h^{c,ε})/∂problem) dproblem.
-    right = jvp(partial(answer, h), problem, tangents[:2])[1]
+    # h = s h^{c,ε}, so that (I + sP̃) dh = (∂(s h^{c,ε})/∂problem) dproblem.
+    found, moved = jvp(answer, problem, (dcloud, dmarginals))
+    follow = partial(respond_to_change, solver.cost, found, pair=itself)
 
     def plus_plan(d: Array) -> Array:
-        result: Array = d - jax.jvp(lambda h: answer(h, *problem), (h,), (d,))[1]
-        return result
+        return d - follow(d)[0]
 
     def solve(matvec: Any, right: Array) -> Array:
         rounds = math.ceil(-math.log(float(jnp.finfo(right.dtype).eps)) / math.log(3))
@@ -61,13 +60,9 @@ def _couple_with_itself_jvp(
             rounds, lambda d: d + (right - matvec(d)) * (2 / 3), jnp.zeros_like(right), right
         )
 
+    right = moved.potential
     dh = jax.lax.custom_linear_solve(plus_plan, right, solve, transpose_solve=solve)
-    itself = Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)
-    back = respond_in_tiles(solver.cost, h, itself)
-    dcost = 2 * change_by_atoms(marginals, h, cloud.a, back.gradient, dcloud)
-    dcost += change_by_marginals(itself, h, back._replace(potential=h), dmarginals)
-    dgradient = None
-    if solved.gradient is not None:
-        _, moved = jvp(respond_to, (h, *problem), (dh, *tangents[:2]))
-        dgradient = moved.gradient
+    dcost = 2 * change_by_atoms(marginals, h, cloud.a, found.gradient, dcloud)
+    dcost += change_by_marginals(itself, h, found._replace(potential=h), dmarginals)
+    dgradient = None if solved.gradient is None else moved.gradient + follow(dh)[1]
     return solved, SelfCoupling(dcost, dh, jnp.zeros_like(solved.error), dgradient)

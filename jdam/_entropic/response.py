@@ -41,6 +41,21 @@ def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
     )
 
 
+def respond_to_change(
+    cost: Cost, found: Response, df: Float[Array, " n"], pair: Pair
+) -> tuple[Float[Array, " m"], Float[Array, "m d"]]:
+    """How potential and gradient of a response, with its density, follow a change of f:
+
+        dg = −s P̃ df    and    dP̃ = P̃ (df − P̃ df)/ε,
+
+    P̃ being the plan with rows of mass 1."""
+    plan = found.density * pair.a[None]
+    mean = plan @ df
+    dplan = plan * (df[None] - mean[:, None]) / pair.marginals.epsilon
+    _, dgradient = jax.jvp(partial(cost.gradient, x=pair.y, y=pair.x), (plan,), (dplan,))
+    return -pair.marginals.damping * mean, dgradient
+
+
 class Columns(NamedTuple):
     """The plan of g and the response f to it, which is right in its rows."""
 

@@ -36,7 +36,12 @@ from jdam._entropic.problem import (
     pairs_at_once,
 )
 from jdam._entropic.reference import solve_by_ott
-from jdam._entropic.response import Response, columns_of, respond_in_tiles
+from jdam._entropic.response import (
+    Response,
+    columns_of,
+    respond_in_tiles,
+    respond_to_change,
+)
 from jdam._entropic.scaling import conjugate_gradients, solve
 
 
@@ -98,10 +103,11 @@ def _couple_jvp(
 
     right = marginals.epsilon * jnp.where(on, moved.wanted - moved.found, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
-    _, (dfound, *_) = jvp(answer, (solved.g, pair), (dg, dpair))
+    df, dgradient = respond_to_change(solver.cost, found, dg, pair.turned())
+    df, dgradient = df + moved.response.potential, dgradient + moved.response.gradient
     none = jnp.zeros_like(solved.error)
     dcost = _dcost(solver.cost, solved, pair, dpair)
-    return solved, Coupling(dcost, dfound.potential, dg, dfound.gradient, none)
+    return solved, Coupling(dcost, df, dg, dgradient, none)
 
 
 def _dcost(cost: Cost, solved: Coupling, pair: Pair, dpair: Pair) -> Float[Array, ""]:
