@@ -164,4 +164,5 @@ def test_recall_of_a_batch(measure, rng, beta):
     steps = float(np.mean(function(memory, query, beta).num_steps))
     question, row = "A recall of 64 Gaussians", "N = 512, d = 16"
     name = f"β = {beta}: {steps:.1f} steps on average"
-    measure(question, row, name, function, memory, query, beta, pairs=64 * 512, rounds=3)
+    settings = {"pairs": 64 * 512, "rounds": 2, "warmup": 1}
+    measure(question, row, name, function, memory, query, beta, **settings)
