@@ -169,7 +169,7 @@ def draw(rows: list[Row], path: Path) -> None:
     colours = {"`Certified`": "#0072b2", "`Exhaustive`": "#d55e00"}
     figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), layout="constrained")
     for axis, kind in zip(axes, kinds, strict=True):
-        own = [row for row in rows if row.kind == kind]
+        own = [row for row in rows if row.kind == kind and "store" not in row.contender]
         for name in dict.fromkeys(row.contender for row in own):
             line = [(row.num, row.milliseconds) for row in own if row.contender == name]
             axis.loglog(*zip(*line, strict=True), "o-", label=name.strip("`"),
