@@ -280,18 +280,17 @@ def _queued(
     if size == 0:
         return state
 
+    def waiting(state: T) -> Bool[Array, " Q"]:
+        return jax.vmap(unfinished)(state, rows)
+
     def take_turns(state: T) -> T:
-        waiting = jax.vmap(unfinished)(state, rows)
         if size <= at_once:
             ahead = jax.vmap(turn)(state, rows)
-            moved: T = jax.tree.map(partial(jax.vmap(jnp.where), waiting), ahead, state)
+            moved: T = jax.tree.map(partial(jax.vmap(jnp.where), waiting(state)), ahead, state)
             return moved
-        return _gathered(lambda row: turn(*row), at_once, waiting, (state, rows), state)
+        return _gathered(lambda row: turn(*row), at_once, waiting(state), (state, rows), state)
 
-    def waiting(state: T) -> Array:
-        return jax.vmap(unfinished)(state, rows).any()
-
-    return while_loop(waiting, take_turns, state, rows)
+    return while_loop(lambda state: waiting(state).any(), take_turns, state, rows)
 
 
 def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:

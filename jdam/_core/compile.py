@@ -45,11 +45,13 @@ def compiled(
             return _cast(result, dtype) if rounded else result
 
         @functools.wraps(whole)
-        def settled(*args: Any, **kwargs: Any) -> Any:
+        def in_one_context(*args: Any, **kwargs: Any) -> Any:
+            # Rules of a `custom_vmap` are traced with a mesh set, if only an empty one. Were it not
+            # set outside of them too, all that was traced before would be traced once more.
             with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
                 return run(*args, **kwargs)
 
-        return cast(Callable[P, R], settled)
+        return cast(Callable[P, R], in_one_context)
 
     return decorate
 

@@ -159,8 +159,7 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
 
 
 def _compare_all(wanted: Start, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
-    found = evaluate(Settings(), *args, wanted)
-    return found if wanted.guess is not None else found._replace(guess=None)
+    return evaluate(Settings(), *args, wanted)
 
 
 def _bounds(memory: Memory) -> tuple[Bound, ...]:
@@ -316,17 +315,16 @@ def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
     block = _take(memory, index, on, hunt.guess)
     found = compare(memory.geometry, view, block.patterns)
     exact = with_prior(found.divergence, block.log_prior, beta)
+    guess = hunt.guess
+    if guess is not None:
+        guess = jax.tree.map(lambda table, row: table.at[index].set(row), guess, found.guess)
     return hunt._replace(
         floor=hunt.floor.at[index].set(jnp.where(on, exact, hunt.floor[index])),
         bounded=hunt.bounded.at[index].set(jnp.int8(COMPARED)),
         sums=LogSumExp().accumulate(hunt.sums, found, block, beta),
         picked=hunt.picked.at[hunt.turns].set(jnp.where(on, index, -1)),
         turns=hunt.turns + 1,
-        guess=jax.tree.map(
-            lambda table, rows: table.at[index].set(rows),
-            hunt.guess,
-            None if hunt.guess is None else found.guess,
-        ),
+        guess=guess,
     )
 
 

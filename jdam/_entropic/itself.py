@@ -42,13 +42,12 @@ def _couple_with_itself_jvp(
     cloud, marginals = problem
     dcloud, dmarginals = tangents[:2]
 
-    itself = Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)
-
     def answer(cloud: Cloud, marginals: Marginals) -> Response:
-        return respond(solver.cost, h, Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals))
+        return respond(solver.cost, h, _with_itself(cloud, marginals))
 
     # h = s h^{c,ε}, so that (I + sP̃) dh = (∂(s h^{c,ε})/∂problem) dproblem.
     found, moved = jvp(answer, problem, (dcloud, dmarginals))
+    itself = _with_itself(cloud, marginals)
     follow = partial(respond_to_change, solver.cost, found, pair=itself)
 
     def plus_plan(d: Array) -> Array:
@@ -66,3 +65,7 @@ def _couple_with_itself_jvp(
     dcost += change_by_marginals(itself, h, found._replace(potential=h), dmarginals)
     dgradient = None if solved.gradient is None else moved.gradient + follow(dh)[1]
     return solved, SelfCoupling(dcost, dh, jnp.zeros_like(solved.error), dgradient)
+
+
+def _with_itself(cloud: Cloud, marginals: Marginals) -> Pair:
+    return Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)

@@ -79,10 +79,10 @@ def _couple_jvp(
     (pair, _), (dpair, _) = primals, tangents  # the guess changes nothing
     marginals = pair.marginals
 
-    answer = partial(columns_of, solver.cost)
     # Where columns are as wanted, (∂(columns − wanted)/∂g) dg = (∂(wanted − columns)/∂pair) dpair.
+    answer = partial(columns_of, solver.cost, solved.g)
     a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.damping
-    (found, columns, wanted), moved = jvp(partial(answer, solved.g), (pair,), (dpair,))
+    (found, columns, wanted), moved = jvp(answer, (pair,), (dpair,))
     density, mass = found.density, a * marginals.share(found.potential)
     diagonal = columns
     if marginals.rho is not None:

@@ -176,12 +176,10 @@ class Flow:
     def advance(self, state: State, problem: Problem) -> State:
         """One step and the evaluation that follows it; on the first turn the evaluation alone."""
         acceleration = self.acceleration
-        if acceleration is not None:
-            proposal = acceleration.propose(self, state, problem)
-            return _accepted(self, jnp.array(True), state, problem, proposal).state
-        if problem.memory.geometry.max_backtracks > 0:
-            return _accepted(self, jnp.array(True), state, problem, None).state
-        return self.follow(state, _attempt(self, state, problem, None, False), problem)
+        if acceleration is None and problem.memory.geometry.max_backtracks == 0:
+            return self.follow(state, _attempt(self, state, problem, None, False), problem)
+        proposal = None if acceleration is None else acceleration.propose(self, state, problem)
+        return _accepted(self, jnp.array(True), state, problem, proposal).state
 
     def follow(
         self,

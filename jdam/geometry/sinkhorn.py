@@ -204,7 +204,7 @@ class Sinkhorn(Geometry):
         centred = about(centre, query, self.epsilon)
         known = self._couple_with_itself(centred, query.weights)
         share = self._marginals.share(known.potential)
-        assert known.gradient is not None  # that is so of patterns only
+        assert known.gradient is not None  # it is dropped of patterns only
         return View(query, centre, centred, known, share[:, None] * known.gradient)
 
     def kept(self, view: AnyView) -> AnyView:
