@@ -2,15 +2,28 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jdam._measures.base import AnyMeasure, Measure
+from jdam._energy.energy import divergences, fit_query
+from jdam._measures.base import AnyMeasure, Measure, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
+from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.memory import Memory
+from jdam._memory.memory import Memory, check_against, check_memory
 from jdam._recall.result import Recall, Trace
+
+KINDS: dict[Any, str] = {
+    Gaussian: "Gaussians",
+    DiagonalGaussian: "Gaussians",
+    GaussianMixture: "mixtures",
+    PointCloud: "point clouds",
+}
+#: The array by which a measure is translated, if it is not its mean.
+MOVED: dict[Any, str] = {PointCloud: "points", GaussianMixture: "means"}
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def numpy(array: Any) -> np.ndarray:
@@ -27,6 +40,29 @@ def coordinates(name: str, dim: int, axes: Any) -> list[int]:
     if not valid or pair[0] == pair[1] or not all(0 <= i < dim for i in pair):
         raise ValueError(f"axes must be two different coordinates below {dim}; got {axes!r}")
     return [int(i) for i in pair]
+
+
+def frame(
+    name: str, measures: AnyMeasure, axes: Any, *, of: str = "", line: bool = False
+) -> tuple[list[int], tuple[str, str]]:
+    """The coordinates that are drawn, and their labels; those of Gaussians in one dimension are
+    mean and standard deviation; on a `line` it is the only one, and the energy."""
+    if on_half_plane(measures):
+        return [0, 1], ("mean", "standard deviation")
+    dim = dim_of(measures)
+    if dim is None:
+        raise TypeError(f"{name} must have a dimension d; got {type(measures).__name__}")
+    if line and dim == 1:
+        return [0], (f"x{of}", "energy")
+    pair = coordinates(name, dim, axes)
+    return pair, labels(pair, dim, of)
+
+
+def labels(pair: list[int], dim: int, of: str = "") -> tuple[str, str]:
+    """The labels of two of `dim` coordinates."""
+    among = f" (of {dim} coordinates)" if dim > 2 else ""
+    first, second = (f"x{i + 1}".translate(SUBSCRIPTS) + of + among for i in pair)
+    return first, second
 
 
 def outlines(
@@ -48,19 +84,26 @@ def outlines(
     return result
 
 
-def deviation(gaussian: Gaussian | DiagonalGaussian) -> np.ndarray:
-    """The standard deviation of Gaussians in one dimension."""
+def deviations(gaussian: Gaussian | DiagonalGaussian) -> np.ndarray:
+    """The standard deviation (…, d) of each coordinate."""
     if isinstance(gaussian, DiagonalGaussian):
-        return numpy(gaussian.scale)[..., 0]
-    result: np.ndarray = np.linalg.norm(numpy(gaussian.factor)[..., 0, :], axis=-1)
+        return numpy(gaussian.scale)
+    result: np.ndarray = np.linalg.norm(numpy(gaussian.factor), axis=-1)
     return result
 
 
+def on_half_plane(measures: AnyMeasure) -> bool:
+    """Whether these are Gaussians in one dimension, drawn as (mean, standard deviation)."""
+    return isinstance(measures, Gaussian | DiagonalGaussian) and measures.dim == 1
+
+
 def places(measures: AnyMeasure) -> np.ndarray:
-    """Vectors as they are, Gaussians in one dimension as (mean, standard deviation)."""
-    if isinstance(measures, Gaussian | DiagonalGaussian):
-        return np.stack([numpy(measures.mean)[..., 0], deviation(measures)], -1)
-    return numpy(measures)
+    """Vectors as they are, Gaussians in one dimension as (mean, standard deviation), means of
+    others."""
+    if on_half_plane(measures):
+        return np.concatenate([numpy(measures.mean), deviations(measures)], -1)
+    known = isinstance(measures, Gaussian | DiagonalGaussian | GaussianMixture | PointCloud)
+    return numpy(measures.mean if known else measures)
 
 
 def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
@@ -95,58 +138,105 @@ def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
     return jax.tree.map(lambda leaf: leaf[:end], measure)
 
 
+def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasure:
+    """The pattern at which a recall ended with the measure `last`."""
+    check_memory(memory)
+    last = memory.geometry.check("trace.measure", last, 0)
+    check_against(memory, "trace.measure", last)
+    if isinstance(trace, Recall):
+        return memory[int(trace.nearest)]
+    return memory[int(np.argmin(divergences(memory, last)))]
+
+
 def kind(memory: Memory, wanted: tuple[str, ...]) -> str:
-    """What the memory holds, one of those `wanted`."""
+    """What the memory holds, as "2-D vectors"; one of those `wanted`, with or without "2-D"."""
+    check_memory(memory)
     patterns = memory.patterns
-    if isinstance(patterns, Gaussian | DiagonalGaussian):
-        name = "Gaussians"
-    else:
-        name = "point clouds" if isinstance(patterns, PointCloud) else "vectors"
-    found = f"{jax.tree.leaves(patterns)[0].shape[-1]}-D {name}"
-    if found not in wanted:
+    name = KINDS.get(type(patterns), type(patterns).__name__)
+    if isinstance(patterns, jax.Array | np.ndarray):
+        name = "vectors"
+    found = f"{dim_of(patterns)}-D {name}"
+    if found not in wanted and name not in wanted:
         raise ValueError(f"memory must hold {' or '.join(wanted)}; got {found}")
     return found
 
 
 def grid(
-    memory: Memory, kind: str, xs: Any, ys: Any, sizes: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """`xs` and `ys`, checked; where None such that they enclose the patterns."""
-    patterns = memory.patterns
-    if kind == "1-D Gaussians":
-        where = places(patterns)
-        margin, highest = where[:, 1].max(), 1.3 * where[:, 1].max()
-        spans = [(where[:, 0], margin), (np.array([0, highest or 1]), 0)]
-    elif kind == "2-D Gaussians":
-        edges = outlines(patterns, [0, 1], 2.0).reshape(-1, 2)
-        spans = [(edges[:, 0], 0), (edges[:, 1], 0)]
-    else:
-        where = numpy(patterns)
-        spans = [(column, 0.3 * np.ptp(where, axis=0).max()) for column in where.T]
-    given, found = [xs, ys], []
-    for (values, margin), array, size in zip(spans, given, sizes, strict=False):
-        if values.min() == values.max() and not margin:
-            margin = 1.0
-        low, high = values.min() - margin, values.max() + margin
-        found.append(np.linspace(low, high, size) if array is None else numpy(array))
-    if len(found) == 1 and ys is not None:
-        raise ValueError(f"ys must be None for {kind}; got an array")
-    for name, array in zip(("xs", "ys"), found, strict=False):
-        if array.ndim != 1 or len(array) < 2 or not (np.diff(array) > 0).all():
-            raise ValueError(f"{name} must be a rising array of two or more; got {array.tolist()}")
-    if kind == "1-D Gaussians" and found[1][0] < 0:
+    memory: Memory, pair: list[int], given: tuple[Any, Any], sizes: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """`given` arrays, checked; where None such that they enclose the patterns. On the line the
+    second is None."""
+    ends = extent(memory[: len(memory)], pair)
+    found = []
+    for name, span, array, size in zip(("xs", "ys"), ends, given, sizes, strict=False):
+        values = np.linspace(*span, size) if array is None else numpy(array)
+        if values.ndim != 1 or len(values) < 2 or not (np.diff(values) > 0).all():
+            wanted = "a rising array of two or more"
+            raise ValueError(f"{name} must be {wanted}; got {values.tolist()}")
+        found.append(values)
+    if on_half_plane(memory.patterns) and found[1][0] < 0:
         raise ValueError(f"ys must be ≥ 0, standard deviations; got {found[1][0]:g}")
-    return found[0], found[1] if len(found) == 2 else np.zeros(1)
+    return found[0], found[1] if len(found) == 2 else None
 
 
-def queries(memory: Memory, kind: str, xs: np.ndarray, ys: np.ndarray) -> AnyMeasure:
-    """A measure of the memory's kind at every point of the grid, row by row."""
-    x, y = (jnp.asarray(a.reshape(-1, 1), memory.dtype) for a in np.meshgrid(xs, ys))
-    if isinstance(memory.patterns, DiagonalGaussian):
-        return DiagonalGaussian(x, y)
-    if isinstance(memory.patterns, Gaussian):
-        return Gaussian(x, y[..., None])
-    return x if kind == "1-D vectors" else jnp.concatenate([x, y], -1)
+def extent(patterns: AnyMeasure, pair: list[int]) -> list[tuple[float, float]]:
+    """The interval of each coordinate that patterns fill, of Gaussians in one dimension those of
+    (mean, standard deviation)."""
+    if on_half_plane(patterns):
+        where, widest = places(patterns), deviations(patterns).max()
+        low = np.array([where[:, 0].min() - widest, 0])
+        high = np.array([where[:, 0].max() + widest, 1.3 * widest or 1])
+    else:
+        where, reach = spread(patterns)
+        low, high = (where - reach).min(0)[pair], (where + reach).max(0)[pair]
+    return [(a, b) if a < b else (a - 1, b + 1) for a, b in zip(low, high, strict=True)]
+
+
+def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
+    """Points (M, d) that patterns fill, and how far around them: two standard deviations of
+    Gaussians, nothing around atoms, and some room around vectors."""
+    if isinstance(patterns, PointCloud):
+        return numpy(patterns.points)[numpy(patterns.weights) > 0], np.zeros(1)
+    if isinstance(patterns, GaussianMixture):
+        held = numpy(patterns.weights) > 0
+        return numpy(patterns.means)[held], 2 * deviations(patterns.components)[held]
+    if isinstance(patterns, Gaussian | DiagonalGaussian):
+        return numpy(patterns.mean), 2 * deviations(patterns)
+    where = numpy(patterns)
+    return where, 0.3 * np.ptp(where, axis=0).max(keepdims=True)
+
+
+def points(xs: np.ndarray, ys: np.ndarray | None) -> np.ndarray:
+    """The points (M, 2) of the grid, row by row, or (M, 1) of the line."""
+    return np.stack([a.ravel() for a in np.meshgrid(*([xs] if ys is None else [xs, ys]))], -1)
+
+
+def queries(
+    memory: Memory, query: AnyMeasure | None, pair: list[int], xs: Any, ys: Any
+) -> AnyMeasure:
+    """A measure at every point of the grid, row by row: of Gaussians in one dimension the one of
+    this mean and standard deviation, of others `query`, the first pattern if None, translated."""
+    where = points(xs, ys)
+    if on_half_plane(memory.patterns):
+        x, y = (jnp.asarray(where[:, i : i + 1], memory.dtype) for i in (0, 1))
+        diagonal = isinstance(memory.patterns, DiagonalGaussian)
+        return DiagonalGaussian(x, y) if diagonal else Gaussian(x, y[..., None])
+    query = fit_query(memory, memory[0] if query is None else query)
+    shifts = np.zeros((len(where), places(query).shape[-1]))
+    shifts[:, pair] = where - places(query)[pair]
+    return translated(query, shifts)
+
+
+def translated(query: AnyMeasure, shifts: np.ndarray) -> AnyMeasure:
+    """The batch (M,) of a single measure translated by `shifts` (M, d)."""
+    moved = MOVED.get(type(query), "mean")
+    array = getattr(query, moved) if isinstance(query, Measure) else query
+    by = shifts.reshape(len(shifts), *[1] * (array.ndim - 1), -1)
+    found = jnp.asarray(numpy(array)[None] + by, array.dtype)
+    if not isinstance(query, Measure):
+        return found
+    batch = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(shifts), *leaf.shape)), query)
+    return eqx.tree_at(lambda measure: getattr(measure, moved), batch, found)
 
 
 def transported(
@@ -162,3 +252,19 @@ def transported(
     along = after @ np.linalg.pinv(before)
     result: np.ndarray = numpy(moved.mean) + (points - numpy(query.mean)) @ along.T
     return result
+
+
+def measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Dimensions, logarithms of counts and their standard errors, all checked."""
+    d, n = numpy(dims), numpy(counts)
+    given = {"dims": d, "counts": n} | ({} if errors is None else {"errors": numpy(errors)})
+    for name, array in given.items():
+        if array.ndim != 1 or array.shape != d.shape:
+            raise ValueError(f"{name} must have shape (n,), as dims; got {array.shape}")
+        if not (np.isfinite(array).all() and (array > 0).all()):
+            raise ValueError(f"{name} must be finite and > 0; got {array.tolist()}")
+    least = 3 if errors is None else 2
+    if len(np.unique(d)) < 2 or len(d) < least:
+        wanted = f"at least {least} points, two of them different"
+        raise ValueError(f"dims must hold {wanted}; got {d.tolist()}")
+    return d, np.log(n), None if errors is None else given["errors"] / n

@@ -1,7 +1,8 @@
 """Pictures of measures, recalls and energies by matplotlib, which `jdam[plot]` installs.
 
 Every function draws on the axes `ax`, the current ones if None, and returns them; other keyword
-arguments style what is drawn.
+arguments style what is drawn. Axes without labels get them, x₁, x₂, … for coordinates; those of a
+projection say how many coordinates there are.
 """
 
 import math
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
+from jdam import _artists as artists
 from jdam import _pictures as pictures
 from jdam._energy.energy import energy, inverse_temperature
 from jdam._measures.base import AnyMeasure
@@ -24,6 +26,10 @@ from jdam._recall.result import Recall, Trace
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+OF_ELLIPSES = (Gaussian, DiagonalGaussian, GaussianMixture)
+#: Memories that have a landscape.
+LANDSCAPES = ("Gaussians", "mixtures", "point clouds", "1-D vectors", "2-D vectors")
+
 
 def ellipses(
     gaussian: Gaussian | DiagonalGaussian | GaussianMixture,
@@ -35,7 +41,9 @@ def ellipses(
 ) -> "Axes":
     """The contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians, of their marginals on two
     coordinates `axes`; those of singular ones are segments and dots. Of mixtures those of
-    all components, the fainter the less they weigh. One unit is as long on both axes.
+    all components, the fainter the less they weigh. Each Gaussian or mixture of a batch has the
+    next colour of the property cycle, unless `color` or `edgecolor` says otherwise. One unit is as
+    long on both axes.
 
     **Arguments:** `gaussian`, a single one or a batch, d ≥ 2; `style` of a
     `matplotlib.collections.PolyCollection`.
@@ -43,41 +51,30 @@ def ellipses(
     **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
     two of the coordinates and for `num_std` ≤ 0.
     """
-    _check_type("gaussian", gaussian, Gaussian, DiagonalGaussian, GaussianMixture)
+    _check_type("gaussian", gaussian, *OF_ELLIPSES)
     pair = pictures.coordinates("gaussian", gaussian.dim, axes)
     if not 0 < num_std < math.inf:
         raise ValueError(f"num_std must be finite and > 0; got {num_std:g}")
-    ax = _axes(ax)
+    ax = artists.axes(ax)
     from matplotlib.collections import PolyCollection
-    from matplotlib.colors import to_rgba
 
-    style = _styled(style, PolyCollection, facecolor="none", linewidth=1.5, joinstyle="round")
+    style = artists.styled(
+        style, PolyCollection, facecolor="none", linewidth=1.5, joinstyle="round"
+    )
     # A colour is that of the line; whoever wants a filled ellipse says so by facecolor.
     colour = style.pop("color", None)
     if "edgecolor" not in style:
-        style["edgecolor"] = _next_colour(ax) if colour is None else colour
+        num = math.prod(gaussian.batch_shape)
+        style["edgecolor"] = artists.next_colours(ax, num) if colour is None else colour
     if isinstance(gaussian, GaussianMixture):
-        weights = pictures.numpy(gaussian.weights)
-        shares = (weights / weights.max(-1, keepdims=True)).reshape(-1)
-        style["edgecolor"] = [to_rgba(style["edgecolor"], np.sqrt(share)) for share in shares]
+        style["edgecolor"] = artists.faded(style["edgecolor"], pictures.numpy(gaussian.weights))
         gaussian = gaussian.components
     outlines = pictures.outlines(gaussian, pair, num_std)
     ax.add_collection(PolyCollection(list(outlines), **style))
-    _dots(ax, outlines, style["edgecolor"])
+    artists.dots(ax, outlines, style["edgecolor"])
     ax.autoscale_view()
     ax.set_aspect("equal")
-    return ax
-
-
-def _dots(ax: "Axes", outlines: np.ndarray, colour: Any) -> None:
-    """A dot for each outline that is a point, of which nothing would be drawn."""
-    from matplotlib.colors import to_rgba_array
-
-    points = np.flatnonzero(np.ptp(outlines, axis=1).max(-1) == 0)
-    if points.size:
-        colours = to_rgba_array(colour)
-        xs, ys = outlines[points, 0].T
-        ax.scatter(xs, ys, s=16, c=colours[points % len(colours)], zorder=2)
+    return artists.labelled(ax, pictures.labels(pair, gaussian.dim))
 
 
 def cloud(
@@ -89,7 +86,8 @@ def cloud(
     **style: Any,
 ) -> "Axes":
     """The atoms of point clouds, their areas proportional to their weights; atoms of weight 0 are
-    not seen. One unit is as long on both axes.
+    not seen. Each cloud of a batch has the next colour of the property cycle, unless `c`, `color`
+    or `facecolor` says otherwise. One unit is as long on both axes.
 
     **Arguments:** `cloud`, a single one or a batch, d ≥ 2; `size`, the area in points² that the
     atoms of a cloud share; `style` of `Axes.scatter`.
@@ -101,108 +99,154 @@ def cloud(
     pair = pictures.coordinates("cloud", cloud.dim, axes)
     if not 0 < size < math.inf:
         raise ValueError(f"size must be finite and > 0; got {size:g}")
-    ax = _axes(ax)
+    ax = artists.axes(ax)
     weights = pictures.numpy(cloud.weights).ravel()
     points = pictures.numpy(cloud.points)[..., pair].reshape(-1, 2)
     # Of a marker of no size the edge would still be drawn.
     points = np.where(weights[:, None] > 0, points, np.nan)
     from matplotlib.collections import PathCollection
 
-    style = _styled(style, PathCollection, linewidth=0, alpha=0.75)
+    style = artists.styled(style, PathCollection, linewidth=0, alpha=0.75)
+    if cloud.batch_shape and not {"c", "color", "facecolor"} & set(style):
+        colours = artists.next_colours(ax, math.prod(cloud.batch_shape), filled=True)
+        style["c"] = colours.repeat(cloud.num_atoms, axis=0)
     ax.scatter(*points.T, s=size * weights, **style)  # type: ignore[misc]
     ax.set_aspect("equal")
-    return ax
+    return artists.labelled(ax, pictures.labels(pair, cloud.dim))
 
 
 def trajectory(
     trace: Recall | Trace,
     *,
     start: AnyMeasure | None = None,
+    memory: Memory | None = None,
     axes: tuple[int, int] = (0, 1),
     num_std: float = 2.0,
     size: float = 300.0,
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The way of one recall, up to where it stood still.
+    """The way of one recall, up to where it stood still, and the pattern at which it ended.
 
-    Of Gaussians, the path of the means, and ellipses of its stages 0, 1, 2, 4, 8, … and the last,
-    the later the darker; in one dimension the path of (mean, standard deviation), as on a
-    `landscape`.
+    Of Gaussians and mixtures, the path of the means, and ellipses of its stages 0, 1, 2, 4, 8, …
+    and the last, the later the darker; of Gaussians in one dimension the path of (mean, standard
+    deviation), as on a `landscape`.
     Of point clouds, the paths of the atoms, as dark as their weight was, and the cloud at the end.
     Of vectors, the path.
+    The pattern is drawn if there is a `memory`: as broad grey ellipses, as grey rings around its
+    atoms, three times as large, or as a white cross.
 
     **Arguments:** `trace`, of one recall with `save_trace=True`, or that `Recall`; `start`, its
-    query, if the way is to begin there; `axes`, two coordinates to project on; `num_std` as in
-    `ellipses` and `size` as in `cloud`; `style` of the path, a `matplotlib.lines.Line2D`, or of
-    the paths of atoms, a `matplotlib.collections.LineCollection`.
+    query, if the way is to begin there; `memory`, the one that was asked, of which the pattern
+    `Recall.nearest` is drawn, or, of a `Trace`, the one of least divergence from its last measure;
+    `axes`, two coordinates to project on; `num_std` as in `ellipses` and `size` as in `cloud`;
+    `style` of the path, a `matplotlib.lines.Line2D`, or of the paths of atoms, a
+    `matplotlib.collections.LineCollection`.
 
-    **Raises:** `TypeError` for anything else; `ValueError` for a recall without a trace, for a
-    batch of recalls, for d < 2 where there is nothing to draw, and for `axes` that are not two
-    of the coordinates.
+    **Raises:** `TypeError` for anything else, and for a memory of other measures; `ValueError`
+    for a recall without a trace, for a batch of recalls, for d < 2 where there is nothing to draw,
+    for a memory of another dimension, and for `axes` that are not two of the coordinates.
     """
     stages = pictures.stages(trace, start)
-    gaussian = isinstance(stages, Gaussian | DiagonalGaussian)
-    plane = gaussian and stages.dim == 1
-    dim = jax.tree.leaves(stages)[0].shape[-1]
-    pair = [0, 1] if plane else pictures.coordinates("trace.measure", dim, axes)
-    ax = _axes(ax)
+    pair, names = pictures.frame("trace.measure", stages, axes)
+    pattern = None if memory is None else pictures.nearest(memory, trace, stages[-1])
+    ax = artists.labelled(artists.axes(ax), names)
+    if pattern is not None:
+        _pattern(pattern, pair, ax, num_std, size)
     if isinstance(stages, PointCloud):
         return _atom_paths(stages, pair, size, ax, style)
     from matplotlib.colors import to_rgba
     from matplotlib.lines import Line2D
 
-    path = pictures.places(stages.mean if gaussian and not plane else stages)[:, pair]
-    (line,) = ax.plot(*path.T, **_styled(style, Line2D, marker=".", linewidth=1.2))
-    if gaussian and not plane:
+    path = pictures.places(stages)[:, pair]
+    (line,) = ax.plot(*path.T, **artists.styled(style, Line2D, marker=".", linewidth=1.2))
+    if isinstance(stages, OF_ELLIPSES) and not pictures.on_half_plane(stages):
         last = len(stages) - 1
         shown = sorted({0, last} | {2**k for k in range(last.bit_length()) if 2**k < last})
         fading = [to_rgba(line.get_color(), a) for a in np.linspace(0.25, 1, len(shown))]
-        chosen = stages[np.array(shown)]
         look = {"edgecolor": fading, "zorder": line.get_zorder()}
-        ellipses(chosen, axes=axes, num_std=num_std, ax=ax, **look)
+        ellipses(stages[np.array(shown)], axes=axes, num_std=num_std, ax=ax, **look)
     return ax
+
+
+def _pattern(pattern: AnyMeasure, pair: list[int], ax: "Axes", num_std: float, size: float) -> None:
+    """A pattern beneath what is drawn later, and so wide that this does not cover it."""
+    axes = (pair[0], pair[1])
+    if isinstance(pattern, PointCloud):
+        rings = {"facecolor": "none", "edgecolor": "0.45", "linewidth": 1.0, "alpha": 1.0}
+        cloud(pattern, axes=axes, size=3 * size, ax=ax, zorder=1, **rings)
+    elif isinstance(pattern, OF_ELLIPSES) and not pictures.on_half_plane(pattern):
+        style = {"edgecolor": (0.45, 0.45, 0.45, 0.4), "linewidth": 7.0, "zorder": 1}
+        ellipses(pattern, axes=axes, num_std=num_std, ax=ax, **style)
+    else:
+        cross: dict[str, Any] = {
+            "color": "white",
+            "markeredgecolor": "black",
+            "markersize": 11,
+            "zorder": 1,
+        }
+        ax.plot(*pictures.places(pattern)[pair], "X", **cross)
 
 
 def landscape(
     memory: Memory,
     beta: ArrayLike,
     *,
+    query: AnyMeasure | None = None,
+    axes: tuple[int, int] = (0, 1),
     xs: ArrayLike | None = None,
     ys: ArrayLike | None = None,
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The energy E: of Gaussians in one dimension over (mean, standard deviation), of vectors in
-    the plane over them, as filled contours; of vectors in one dimension a curve.
+    """The energy E as filled contours; in one dimension, except of Gaussians, a curve.
+
+    Of Gaussians in one dimension, over (mean, standard deviation); of vectors on the line and in
+    the plane, over them. Of other Gaussians, mixtures and point clouds, over the place of the
+    query: it is translated so that two coordinates of its mean are those of the grid, while its
+    shape, and its mean in other coordinates, are held.
 
     Levels lie closer near the minimum: E grows like a squared distance, so that they come out
     evenly spaced.
 
-    **Arguments:** `memory` and `beta` as in `jdam.energy`; `xs` and `ys`, the grid, which
-    encloses the patterns if None; `style` of `Axes.contourf`, or of `Axes.plot` for a curve.
+    **Arguments:** `memory` and `beta` as in `jdam.energy`; `query`, the measure that is translated,
+    the first pattern if None; `axes`, along which two coordinates; `xs` and `ys`, the grid, which
+    encloses the patterns if None; `style` of `Axes.contourf`, or of `Axes.plot` for a curve. Of
+    clouds and mixtures the grid has fewer points, for each takes as long as a step of recall: in
+    a large memory, pass smaller `xs` and `ys`.
 
-    **Raises:** as `jdam.energy`; `ValueError` for a memory of other measures and for `xs` or `ys`
+    **Raises:** as `jdam.energy`; `ValueError` for a memory of other measures, for a `query` where
+    nothing is translated, for `axes` that are not two of the coordinates, and for `xs` or `ys`
     that do not rise.
     """
-    kind = pictures.kind(memory, ("1-D Gaussians", "1-D vectors", "2-D vectors"))
+    kind = pictures.kind(memory, LANDSCAPES)
     beta = inverse_temperature(memory, beta)
-    xs, ys = pictures.grid(memory, kind, xs, ys, (101, 81))
-    queries = pictures.queries(memory, kind, xs, ys)
+    still = kind == "1-D Gaussians" or kind.endswith("vectors")
+    if still and query is not None:
+        raise ValueError(f"query must be None for {kind}, of which no shape is held; got {query!r}")
+    of = "" if still else " of the mean"
+    pair, names = pictures.frame("memory", memory.patterns, axes, of=of, line=True)
+    if len(pair) == 1 and ys is not None:
+        raise ValueError(f"ys must be None for {kind}, of which a curve is drawn; got {ys!r}")
+    quick = len(pair) == 1 or still or kind.endswith("Gaussians")
+    xs, ys = pictures.grid(memory, pair, (xs, ys), (101, 81) if quick else (41, 33))
+    queries = pictures.queries(memory, query, pair, xs, ys)
     found = pictures.numpy(jax.vmap(energy, (None, 0, None))(memory, queries, beta))
-    ax = _axes(ax)
-    labels = {"1-D Gaussians": ("mean", "standard deviation"), "1-D vectors": ("x", "energy")}
-    ax.set(**dict(zip(("xlabel", "ylabel"), labels.get(kind, ("x₁", "x₂")), strict=True)))
-    if kind == "1-D vectors":
+    ax = artists.labelled(artists.axes(ax), names)
+    if ys is None:
         ax.plot(xs, found, **style)
-        return ax
+    else:
+        _contours(ax, xs, ys, found.reshape(len(ys), len(xs)), style)
+    return ax
+
+
+def _contours(ax: "Axes", xs: ArrayLike, ys: ArrayLike, found: np.ndarray, style: Any) -> None:
     from matplotlib.colors import PowerNorm
 
     low, high = found.min(), found.max()
     levels = low + (high - low) * np.linspace(0, 1, 25) ** 2
     style = {"norm": PowerNorm(0.5, low, high), "levels": levels} | style
-    ax.contourf(xs, ys, found.reshape(len(ys), len(xs)), **style)
-    return ax
+    ax.contourf(xs, ys, found, **style)
 
 
 def field(
@@ -233,19 +277,20 @@ def field(
     if (query is None) == (kind == "2-D Gaussians"):
         wanted = "given for 2-D Gaussians and for nothing else"
         raise ValueError(f"query must be {wanted}; got {query!r} for {kind}")
-    xs, ys = pictures.grid(memory, kind, xs, ys, (17, 15))
+    pair, names = pictures.frame("memory", memory.patterns, (0, 1))
+    xs, ys = pictures.grid(memory, pair, (xs, ys), (17, 15))
     if query is None:
-        starts = pictures.queries(memory, kind, xs, ys)
+        starts = pictures.queries(memory, None, pair, xs, ys)
         ends = jax.vmap(step, (None, 0, None))(memory, starts, beta)
         before, after = pictures.places(starts), pictures.places(ends)
     else:
         check_against(memory, "query", query)
-        before = np.stack(np.meshgrid(xs, ys), -1).reshape(-1, 2)
+        before = pictures.points(xs, ys)
         after = pictures.transported(query, step(memory, query, beta), before)
-    ax = _axes(ax)
+    ax = artists.labelled(artists.axes(ax), names)
     from matplotlib.quiver import Quiver
 
-    style = _styled(style, Quiver, angles="xy", scale_units="xy", scale=1, width=0.003)
+    style = artists.styled(style, Quiver, angles="xy", scale_units="xy", scale=1, width=0.003)
     ax.quiver(*before.T, *(after - before).T, **style)
     return ax
 
@@ -267,13 +312,15 @@ def capacity(
 
     **Raises:** as `fit_exponent`.
     """
-    d, log_counts, log_errors = _measured(dims, counts, errors)
-    ax = _axes(ax)
+    d, log_counts, log_errors = pictures.measured(dims, counts, errors)
+    ax = artists.labelled(
+        artists.axes(ax), ("dimension d", "largest number N of patterns recalled")
+    )
     counts = np.exp(log_counts)
     spread = None if log_errors is None else counts * log_errors
     from matplotlib.lines import Line2D
 
-    drawn = ax.errorbar(d, counts, spread, **_styled(style, Line2D, fmt="o", capsize=3))
+    drawn = ax.errorbar(d, counts, spread, **artists.styled(style, Line2D, fmt="o", capsize=3))
     ax.set_yscale("log")
     if fit:
         slope, error, intercept = fit_exponent(dims, counts, spread)
@@ -299,7 +346,7 @@ def fit_exponent(
     **Raises:** `ValueError` for lengths that differ, values that are not finite or not > 0, or
     too few dimensions: two different ones, and without errors three points.
     """
-    d, log_counts, log_errors = _measured(dims, counts, errors)
+    d, log_counts, log_errors = pictures.measured(dims, counts, errors)
     weights = np.ones_like(d) if log_errors is None else log_errors**-2
     centre = np.average(d, weights=weights)
     inertia = np.sum(weights * (d - centre) ** 2)
@@ -310,49 +357,10 @@ def fit_exponent(
     return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)
 
 
-def _measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Dimensions, logarithms of counts and their standard errors, all checked."""
-    d, n = pictures.numpy(dims), pictures.numpy(counts)
-    given = {"dims": d, "counts": n} | (
-        {} if errors is None else {"errors": pictures.numpy(errors)}
-    )
-    for name, array in given.items():
-        if array.ndim != 1 or array.shape != d.shape:
-            raise ValueError(f"{name} must have shape (n,), as dims; got {array.shape}")
-        if not (np.isfinite(array).all() and (array > 0).all()):
-            raise ValueError(f"{name} must be finite and > 0; got {array.tolist()}")
-    least = 3 if errors is None else 2
-    if len(np.unique(d)) < 2 or len(d) < least:
-        wanted = f"at least {least} points, two of them different"
-        raise ValueError(f"dims must hold {wanted}; got {d.tolist()}")
-    return d, np.log(n), None if errors is None else given["errors"] / n
-
-
 def _check_type(name: str, measure: Any, *wanted: type) -> None:
     if not isinstance(measure, wanted):
         names = " or ".join(f"jdam.{kind.__name__}" for kind in wanted)
         raise TypeError(f"{name} must be a {names}; got {type(measure).__name__}")
-
-
-def _axes(ax: "Axes | None") -> "Axes":
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError("jdam.plot needs matplotlib: pip install 'jdam[plot]'") from error
-    return plt.gca() if ax is None else ax
-
-
-def _next_colour(ax: "Axes") -> Any:
-    (line,) = ax.plot([], [])
-    line.remove()
-    return line.get_color()
-
-
-def _styled(style: dict[str, Any], artist: type, **default: Any) -> dict[str, Any]:
-    """`style` over `default`, with lw, ec, … spelled out, so that they replace it."""
-    from matplotlib.cbook import normalize_kwargs
-
-    return default | normalize_kwargs(style, artist)
 
 
 def _atom_paths(
@@ -362,9 +370,9 @@ def _atom_paths(
     from matplotlib.colors import to_rgba
 
     points, weights = pictures.numpy(stages.points)[..., pair], pictures.numpy(stages.weights)
-    style = _styled(style, LineCollection, linewidth=0.8)
+    style = artists.styled(style, LineCollection, linewidth=0.8)
     colour = style.pop("color", None)
-    colour = _next_colour(ax) if colour is None else colour
+    colour = artists.next_colours(ax, 1)[0] if colour is None else colour
     steps = np.stack([points[:-1], points[1:]], axis=2).reshape(-1, 2, 2)
     dark = (weights[:-1] / weights.max(axis=1, keepdims=True)[:-1]).ravel()
     faded = [to_rgba(colour, 0.6 * alpha) for alpha in dark]

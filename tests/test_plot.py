@@ -36,6 +36,21 @@ def line_memory(kind=jdam.DiagonalGaussian):
     return jdam.store(kind(mean, scale if kind is jdam.DiagonalGaussian else scale[..., None]))
 
 
+def plane_gaussians():
+    """Three of the covariance 1."""
+    mean = np.array([[0.0, 0.0], [5.0, 1.0], [-4.0, 3.0]])
+    return jdam.Gaussian(mean, np.stack([np.eye(2)] * 3))
+
+
+def surface(ax, memory, beta=1.0, **options):
+    """The energies of the grid, which a landscape gives to `contourf`."""
+    with pytest.MonkeyPatch.context() as patch:
+        given = []
+        patch.setattr(ax, "contourf", lambda *arguments, **style: given.append(arguments))
+        jdam.plot.landscape(memory, beta, ax=ax, **options)
+    return given[0][2]
+
+
 def clouds(rng, num=2):
     return jdam.PointCloud(rng.normal(size=(num, 4, 2)) + 4 * np.arange(num)[:, None, None])
 
@@ -84,6 +99,73 @@ def test_units_are_as_long_on_both_axes(ax, rng):
 def test_landscapes_say_what_their_axes_are(ax, memory, labels):
     jdam.plot.landscape(memory, 2.0, ax=ax)
     assert (ax.get_xlabel(), ax.get_ylabel()) == labels
+
+
+def drawn(measures, ax, **options):
+    is_cloud = isinstance(measures, jdam.PointCloud)
+    (jdam.plot.cloud if is_cloud else jdam.plot.ellipses)(measures, ax=ax, **options)
+    last = ax.collections[-1]
+    return last.get_facecolor() if is_cloud else last.get_edgecolor()
+
+
+@pytest.mark.parametrize("name", ["full", "diagonal", "mixture", "cloud"])
+def test_each_pattern_of_a_batch_has_the_next_colour(ax, rng, name):
+    batch, each = {
+        "full": (plane_gaussians(), 1),
+        "diagonal": (jdam.DiagonalGaussian(np.eye(3), np.ones((3, 3))), 1),
+        "mixture": (mixtures(rng, 3, 2), 3),
+        "cloud": (clouds(rng, 3), 4),
+    }[name]
+    ax.set_prop_cycle(color=["red", "green"])
+    wanted = mpl.colors.to_rgba_array(["red", "green", "red"]).repeat(each, axis=0)
+    assert_allclose(drawn(batch, ax)[:, :3], wanted[:, :3])
+    wanted = mpl.colors.to_rgba_array(["green", "red", "green"]).repeat(each, axis=0)
+    assert_allclose(drawn(batch, ax)[:, :3], wanted[:, :3])  # the cycle goes on
+    for style in ({"color": "blue"}, {"fc" if name == "cloud" else "ec": "blue"}):
+        colours = drawn(batch, ax, **style)[:, :3]
+        assert_allclose(colours, [mpl.colors.to_rgb("blue")] * len(colours))
+
+
+def test_more_patterns_than_colours(ax):
+    colours = drawn(jdam.DiagonalGaussian(np.zeros((75, 2)), np.ones((75, 2))), ax)
+    assert_allclose(colours, [mpl.colors.to_rgba(f"C{i}") for i in range(75)])
+
+
+def test_points_and_faint_components_without_a_line(ax, rng):
+    """The colour "none" has no row in matplotlib."""
+    jdam.plot.ellipses(jdam.Gaussian(np.zeros(2), np.zeros((2, 1))), edgecolor="none", ax=ax)
+    assert_allclose(drawn(mixtures(rng, 2, 3), ax, edgecolor="none"), 0)
+
+
+def test_projections_are_said_and_labels_kept(ax, rng):
+    jdam.plot.ellipses(DIAGONAL, axes=(1, 0), ax=ax)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x₂", "x₁")
+    jdam.plot.ellipses(FULL, ax=ax)
+    assert ax.get_xlabel() == "x₂"
+    ax.set(xlabel="", ylabel="mine")
+    jdam.plot.cloud(jdam.PointCloud(rng.normal(size=(9, 12))), axes=(11, 2), ax=ax)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x₁₂ (of 12 coordinates)", "mine")
+    jdam.plot.landscape(jdam.store(np.eye(2)), 1.0, ax=ax)
+    assert ax.get_ylabel() == "mine"
+
+
+def way(memory, query):
+    return lambda ax: jdam.plot.trajectory(recalled(memory, query, max_steps=2), ax=ax)
+
+
+@pytest.mark.parametrize(
+    ("draw", "labels"),
+    [
+        (way(jdam.store(np.eye(3)), np.eye(3)[0]), ["x₁ (of 3 coordinates)", "x₂ (of 3 coordinates)"]),
+        (way(line_memory(), line_memory()[0]), ["mean", "standard deviation"]),
+        (lambda ax: jdam.plot.field(jdam.store(np.eye(2)), 1.0, ax=ax), ["x₁", "x₂"]),
+        (lambda ax: jdam.plot.field(line_memory(), 1.0, ax=ax), ["mean", "standard deviation"]),
+        (lambda ax: jdam.plot.capacity([2, 4, 6], [3, 9, 20], ax=ax), ["dimension d", "largest number N of patterns recalled"]),
+    ],
+)  # fmt: skip
+def test_axes_are_labelled(ax, draw, labels):
+    draw(ax)
+    assert [ax.get_xlabel(), ax.get_ylabel()] == labels
 
 
 def test_ellipses_draw_on_the_current_axes_in_the_next_colour(ax):
@@ -146,6 +228,92 @@ def test_way_of_a_cloud(ax, rng):
     assert_allclose(segments[:4, 0], query.points)
     assert_allclose(segments[-4:, 1], found.measure.points)
     assert_allclose(end.get_sizes(), 40 * np.asarray(found.measure.weights))
+
+
+@pytest.mark.parametrize("of_recall", [True, False])
+def test_ways_end_at_the_pattern(ax, rng, of_recall):
+    patterns = clouds(rng)
+    memory = jdam.store(patterns, jdam.Sinkhorn(0.1))
+    found = recalled(memory, jdam.PointCloud(patterns.points[1] + 0.3), max_steps=3)
+    jdam.plot.trajectory(found if of_recall else found.trace, memory=memory, ax=ax)
+    assert_allclose(ax.collections[0].get_offsets(), patterns.points[1])
+    assert ax.collections[0].get_facecolor().size == 0
+
+
+def test_ways_end_at_ellipses_and_crosses(ax):
+    patterns = plane_gaussians()
+    found = recalled(jdam.store(patterns), patterns[1], max_steps=2)
+    jdam.plot.trajectory(found, memory=jdam.store(patterns), ax=ax)
+    pattern = ax.collections[0].get_paths()[0].vertices[:-1]
+    assert_allclose(pattern.mean(0), patterns.mean[1], atol=1e-9)
+    assert_allclose(
+        np.ptp(pattern, axis=0), 4 * np.sqrt(np.diag(patterns.covariance[1])), rtol=1e-3
+    )
+    line = line_memory()
+    jdam.plot.trajectory(recalled(line, line[1]), memory=line, ax=ax)
+    assert_allclose(ax.lines[-2].get_xydata(), [[1, 0.8]])
+    vectors = jdam.store(np.eye(3))
+    jdam.plot.trajectory(recalled(vectors, np.eye(3)[1]), memory=vectors, axes=(1, 2), ax=ax)
+    assert_allclose(ax.lines[-2].get_xydata(), [[1, 0]])
+
+
+def test_way_of_a_mixture(ax, rng):
+    patterns = mixtures(rng, 2, 3)
+    memory = jdam.store(patterns)
+    found = recalled(memory, patterns[1], max_steps=2)
+    jdam.plot.trajectory(found, memory=memory, axes=(0, 2), ax=ax)
+    path = ax.lines[-1].get_xydata()
+    assert_allclose(path[-1], np.asarray(found.measure.mean)[[0, 2]])
+    assert len(ax.collections[0].get_paths()) == 3
+
+
+@pytest.mark.parametrize("kind", [jdam.Gaussian, jdam.DiagonalGaussian])
+def test_landscape_over_the_mean(ax, rng, kind):
+    """Of one pattern E = W₂²: |m − m₁|² and what the covariances differ, at every m."""
+    scale = np.array([[0.5, 1.0, 0.3]])
+    factor = scale if kind is jdam.DiagonalGaussian else np.stack([np.diag(scale[0])])
+    memory = jdam.store(kind(np.array([[1.0, 2.0, 3.0]]), factor))
+    query = kind(np.array([9.0, 5.0, 9.0]), 2 * factor[0])
+    xs, ys = np.array([0.0, 1.0, 2.0]), np.array([2.0, 4.0])
+    levels = surface(ax, memory, query=query, axes=(2, 0), xs=xs, ys=ys)
+    wanted = (xs - 3) ** 2 + (ys[:, None] - 1) ** 2 + 3.0**2 + np.sum(scale**2)
+    assert_allclose(levels, wanted, rtol=1e-9)
+    assert ax.get_xlabel() == "x₃ of the mean (of 3 coordinates)"
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_landscape_over_the_translation_of_a_cloud(ax, rng, given):
+    """Of one cloud and itself moved by t: S_ε = ½|t|², whatever ε."""
+    pattern = jdam.PointCloud(rng.normal(size=(1, 5, 2)))
+    memory = jdam.store(pattern, jdam.Sinkhorn(0.3))
+    query = jdam.PointCloud(pattern.points[0] + 7) if given else None
+    mean = np.asarray(pattern.mean[0])
+    away = np.array([-0.5, 0.0, 1.0])
+    levels = surface(ax, memory, query=query, xs=mean[0] + away, ys=mean[1] + away)
+    assert_allclose(levels, (away**2 + away[:, None] ** 2) / 2, atol=1e-5)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x₁ of the mean", "x₂ of the mean")
+
+
+def test_landscape_over_the_place_of_a_mixture(ax):
+    mean = np.array([[[0.0, 0.0], [2.0, 0.0]]])
+    memory = jdam.store(jdam.GaussianMixture(np.full((1, 2), 0.5), mean, np.ones((1, 2, 2, 1))))
+    levels = surface(ax, memory, xs=[1.0, 2.0], ys=[0.0, 3.0])
+    assert_allclose(levels, [[0, 1], [9, 10]], atol=1e-9)
+
+
+def test_landscape_of_clouds_on_the_line_is_a_curve(ax):
+    memory = jdam.store(jdam.PointCloud(np.array([[[0.0], [1.0]]])), jdam.Sinkhorn(0.3))
+    jdam.plot.landscape(memory, 1.0, xs=[0.0, 0.5, 2.5], ax=ax)
+    assert_allclose(ax.lines[0].get_ydata(), [0.125, 0, 2], atol=1e-5)
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x of the mean", "energy")
+
+
+def test_landscapes_enclose_the_patterns_that_are_there(ax):
+    """Neither the free places of a memory nor padding."""
+    memory = jdam.store(plane_gaussians(), capacity=7)
+    jdam.plot.landscape(memory, 1.0, ys=[0.0, 1.0], ax=ax)
+    low, high = memory[:3].mean[:, 0] - 2, memory[:3].mean[:, 0] + 2
+    assert_allclose(ax.get_xlim(), [low.min(), high.max()])
 
 
 @pytest.mark.parametrize("kind", [jdam.Gaussian, jdam.DiagonalGaussian])
@@ -246,11 +414,18 @@ def batch(found):
         (lambda p: p.trajectory(batch(recalled(line_memory(), line_memory()[0]))), ValueError, "of one recall; got a batch"),
         (lambda p: p.trajectory(recalled(line_memory(), line_memory()[0]), start=FULL), TypeError, "start must be a Diag"),
         (lambda p: p.trajectory(recalled(line_memory(), line_memory()[0]), start=DIAGONAL), ValueError, "start must have"),
-        (lambda p: p.landscape(jdam.store(np.eye(3)), 1.0), ValueError, "memory must hold 1-D Gaussians or .* got 3-D vectors"),
+        (lambda p: p.landscape(jdam.store(np.eye(3)), 1.0), ValueError, "memory must hold Gaussians or .* or 2-D vectors; got 3-D vectors"),
         (lambda p: p.landscape(line_memory(), -1.0), ValueError, "beta must be finite and > 0"),
         (lambda p: p.landscape(line_memory(), 1.0, xs=[1.0, 0.0]), ValueError, "xs must be a rising array"),
         (lambda p: p.landscape(line_memory(), 1.0, ys=[-1.0, 0.0]), ValueError, "ys must be ≥ 0"),
         (lambda p: p.landscape(jdam.store(np.ones((2, 1))), 1.0, ys=[0.0, 1.0]), ValueError, "ys must be None for 1-D vectors"),
+        (lambda p: p.landscape(line_memory(), 1.0, query=line_memory()[0]), ValueError, "query must be None for 1-D Gaussians"),
+        (lambda p: p.landscape(jdam.store(np.eye(2)), 1.0, query=np.ones(2)), ValueError, "query must be None for 2-D vectors"),
+        (lambda p: p.landscape(jdam.store(plane_gaussians()), 1.0, query=FULL), ValueError, "query must have the memory's dim"),
+        (lambda p: p.landscape(jdam.store(plane_gaussians()), 1.0, query=DIAGONAL), TypeError, "query must be a .*Gaussian"),
+        (lambda p: p.landscape(jdam.store(plane_gaussians()), 1.0, axes=(0, 2)), ValueError, "axes must be two different"),
+        (lambda p: p.trajectory(recalled(line_memory(), line_memory()[0]), memory=jdam.store(plane_gaussians())), TypeError, "trace.measure must be a"),
+        (lambda p: p.trajectory(recalled(line_memory(), line_memory()[0]), memory=FULL), TypeError, "memory must be a jdam.Memory"),
         (lambda p: p.field(jdam.store(jdam.Gaussian(np.eye(2), np.ones((2, 2, 2)))), 1.0), ValueError, "query must be given for 2-D"),
         (lambda p: p.field(line_memory(), 1.0, query=line_memory()[0]), ValueError, "query must be given for 2-D"),
         (lambda p: p.field(jdam.store(jdam.Gaussian(np.eye(2), np.ones((2, 2, 1)))), 1.0, query=jdam.Gaussian(np.ones(2), np.ones((2, 1)))), ValueError, "query must have a covariance of full rank"),

@@ -136,11 +136,21 @@ METHODS = [
 ]
 
 
+#: The methods of which recall is drawn, and what is written above.
+DRAWN = {
+    "Bures": "recalled: Bures",
+    "Bures, diagonal": "Bures, diagonal",
+    "Hopfield on means": "means only",
+}
+#: The part of a photograph that is drawn, in pixels: from left to right and from bottom to top.
+MIDDLE = (4 * BLOCK, 16 * BLOCK), (9 * BLOCK, BLOCK)
+
+
 @dataclass
 class Outcome:
     """What a method made of one damage."""
 
-    recalled: jdam.Gaussian
+    nearest: np.ndarray  # which block was recalled
     correct: np.ndarray
     first_guess: np.ndarray  # was the nearest pattern to the query itself the right one?
     distance: np.ndarray  # W₂ between what was recalled and the truth
@@ -164,12 +174,12 @@ def measure(
     result = jax.block_until_ready(compiled(memory, queries, beta))
     seconds = (time.perf_counter() - start) / len(truth)
     first = jax.vmap(lambda q: jnp.argmin(jdam.divergences(memory, q)))(queries)
-    recalled = method.push(query, result.measure)
+    nearest = np.asarray(result.nearest)
     return Outcome(
-        recalled=recalled,
-        correct=np.asarray(result.nearest) == truth,
+        nearest=nearest,
+        correct=nearest == truth,
         first_guess=np.asarray(first) == truth,
-        distance=distances(stored[truth], recalled),
+        distance=distances(stored[truth], method.push(query, result.measure)),
         seconds=seconds,
     )
 
@@ -182,15 +192,6 @@ def distances(first: jdam.Gaussian, second: jdam.Gaussian) -> jax.Array:
         return jdam.divergences(jdam.store(jax.tree.map(lambda x: x[None], g)), h)[0]
 
     return jnp.sqrt(jax.vmap(pair)(first, second))
-
-
-def recolour(blocks: np.ndarray, query: jdam.Gaussian, recalled: jdam.Gaussian) -> np.ndarray:
-    """Pixels moved by the map x ↦ m⁺ + L⁺L⁻¹(x − m) that recall applied to their Gaussian."""
-    inverse = np.linalg.pinv(np.asarray(query.factor), rcond=1e-5)
-    whitened = (blocks - np.asarray(query.mean)[:, None]) @ inverse.swapaxes(-1, -2)
-    moved = whitened @ np.asarray(recalled.factor).swapaxes(-1, -2)
-    result: np.ndarray = np.clip(moved + np.asarray(recalled.mean)[:, None], 0, 1)[..., :3]
-    return result
 
 
 def table(outcomes: dict[tuple[str, str], Outcome], before: dict[str, np.ndarray]) -> str:
@@ -212,37 +213,70 @@ def table(outcomes: dict[tuple[str, str], Outcome], before: dict[str, np.ndarray
     return "\n".join(lines)
 
 
-def draw(path: Path, rows: list[tuple[str, list[tuple[np.ndarray, np.ndarray | None]]]]) -> None:
-    """A row of photographs for each damage; wrongly recalled blocks are framed."""
+@dataclass(frozen=True)
+class Panel:
+    """A photograph to draw, and what is said below it; `correct`, of its blocks after recall."""
+
+    image: np.ndarray
+    caption: str
+    correct: np.ndarray | None = None
+
+
+def panels(
+    stored: np.ndarray, shown: np.ndarray, tiles: np.ndarray, outcomes: list[Outcome]
+) -> list[Panel]:
+    """The stored photograph, the damaged one, and the blocks of `tiles` that each method found."""
+    found = [Panel(stored, ""), Panel(shown, f"error {error(shown, stored):.3f}")]
+    for outcome in outcomes:
+        image = from_blocks(tiles[outcome.nearest], stored.shape)
+        rate = f"{100 * outcome.correct.mean():.0f} % of blocks right"
+        caption = f"error {error(image, stored):.3f}, {rate}"
+        found.append(Panel(image, caption, outcome.correct))
+    return found
+
+
+def error(image: np.ndarray, truth: np.ndarray) -> float:
+    """The root mean square difference of two images, of which 1 is white."""
+    return float(np.sqrt(np.mean((image - truth) ** 2)))
+
+
+def draw(path: Path, rows: list[tuple[str, list[Panel]]]) -> None:
+    """A row of photographs for each damage, of which a part is drawn."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.patches import Rectangle
 
-    titles = ["what the memory is shown", "recalled: Bures", "Bures, diagonal", "means only"]
-    size = (16, 2.75 * len(rows) + 0.5)
+    titles = ["stored", "shown", *DRAWN.values()]
+    size = (16, 2.4 * len(rows) + 0.7)
     figure, axes = plt.subplots(
         len(rows), len(titles), figsize=size, layout="constrained", squeeze=False
     )
-    for (name, panels), line in zip(rows, axes, strict=True):
-        for (image, correct), axis in zip(panels, line, strict=True):
-            axis.imshow(np.clip(image, 0, 1), interpolation="lanczos")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if correct is None:
-                axis.set_ylabel(name, fontsize=13)
-                continue
-            columns = image.shape[1] // BLOCK
-            for i in np.flatnonzero(~correct):
-                corner = (i % columns * BLOCK, i // columns * BLOCK)
-                axis.add_patch(
-                    Rectangle(corner, BLOCK - 1, BLOCK - 1, fill=False, ec="#ff2d55b0", lw=0.8)
-                )
-            axis.set_xlabel(f"{100 * correct.mean():.0f} % of blocks right", fontsize=10)
-    caption = "Each block is a Gaussian; recall moves its pixels by optimal transport. "
-    caption += "Framed: recalled as another block."
+    for (name, line), spaces in zip(rows, axes, strict=True):
+        spaces[0].set_ylabel(name, fontsize=13)
+        for panel, axis in zip(line, spaces, strict=True):
+            show(axis, panel)
+    caption = "The memory holds each block as a Gaussian. Recalled: the stored block that each "
+    caption += "damaged one leads to; wrong ones are framed.\n"
+    caption += "Errors are root mean squares over the whole photograph, of which a part is drawn."
     finish(figure, axes, titles, caption, path=path, dpi=110)
+
+
+def show(axis: Any, panel: Panel) -> None:
+    """The middle of a photograph; wrongly recalled blocks are framed."""
+    from matplotlib.patches import Rectangle
+
+    across = panel.image.shape[1] // BLOCK
+    axis.imshow(np.clip(panel.image, 0, 1), interpolation="lanczos")
+    axis.set(xticks=[], yticks=[], xlim=MIDDLE[0], ylim=MIDDLE[1])
+    axis.spines[:].set_visible(False)
+    axis.set_xlabel(panel.caption, fontsize=10)
+    if panel.correct is None:
+        return
+    for i in np.flatnonzero(~panel.correct):
+        corner = (i % across * BLOCK, i // across * BLOCK)
+        frame = Rectangle(corner, BLOCK - 1, BLOCK - 1, fill=False, ec="#ff2d55b0", lw=0.8)
+        axis.add_patch(frame)
 
 
 def run(rng: np.random.Generator, beta: float, out: Path, tick: Callable[[str], None]) -> str:
@@ -251,24 +285,21 @@ def run(rng: np.random.Generator, beta: float, out: Path, tick: Callable[[str], 
     stored = jdam.Gaussian.from_samples(np.concatenate([features(im) for im in photographs]))
     memories = {method.name: jdam.store(method.see(stored)) for method in METHODS}
     betas = {name: beta / spacing(memory) for name, memory in memories.items()}
+    tiles = np.concatenate([to_blocks(image) for image in photographs])
     outcomes, before, rows = {}, {}, []
     sizes = [im.shape[0] * im.shape[1] // BLOCK**2 for im in photographs]
     for damage, (which, spoil) in DAMAGES.items():
         spoiled = spoil(photographs[which], rng)
-        pixels = features(spoiled)
-        query = jdam.Gaussian.from_samples(pixels)
+        query = jdam.Gaussian.from_samples(features(spoiled))
         truth = sum(sizes[:which]) + np.arange(sizes[which])
         before[damage] = distances(stored[truth], query)
-        panels: list[tuple[np.ndarray, np.ndarray | None]] = [(spoiled, None)]
         for method in METHODS:
             tick(f"{damage}, {method.name}")
             memory, scaled = memories[method.name], betas[method.name]
             outcome = measure(method, memory, query, scaled, stored=stored, truth=truth)
             outcomes[method.name, damage] = outcome
-            if method.name != "Hopfield on (mean, vec Σ)":
-                blocks = recolour(pixels, query, outcome.recalled)
-                panels.append((from_blocks(blocks, spoiled.shape), outcome.correct))
-        rows.append((damage, panels))
+        drawn = [outcomes[name, damage] for name in DRAWN]
+        rows.append((damage, panels(photographs[which], spoiled, tiles, drawn)))
     draw(out / "photographs.png", rows)
     figure = out / "photographs.png"
     return f"{memories['Bures']}\n{table(outcomes, before)}\nfigure: {figure}"
