@@ -1,5 +1,6 @@
 """Argument checks. Every message names the argument, what it got and what it wants."""
 
+import contextlib
 import math
 from typing import Any
 
@@ -15,20 +16,59 @@ def is_concrete(*arrays: Array | np.ndarray) -> bool:
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
-def float_array(name: str, value: ArrayLike) -> Array:
-    """`value` as a JAX array of floating dtype."""
+def kept_concrete(tree: Any) -> contextlib.AbstractContextManager[Any]:
+    """In which what is computed of the tree is concrete if the tree is, even where `jax.jit` or
+    `jax.eval_shape` would trace it."""
+    if is_concrete(*jax.tree.leaves(tree)):
+        kept: contextlib.AbstractContextManager[Any] = jax.ensure_compile_time_eval()
+        return kept
+    return contextlib.nullcontext()
+
+
+#: What takes lists of arrays of different lengths, unless a caller knows better.
+RAGGED = "jdam.PointCloud.from_ragged and jdam.Gaussian.from_ragged_samples take those"
+
+
+def float_array(name: str, value: ArrayLike, *, ragged: str = RAGGED, cure: str = "") -> Array:
+    """`value` as a JAX array of floating dtype. An error says what to do: with arrays of different
+    shapes what `ragged` says, with other dtypes what `cure` does, if anything."""
     try:
         # `device_put` compiles nothing.
         put: Any = jax.device_put if isinstance(value, np.ndarray) else jnp.asarray
         array: Array = put(value)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be an array of floats; got {type(value).__name__}") from error
+        advice = ragged if _is_ragged(value) else cure
+        got = _describe(value) + (f": {advice}" if advice else "")
+        raise TypeError(f"{name} must be an array of floats; got {got}") from error
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(
-            f"{name} must have a floating dtype; got {array.dtype}: convert it explicitly, "
-            f"for example {name}.astype('float32')"
-        )
+        advice = cure or f"convert it explicitly, for example {name}.astype('float32')"
+        raise TypeError(f"{name} must have a floating dtype; got {array.dtype}: {advice}")
     return array
+
+
+def _is_ragged(value: Any) -> bool:
+    """Whether it is a list, or an array of objects, of arrays of different shapes."""
+    listed = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
+    if not listed:
+        return False
+    try:
+        return len({_shape(entry) for entry in value}) > 1
+    except ValueError:  # a list among them is ragged itself
+        return True
+
+
+def _shape(entry: Any) -> tuple[int, ...]:
+    return np.shape(entry) if isinstance(entry, list | tuple) else getattr(entry, "shape", ())
+
+
+def _describe(value: Any) -> str:
+    """What it is, instead of an array of floats."""
+    if _is_ragged(value):
+        return f"{len(value)} arrays of different shapes"
+    if hasattr(value, "dtype"):
+        return f"dtype {value.dtype}"
+    kind = type(value).__name__
+    return f"a {kind} of {type(value[0]).__name__}" if isinstance(value, list | tuple) else kind
 
 
 def same_dtype(**arrays: Array) -> None:

@@ -13,15 +13,16 @@ from jdam._core.batching import batch_size as length_of
 from jdam._core.compile import compiled
 from jdam._core.loops import repeat
 from jdam._core.mesh import in_one_piece
+from jdam._core.progress import check_progress, wait
 from jdam._energy.energy import fit_queries
-from jdam._energy.pairs import pairwise
+from jdam._energy.pairs import pairs
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory, check_memory, length_or_capacity
 
 #: Told apart is a query whose nearest pattern has this weight, and at β this share of queries is.
 WEIGHT, SHARE = 0.99, 0.95
-#: How many patterns stand for all of them, and for how many comparisons at most.
-SAMPLE, FEWEST, COMPARISONS = 256, 16, 2**18
+#: Of more patterns than this, how many stand for all of them.
+ALL, SAMPLE = 256, 24
 #: A mean of −log w below which a larger β is not likelier in any way that matters.
 CERTAIN = 1e-4
 HALVINGS = 50
@@ -30,12 +31,21 @@ logger = logging.getLogger("jdam")
 
 
 def suggest_beta(
-    memory: Memory, queries: AnyMeasure | None = None, targets: ArrayLike | None = None
+    memory: Memory,
+    queries: AnyMeasure | None = None,
+    targets: ArrayLike | None = None,
+    *,
+    progress: bool | None = None,
 ) -> Float[Array, ""]:
     """A β to recall with, in the inverse units of D: it follows the unit of length.
 
     - **From the patterns alone** one at which they are told apart: 95 % of them have 99 % of the
-      Gibbs weight at themselves. (Of large memories up to 256 are asked.)
+      Gibbs weight at themselves. Of more than 256 patterns 24 are asked, the same each time, one of
+      each 24th of them, and compared with all, so that 95 % is 92 % of all, with a standard error
+      of 5 %. That of β depends on how much the distances between neighbours vary: it is 2 % for
+      normal vectors in 256 dimensions, 9 % in 16 and 19 % in 2; 5 % for Gaussians in 8 dimensions
+      and 30 % in 2; 70 % for vectors whose lengths are log-normal with σ = 1. Where that matters,
+      more patterns can be asked: `jdam.suggest_beta(memory, memory[:1000])`.
     - **With queries**, better, if they are as those to come: one at which 95 % of these are told
       apart, so that their nearest pattern has 99 % of the weight, right or wrong. Recall then
       ends at the nearest pattern about as often, and need not pass by others.
@@ -46,9 +56,11 @@ def suggest_beta(
       nearest it is small, and recall may mix patterns: the second way makes it decide.
 
     The reason of the value is logged at level DEBUG by the logger "jdam". Patterns that coincide
-    are not told apart at any β, and count as one. All queries are compared with all patterns.
+    are not told apart at any β, and count as one. All queries are compared with all patterns:
+    outside of `jax.jit` part by part, and Ctrl-C stops that.
 
-    **Arguments:** a `memory`; `queries` with one batch axis (Q,), or a list; `targets` (Q,), ints.
+    **Arguments:** a `memory`; `queries` with one batch axis (Q,), or a list; `targets` (Q,), ints;
+    `progress`: a bar, as of `pairwise`.
 
     **Returns:** a scalar > 0; where all patterns are the same, 1 over the mean square of their
     size.
@@ -57,6 +69,7 @@ def suggest_beta(
     indices of patterns or without queries.
     """
     check_memory(memory)
+    progress = check_progress(progress)
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if queries is None:
         if targets is not None:
@@ -66,7 +79,7 @@ def suggest_beta(
         asked, who = fit_queries(memory, queries), "queries"
         if length_of(asked) == 0:
             raise ValueError("queries must hold at least one query; got 0")
-    divergences = in_one_piece(pairwise(memory, asked))
+    divergences = in_one_piece(pairs(memory, asked, "suggest_beta", progress))
     nan = jnp.isnan(divergences).any()
     if checks.is_concrete(nan) and nan:
         raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
@@ -79,17 +92,21 @@ def suggest_beta(
     scale, _ = memory.units_of_patterns()
     beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
     if checks.is_concrete(beta):
+        wait(beta)
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
     return beta
 
 
 def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:
-    """Which patterns to ask: some of those that are on, evenly spread."""
+    """Which patterns to ask, of those that are on: all if they are few, else one at random of each
+    of equal parts, the same ones each time."""
     on = np.arange(num)
     if checks.is_concrete(log_prior):
         on = np.flatnonzero(np.asarray(log_prior)[:num] != -np.inf)
-    count = min(len(on), SAMPLE, max(FEWEST, COMPARISONS // num))
-    chosen: np.ndarray = on[np.linspace(0, len(on) - 1, count).round().astype(int)]
+    if len(on) <= ALL:
+        return on
+    parts = np.arange(SAMPLE) + np.random.default_rng(0).random(SAMPLE)
+    chosen: np.ndarray = on[(parts * len(on) / SAMPLE).astype(int)]
     return chosen
 
 

@@ -15,12 +15,13 @@ from jdam._core import checks
 from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
+from jdam._core.progress import check_progress
 from jdam._measures.base import AnyMeasure, Measure, any_of, describe, dim_of
 from jdam._measures.batches import as_batch, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory import places
+from jdam._memory import filling, places
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
 
@@ -35,7 +36,8 @@ class Memory(eqx.Module):
     hold patterns. `append`, `replace` and `remove` then change values but no shapes: nothing is
     compiled again while there is room, and they work inside `jax.jit` and `jax.lax.scan`. An
     append prepares its own patterns only; with `jax.jit(jdam.Memory.append, donate_argnums=0)`
-    nothing else is copied either. `memory.reserve(2 * memory.capacity)` doubles the room. What has
+    nothing else is copied either. `memory.reserve(2 * memory.capacity)` doubles the room, and
+    `memory.reserve(memory.capacity, n=100)` makes room for clouds of up to 100 atoms. What has
     an entry for each pattern has one for each place: a free place is infinitely far, weighs 0 and
     is never `nearest`. Inside `jax.jit` the number of patterns is not known when shapes are:
     `memory.size` is it, where `len(memory)` raises. What overfills a memory there, removes its last
@@ -73,12 +75,13 @@ class Memory(eqx.Module):
             raise TypeError(
                 f"a batch {self.size.shape} of memories has no length; index its leaves"
             )
-        if self.size < 0:
+        size = int(self.size)  # which traces nothing, as a comparison would inside of jax.jit
+        if size < 0:
             raise ValueError(
                 "the memory was overfilled inside jax.jit, or asked for patterns that it has not: "
                 "see jdam.Memory"
             )
-        return int(self.size)
+        return size
 
     @property
     def capacity(self) -> int:
@@ -154,7 +157,8 @@ class Memory(eqx.Module):
         nothing.
 
         **Raises:** as `store`; `ValueError` for a sharded memory and, with a capacity, for more
-        patterns than there is room for, or larger ones than those it holds.
+        patterns than there is room for, or larger ones than those it holds: `reserve` makes room
+        for either.
         """
         self._check_in_one_piece()
         if isinstance(patterns, list | tuple) and not patterns:
@@ -177,7 +181,7 @@ class Memory(eqx.Module):
                 f"patterns must be at most {room}, for which the memory has room, of its capacity "
                 f"{self.capacity}; got {count}: memory.reserve({2 * self.capacity}) doubles it"
             )
-        grown: Memory = places.append(self, self._as_large(patterns), prior)
+        grown: Memory = places.append(self, filling.as_large(self, patterns), prior)
         return grown
 
     def replace(self, indices: int | ArrayLike, patterns: AnyMeasure) -> "Memory":
@@ -194,7 +198,8 @@ class Memory(eqx.Module):
                 f"indices must be {batch_size(patterns)}, one for each of patterns; "
                 f"got shape {index.shape}"
             )
-        changed: Memory = places.replace(self, index.reshape(-1), self._as_large(patterns))
+        filled = filling.as_large(self, patterns)
+        changed: Memory = places.replace(self, index.reshape(-1), filled)
         return changed
 
     def remove(self, indices: int | ArrayLike) -> "Memory":
@@ -225,16 +230,23 @@ class Memory(eqx.Module):
         shorter: Memory = places.remove(self, drop.reshape(-1))
         return shorter
 
-    def reserve(self, capacity: int) -> "Memory":
-        """The same memory with room for `capacity` patterns in all; nothing is prepared anew.
+    def reserve(self, capacity: int, **sizes: int) -> "Memory":
+        """The same memory with room for `capacity` patterns in all, and for larger ones.
 
-        **Raises:** `TypeError` or `ValueError` for a capacity that is no int or less than N.
+        **Arguments:** `capacity` ≥ N. `sizes`, to which patterns are filled up without a change of
+        the measures: `n` atoms of clouds, `r` columns of the factors of Gaussians and mixtures, `K`
+        components of mixtures, and what other kinds have in `Measure.padding`. Without `sizes`
+        nothing is prepared anew, with them all is.
+
+        **Raises:** `TypeError` or `ValueError` for a capacity or sizes that are no ints or less
+        than the memory's own, `ValueError` for sizes that this kind of patterns does not have.
         """
         self._check_in_one_piece()
         capacity = checks.positive_int("capacity", capacity)
         if capacity < length_or_capacity(self):
             raise ValueError(f"capacity must be ≥ N = {length_or_capacity(self)}; got {capacity}")
-        roomy: Memory = places.reserve(self, capacity)
+        larger = filling.enlarge(self, sizes) if sizes else self
+        roomy: Memory = places.reserve(larger, capacity)
         return roomy
 
     def _check_in_one_piece(self) -> None:
@@ -256,19 +268,6 @@ class Memory(eqx.Module):
         for leaf in jax.tree.leaves(patterns):
             checks.finite("patterns", leaf)
         return patterns
-
-    def _as_large(self, patterns: AnyMeasure) -> AnyMeasure:
-        """The patterns, filled up to the sizes of the memory's."""
-        if not isinstance(patterns, Measure):
-            return patterns
-        for axis, size in self.patterns.sizes.items():
-            fits = axis in patterns.padding
-            if patterns.sizes[axis] > size or (patterns.sizes[axis] < size and not fits):
-                raise ValueError(
-                    f"patterns must have {axis} {'≤' if fits else '='} {size}, for which the "
-                    f"memory has room; got {patterns.sizes[axis]}"
-                )
-        return patterns.padded(**{axis: self.patterns.sizes[axis] for axis in patterns.padding})
 
     def _indices(self, indices: int | ArrayLike) -> Any:
         """Integers, ≥ 0 and of patterns that are there as far as that is known."""
@@ -317,6 +316,7 @@ def store(
     *,
     log_prior: ArrayLike | None = None,
     capacity: int | None = None,
+    progress: bool | None = None,
 ) -> Memory:
     """A memory of `patterns`, a batch (N,) of measures.
 
@@ -327,12 +327,13 @@ def store(
     `Sinkhorn(epsilon)`, whose self terms OT_ε(Xᵢ, Xᵢ) are computed here, once. `log_prior` (N,):
     log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if None, and −inf
     switches a pattern off. `capacity` ≥ N: for how many patterns to make room, for a memory that
-    grows; see `Memory`.
+    grows; see `Memory`. `progress`: a bar while many patterns are prepared, as of `pairwise`.
 
     **Raises:** `TypeError` for patterns that are not this geometry's or not floats;
     `ValueError` for an empty memory, wrong shapes, point clouds without a geometry, a capacity
     below N and, where values are concrete, NaN or infinity.
     """
+    progress = check_progress(progress)
     patterns = as_batch(patterns)
     if geometry is None and isinstance(patterns, PointCloud):
         raise ValueError(
@@ -350,7 +351,7 @@ def store(
         checks.finite("patterns", leaf)
     prior = None if log_prior is None else checked_prior(patterns, log_prior)
     geometry = in_dtype(geometry, working_dtype(float_dtype(patterns)))
-    memory = Memory(patterns, geometry, prior, *prepare(patterns, geometry))
+    memory = Memory(patterns, geometry, prior, *prepare(patterns, geometry, progress))
     return memory if capacity is None else memory.reserve(capacity)
 
 

@@ -14,11 +14,14 @@ from jaxtyping import Bool, Float, UInt
 from jdam._core import checks
 from jdam._core.batching import batch_size, map_in_chunks
 from jdam._core.compile import compiled, float_dtype, working_dtype
+from jdam._core.progress import in_parts, is_here, rows_from
 from jdam._measures.base import AnyMeasure
 from jdam.geometry import Geometry
 
 #: How many numbers of patterns to hash at a time.
 DIGESTED = 2**20
+#: How many times as many patterns to ask a device to prepare at a time as to compare.
+BLOCKS = 32
 
 
 def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
@@ -71,9 +74,28 @@ def units(
     return geometry.scale(patterns, weights), geometry.resolution(patterns, weights)
 
 
+def prepare(
+    patterns: AnyMeasure, geometry: Geometry, progress: bool | None = None
+) -> tuple[Any, Array | None]:
+    """What the geometry computes once of patterns, and the fingerprint of these; of many part by
+    part, with a progress bar as `in_parts` draws it."""
+    num, at_once = batch_size(patterns), BLOCKS * geometry.batch_sizes(patterns).patterns
+    if num <= at_once or not is_here(patterns, geometry):
+        return _prepare(patterns, geometry)
+    part = partial(_prepare_some, patterns, geometry)
+    prepared: tuple[Any, Array | None] = in_parts(part, (num,), (at_once,), "store", progress)
+    return prepared
+
+
+@partial(jax.jit, static_argnames="widths")
+def _prepare_some(
+    patterns: AnyMeasure, geometry: Geometry, start: Any, *, widths: tuple[int]
+) -> tuple[Any, Array | None]:
+    return _prepare(rows_from(patterns, start, width=widths[0]), geometry)
+
+
 @compiled(rounded=False)
-def prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | None]:
-    """What the geometry computes once of patterns, and the fingerprint of these."""
+def _prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | None]:
     prepared = geometry.prepare(patterns)
     return prepared, None if prepared is None else fingerprint(patterns, geometry)
 

@@ -10,9 +10,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam._core import checks
+from jdam._core.batching import batch_size as length_of
 from jdam._core.batching import in_tiles, map_in_chunks
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import where_it_is
+from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.certified import choose
 from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, queries_at_once
 from jdam._energy.search import Exhaustive, Search
@@ -25,6 +27,10 @@ from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.flow import Flow
 from jdam._recall.result import Recall
 from jdam.geometry.protocol import Geometry
+
+#: How many recalls to ask a device for at a time, at least: with fewer, those that take many
+#: steps would keep too few others busy.
+RECALLED = 16
 
 
 def step(
@@ -162,22 +168,29 @@ def recall_batch(
     separation: Separation = LogSumExp(),
     acceleration: int = 0,
     save_trace: bool = False,
+    progress: bool | None = None,
 ) -> Recall:
     """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
     `jax.vmap` could hold the state of.
 
+    Outside of `jax.jit` the queries are recalled part by part, and Ctrl-C stops the call, as soon
+    as it comes; what the device was last asked for, the recalls of 16 queries of a large memory,
+    it still ends.
+
     **Arguments:** as of `recall`; `queries` with one batch axis, which may be empty; `batch_size`
-    ≥ 1.
+    ≥ 1; `progress`: True draws a progress bar of the parts, False none, and None one on a terminal
+    after 2 seconds.
 
     **Returns:** a `Recall` whose leaves lead with (Q,).
 
-    **Raises:** as `recall`.
+    **Raises:** as `recall`; `TypeError` for a `progress` that is no bool.
     """
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
+    progress = check_progress(progress)
     settings = (
         ("max_steps", max_steps),
         ("search", search),
@@ -186,10 +199,28 @@ def recall_batch(
         ("acceleration", acceleration),
         ("save_trace", save_trace),
     )
-    result: Recall = _recall_batch(
-        memory, queries, beta, step_size, tol, batch_size=batch_size, settings=settings
-    )
+    args = (memory, queries, beta, step_size, tol)
+    static = {"batch_size": batch_size, "settings": settings}
+    num, at_once = length_of(queries), _recalls_at_once(memory, batch_size)
+    result: Recall
+    if num <= at_once or memory.layout is not None or not is_here(args):
+        result = _recall_batch(*args, **static)
+        return result
+
+    def part(start: Any, *, widths: tuple[int]) -> Recall:
+        some = rows_from(queries, start, width=widths[0])
+        found: Recall = _recall_batch(memory, some, beta, step_size, tol, **static)
+        return found
+
+    result = in_parts(part, (num,), (at_once,), "recall_batch", progress)
     return result
+
+
+def _recalls_at_once(memory: Memory, batch_size: int) -> int:
+    """How many queries to ask a device for at a time: parts of batches, or whole ones."""
+    queries, patterns, _ = memory.geometry.batch_sizes(memory.patterns)
+    num = max(RECALLED, queries * patterns // memory.capacity)
+    return num if num < batch_size else num - num % batch_size
 
 
 @partial(jax.jit, static_argnames=("batch_size", "settings"))

@@ -10,6 +10,9 @@ from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
 import jdam
+from jdam._energy import choosing
+from jdam._energy import pairs as module
+from jdam.geometry.protocol import BatchSizes
 from tests.helpers import clouds, gaussians, near, vectors
 
 MAKES = {
@@ -171,3 +174,44 @@ def test_bad_arguments_are_named(rng, args, error, message):
         jdam.suggest_beta(memory, *args(queries))
     with pytest.raises(TypeError, match="memory must be a jdam.Memory"):
         jdam.suggest_beta(memory.patterns)
+
+
+@pytest.mark.parametrize("num", [256, 257, 3000])
+def test_few_stand_for_many(rng, monkeypatch, num):
+    """All of up to 256, of more 24, the same ones each time, compared with all."""
+    asked, found = [], choosing.pairs
+
+    def pairs(memory, queries, *args):
+        asked.append(np.asarray(queries))
+        return found(memory, queries, *args)
+
+    monkeypatch.setattr(choosing, "pairs", pairs)
+    patterns = vectors(rng, num, 8)
+    memory = jdam.store(patterns)
+    beta = jdam.suggest_beta(memory)
+    assert beta == jdam.suggest_beta(memory)
+    first, again = asked
+    np.testing.assert_array_equal(first, again)
+    assert len(first) == (num if num <= 256 else 24)
+    distances = ((np.asarray(patterns)[:, None] - np.asarray(patterns)) ** 2).sum(-1)
+    told_apart = (1 / np.exp(-float(beta) * distances).sum(1) >= 0.99).mean()
+    # 5 % is the standard error of what 24 say.
+    assert 0.75 < told_apart <= 1 if num > 256 else 0.93 < told_apart < 0.97
+
+
+def test_those_asked_are_spread_and_on():
+    prior = np.where(np.arange(2400) % 2 == 0, 0.0, -np.inf)
+    chosen = choosing._sample(2400, jnp.asarray(prior))
+    assert (chosen % 2 == 0).all()
+    np.testing.assert_array_equal(chosen // 100, np.arange(24))
+
+
+def test_it_shows_its_progress(rng, monkeypatch, capsys):
+    memory = jdam.store(vectors(rng, 40, 3))
+    beta = jdam.suggest_beta(memory)
+    monkeypatch.setattr(module, "PRODUCTS", 4)
+    monkeypatch.setattr(jdam.Euclidean, "batch_sizes", lambda self, patterns: BatchSizes(2, 5, 5))
+    np.testing.assert_allclose(jdam.suggest_beta(memory, progress=True), beta, rtol=1e-12)
+    assert "suggest_beta: 100%" in capsys.readouterr().err
+    jdam.suggest_beta(memory)
+    assert capsys.readouterr().err == ""
