@@ -31,14 +31,18 @@ class MeasureAttention(eqx.Module):
 
     The keys are the memory's patterns, of any kind, and move as `jdam.parametrize` says, so that
     measures remain measures under any optimizer. All arrays of the module are parameters, as is
-    usual in Equinox: `keys`, `values` and, if it is learned, `log_beta`.
+    usual in Equinox: `keys`, `values` and, if it is learned, `log_beta`. What is not learned is
+    static, and equal for equal numbers, so that a layer, its copies and others built alike can be
+    averaged, stacked (`jax.tree.map`, `eqx.filter_vmap` of the constructor) and called by one
+    compiled program.
 
     **Arguments:** `memory`: the keys to begin with, in their geometry. `values`: the number of
     outputs, drawn from N(0, 1/N) by `key`, or an array (N, …) to begin with. `beta`: a number > 0,
     to begin with or for good; if None, what `jdam.suggest_beta` says of the memory. `learn`: names
     as of `parametrize`, and "beta". `separation`: as of `jdam.attend`.
 
-    **Raises:** as `parametrize`; `TypeError` or `ValueError` for other values or β.
+    **Raises:** as `parametrize`; `TypeError` or `ValueError` for other values or β; `ValueError`
+    inside `jax.jit` or `jax.vmap` where arrays that are not learned are traced.
     """
 
     keys: dict[str, Any]
@@ -61,7 +65,15 @@ class MeasureAttention(eqx.Module):
         if learn:
             check_learn(learn)
         named = but_beta(learn)
-        self.keys, self.rebuild = parametrize(memory, named) if named else ({}, Rebuild(memory, ()))
+        rebuild: Any
+        self.keys, rebuild = parametrize(memory, named) if named else ({}, Rebuild(memory, ()))
+        if not checks.is_concrete(*jax.tree.leaves(rebuild.memory)):
+            raise ValueError(
+                "memory must be known outside of jax.jit and jax.vmap but for what is learned (of "
+                "clouds and mixtures that are points and means, and which weights are 0 must be "
+                "known): make layers one by one and stack them by jax.tree.map; or use jdam.attend"
+            )
+        self.rebuild = rebuild
         inside = working_dtype(memory.dtype)
         if isinstance(values, int):
             if key is None:
@@ -70,12 +82,20 @@ class MeasureAttention(eqx.Module):
             drawn = jax.random.normal(key, shape, inside) / math.sqrt(memory.capacity)
             self.values = drawn.astype(memory.dtype)
         else:
-            self.values = checks.float_array("values", values)
+            self.values = checks.float_array(
+                "values", values, cure="for labels pass a one-hot array"
+            )
             if self.values.shape[:1] != (memory.capacity,):
                 wanted = f"(N, …), N = {memory.capacity}"
                 raise ValueError(f"values must have shape {wanted}; got {self.values.shape}")
-        beta = suggest_beta(memory) if beta is None else inverse_temperature(memory, beta)
-        beta = beta.astype(inside)
+        with checks.kept_concrete((memory, beta)):
+            beta = suggest_beta(memory) if beta is None else inverse_temperature(memory, beta)
+            beta = beta.astype(inside)
+        if BETA not in learn and not checks.is_concrete(beta):
+            raise ValueError(
+                "beta must be known outside of jax.jit and jax.vmap unless it is learned; got a "
+                "traced one, or a traced memory to suggest it"
+            )
         self.log_beta = jnp.log(beta) if BETA in learn else None
         self.given_beta = None if BETA in learn else float(beta)
         check_separation(separation)

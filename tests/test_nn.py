@@ -1,5 +1,8 @@
 """Attention over learned measures, as a layer."""
 
+import copy
+import pickle
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -79,8 +82,82 @@ def test_layers_of_one_memory_have_one_structure(rng):
     first, second = (jdam.nn.MeasureAttention(memory, 3, key=jax.random.key(i)) for i in (0, 1))
     mean = jax.tree.map(lambda x, y: (x + y) / 2, first, second)
     np.testing.assert_allclose(mean(queries[0]).shape, (3,))
-    other = jdam.nn.MeasureAttention(jdam.store(memory[:]), 3, key=jax.random.key(0))
+    other = jdam.nn.MeasureAttention(memory.append(memory[0]), 3, key=jax.random.key(0))
     assert jax.tree.structure(other) != jax.tree.structure(first)
+
+
+def padded(rng):
+    """Clouds, of which some have atoms of weight 0, in a memory with room."""
+    ragged = [rng.normal(size=(n, 2)).astype("f4") for n in (3, 4, 4)]
+    return jdam.store(jdam.PointCloud.from_ragged(ragged), jdam.Sinkhorn(0.5), capacity=4)
+
+
+@pytest.mark.parametrize("learn", [("patterns", "beta"), ("patterns", "prior"), ()])
+@pytest.mark.parametrize("kind", ["gaussians", "padded clouds"])
+def test_copies_can_be_averaged_and_stacked_and_compile_nothing(rng, kind, learn):
+    memory = padded(rng) if kind == "padded clouds" else setting(rng, kind)[0]
+    query, traced = memory[0], []
+
+    def make(memory, key=0):
+        key = jax.random.key(key)
+        return jdam.nn.MeasureAttention(memory, 3, beta=2.0, learn=learn, key=key)
+
+    @eqx.filter_jit
+    def call(layer, query):
+        traced.append(query)
+        return layer(query)
+
+    layer = make(memory)
+    wanted = call(layer, query)
+    alike = jdam.store(memory[:], memory.geometry, capacity=memory.capacity)
+    built = make(alike if memory.size is not None else jdam.store(memory[:]))
+    copies = [copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), built]
+    for other in copies:
+        assert hash(other.rebuild) == hash(layer.rebuild)
+        np.testing.assert_array_equal(call(other, query), wanted)
+        target = jax.tree.map(lambda x, y: 0.75 * x + 0.25 * y, other, layer)
+        np.testing.assert_allclose(call(target, query), wanted, rtol=1e-4, atol=1e-5)
+    assert len(traced) == 1
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), layer, *copies)
+    found = eqx.filter_vmap(lambda layer: layer(query))(stacked)
+    np.testing.assert_allclose(found, jnp.stack([wanted] * 4), rtol=1e-4, atol=1e-5)
+    keys = jnp.arange(2, dtype=jnp.uint32)
+    several = eqx.filter_vmap(lambda key: make(memory, key))(keys)
+    found = eqx.filter_vmap(lambda layer: layer(query))(several)
+    np.testing.assert_allclose(found[1], call(make(memory, 1), query), rtol=1e-4, atol=1e-5)
+    skeleton = eqx.filter_eval_shape(lambda: make(memory))
+    assert jax.tree.structure(skeleton) == jax.tree.structure(layer)
+
+
+def test_layers_of_other_patterns_can_be_stacked(rng):
+    """For these are learned: only what is not must be the same."""
+    memory, queries, _ = setting(rng, "gaussians")
+    both = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), memory.patterns)
+
+    def make(patterns):
+        values = jnp.eye(4, dtype=jnp.float32)
+        return jdam.nn.MeasureAttention(jdam.store(patterns), values, beta=1.0)
+
+    single = [make(jax.tree.map(lambda leaf, i=i: leaf[i], both)) for i in (0, 1)]
+    wanted = jnp.stack([layer(queries[0]) for layer in single])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *single)
+    for layers in (stacked, eqx.filter_vmap(make)(both)):
+        found = eqx.filter_vmap(lambda layer: layer(queries[0]))(layers)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+    skeleton = eqx.filter_eval_shape(make, memory.patterns)
+    assert jax.tree.structure(skeleton) == jax.tree.structure(single[0])
+    with pytest.raises(ValueError, match="memory must be known outside of jax.jit and jax.vmap"):
+        eqx.filter_vmap(
+            lambda patterns: jdam.nn.MeasureAttention(
+                jdam.store(patterns), jnp.ones((4, 1), jnp.float32), beta=1.0, learn=("prior",)
+            )
+        )(both)
+    with pytest.raises(ValueError, match="beta must be known outside of jax.jit and jax.vmap"):
+        eqx.filter_vmap(
+            lambda beta: jdam.nn.MeasureAttention(
+                memory, jnp.ones((4, 1), jnp.float32), beta=beta, learn=("patterns",)
+            )
+        )(jnp.ones(2, jnp.float32))
 
 
 def test_it_can_be_saved_as_equinox_does(rng, tmp_path):
@@ -101,6 +178,11 @@ def test_bad_arguments(rng):
             r"values must have shape \(N, …\), N = 4; got \(3, 2\)",
         ),
         (0, ValueError, "values must be ≥ 1"),
+        (
+            np.arange(4),
+            TypeError,
+            "values must have a floating dtype; got int.*: for labels pass a",
+        ),
     ):
         key = jax.random.key(0) if error is ValueError else None
         with pytest.raises(error, match=message):

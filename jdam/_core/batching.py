@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, export
 from jaxtyping import Bool
 
 from jdam._core.derivatives import full_precision, jvp, recomputed
@@ -21,20 +21,29 @@ from jdam._core.mesh import where_it_is
 T = TypeVar("T")
 
 
+#: Rows at a time of a batch whose length is a symbol, as `jax.export` may have it: few, since the
+#: last ones are filled up, and of a batch of one as many are computed.
+OF_A_SYMBOL = 16
+
+
 class _Settings(NamedTuple):
     function: Callable[..., Any]
     at_once: int | None
     flat: bool
 
 
-def map_in_chunks(function: Callable[[Any], T], at_once: int, rows: Any) -> T:
-    """`function` of each row, in equal chunks of at most `at_once`, the last one filled up with
-    copies of the last row: `lax.map` would compile what remains once more."""
-    size = batch_size(rows)
-    if size <= at_once:
+def map_in_chunks(function: Callable[[Any], T], at_once: int | None, rows: Any) -> T:
+    """`function` of each row, in equal chunks of at most `at_once`, all of them if None, the last
+    one filled up with copies of the last row: `lax.map` would compile what remains once more."""
+    size: Any = jax.tree.leaves(rows)[0].shape[0]
+    if export.is_symbolic_dim(size):
+        width = min(at_once or OF_A_SYMBOL, OF_A_SYMBOL)
+        count = -(-size // width)
+    elif at_once is None or size <= at_once:
         whole: T = jax.vmap(function)(rows)
         return whole
-    count, width = equal_parts(size, at_once)
+    else:
+        count, width = equal_parts(size, at_once)
 
     def cut(leaf: Array) -> Array:
         missing = count * width - size
@@ -104,7 +113,9 @@ def advance_while(
     @one.def_vmap
     @full_precision
     def over_one(size: int, batched: Any, *given: Any) -> Any:
-        if flat:
+        if export.is_symbolic_dim(size):
+            found = _some_at_a_time(one, batched, given)
+        elif flat:
             found = _flat(many, _lead(size, tuple(batched), given))
         else:
             rows, join = _split(batched[1], given[1])
@@ -147,7 +158,7 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
         return function(*args)
 
     def many(args: Any) -> Any:
-        return map_in_chunks(lambda row: function(*row), at_once or batch_size(args), args)
+        return map_in_chunks(lambda row: function(*row), at_once, args)
 
     @one.def_vmap
     @full_precision
@@ -158,8 +169,7 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
 
         def in_turns(*args: Any) -> Any:
             rows, join = _split(tuple(batched), args)
-            at_most = max(1, batch_size(rows)) if at_once is None else at_once
-            return map_in_chunks(lambda row: function(*join(row)), at_most, rows)
+            return map_in_chunks(lambda row: function(*join(row)), at_once, rows)
 
         found = where_it_is(in_turns, tuple(batched), args)
         return found, jax.tree.map(lambda _: True, found)
@@ -195,7 +205,9 @@ def _compute_where(
     @one.def_vmap
     @full_precision
     def over_one(size: int, batched: Any, *given: Any) -> Any:
-        if settings.flat:
+        if export.is_symbolic_dim(size):
+            found = _some_at_a_time(one, batched, given)
+        elif settings.flat:
             found = _flat(many, _lead(size, tuple(batched), given))
         else:
             wanted, default, operand = _lead(size, tuple(batched[:3]), given[:3])
@@ -205,6 +217,12 @@ def _compute_where(
         return found, jax.tree.map(lambda _: True, found)
 
     return one(wanted, default, operand, args)
+
+
+def _some_at_a_time(one: Callable[..., Any], batched: Any, given: tuple[Any, ...]) -> Any:
+    """`one` of each of a batch whose length is a symbol, in batches whose length is known."""
+    rows, join = _split(tuple(batched), given)
+    return map_in_chunks(lambda row: one(*join(row)), None, rows)
 
 
 def _once(
@@ -334,5 +352,13 @@ def equal_parts(size: int, at_most: int) -> tuple[int, int]:
 
 
 def batch_size(tree: Any) -> int:
-    """The length of the leading axis, which all leaves share."""
-    return len(jax.tree.leaves(tree)[0])
+    """The length of the leading axis, which all leaves share.
+
+    **Raises:** `ValueError` for a symbol, as `jax.export` may have it."""
+    size: Any = jax.tree.leaves(tree)[0].shape[0]
+    if export.is_symbolic_dim(size):
+        raise ValueError(
+            f"this batch axis must have a known length; got the symbol {size}: export it with a "
+            "number. A batch of queries may have a symbol under jax.vmap"
+        )
+    return int(size)

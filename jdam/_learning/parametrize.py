@@ -1,6 +1,8 @@
 """A memory as arrays without constraints, for optimizers and models of any kind."""
 
 import dataclasses
+import functools
+import hashlib
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
@@ -33,7 +36,8 @@ def parametrize(
 
     `rebuild(params)` is pure and differentiable, and prepares what it returns anew, so that nothing
     of it is stale. It keeps what is not learned: other parts of the memory, atoms of weight 0,
-    patterns that the prior switches off, and room to grow.
+    patterns that the prior switches off, and room to grow. Two that keep the same numbers are
+    equal, as copies are, so that as a static part of models they make no difference.
 
     **Arguments:** a `memory` in one piece; `learn`, some of
 
@@ -69,12 +73,15 @@ def parametrize(
     inside = working_dtype(memory.dtype)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, inside), params)
 
-    return params, Rebuild(memory, tuple(learn))
+    return params, Rebuild(_not_learned(memory, params), tuple(learn))
 
 
 class Rebuild:
-    """Params ↦ memory, for the names that are learned. Those of one memory are equal, so that
-    models with them are of one structure."""
+    """Params ↦ memory, for the names that are learned.
+
+    It is equal to others that hold the same numbers, be they copies or made of another memory, so
+    that models with them are of one structure: they can be averaged and stacked, and one compiled
+    program serves all. Arrays that are traced are equal only to themselves."""
 
     def __init__(self, memory: Memory, learn: tuple[str, ...]):
         self.memory, self.learn = memory, learn
@@ -87,10 +94,20 @@ class Rebuild:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rebuild):
             return NotImplemented
-        return self.memory is other.memory and set(self.learn) == set(other.learn)
+        return self is other or self._identity == other._identity
 
     def __hash__(self) -> int:
-        return hash((id(self.memory), frozenset(self.learn)))
+        return hash(self._identity)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What identifies it is computed anew: structures of pytrees cannot be pickled.
+        return Rebuild, (self.memory, self.learn)
+
+    @functools.cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        """What two that are equal have in common: read once, since `jax.jit` asks at each call."""
+        leaves, structure = jax.tree.flatten(self.memory)
+        return frozenset(self.learn), structure, *map(_digest, leaves)
 
     def __repr__(self) -> str:
         return f"Rebuild({self.memory}, learn={self.learn})"
@@ -108,7 +125,32 @@ def but_beta(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name != BETA)
 
 
+def _not_learned(memory: Memory, params: dict[str, Any]) -> Memory:
+    """The memory with zeros for what is learned, and nothing prepared of it: only what stays."""
+    with jax.ensure_compile_time_eval():
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    with checks.kept_concrete(memory):
+        blank = _moved(memory, zeros)
+    if _is_stale(params):
+        blank = dataclasses.replace(blank, prepared=None, fingerprint=None)
+    return blank
+
+
 def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
+    moved = _moved(memory, params)
+    if _is_stale(params):
+        prepared, fingerprint = prepare(moved.patterns, moved.geometry)
+        moved = dataclasses.replace(moved, prepared=prepared, fingerprint=fingerprint)
+    return moved
+
+
+def _is_stale(params: dict[str, Any]) -> bool:
+    """Whether what is prepared depends on what is learned."""
+    return bool(set(params) - {PRIOR})
+
+
+def _moved(memory: Memory, params: dict[str, Any]) -> Memory:
+    """The memory with these params, and what was prepared as it is."""
     patterns, prior, geometry = memory.patterns, memory.log_prior, memory.geometry
     if PATTERNS in params:
         moved = from_free(patterns, _with_fields(to_free(patterns), params[PATTERNS]))
@@ -121,17 +163,17 @@ def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
             old = getattr(geometry, name)
             value = jnp.exp(params[name]) if name in geometry.positive else params[name]
             geometry = eqx.tree_at(operator.attrgetter(name), geometry, value.astype(old.dtype))
-    prepared, fingerprint = memory.prepared, memory.fingerprint
-    if set(params) - {PRIOR}:
-        prepared, fingerprint = prepare(patterns, geometry)
-    return dataclasses.replace(
-        memory,
-        patterns=patterns,
-        geometry=geometry,
-        log_prior=prior,
-        prepared=prepared,
-        fingerprint=fingerprint,
-    )
+    return dataclasses.replace(memory, patterns=patterns, geometry=geometry, log_prior=prior)
+
+
+def _digest(leaf: Any) -> Any:
+    """What tells an array from others of other numbers: of traced ones, and those of which others
+    have a part, which it is."""
+    if not checks.is_concrete(leaf) or not getattr(leaf, "is_fully_addressable", True):
+        return id(leaf)
+    array = np.ascontiguousarray(leaf)
+    content = hashlib.blake2b(array.reshape(-1).view(np.uint8).data).digest()
+    return array.shape, array.dtype, content
 
 
 def _arrays(geometry: Geometry) -> tuple[str, ...]:

@@ -58,9 +58,12 @@ def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
                 f"{name} must be a single measure, batch shape (); got {measure.batch_shape}"
             )
         return measure
-    array = measure if isinstance(measure, np.ndarray) else jnp.asarray(measure)
+    # Arrays of the host stay there.
+    array = measure if isinstance(measure, np.ndarray) else checks.float_array(name, measure)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a jdam.Measure or an array of floats; got {measure!r}")
+        raise TypeError(
+            f"{name} must be a jdam.Measure or an array of floats; got dtype {array.dtype}"
+        )
     if array.ndim != 1:
         raise ValueError(f"{name} must be a vector (d,); got shape {array.shape}")
     return array

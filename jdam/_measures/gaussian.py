@@ -19,6 +19,10 @@ from jdam._measures.moments import covariance_root, moments
 from jdam._measures.ragged import build, check_ragged
 from jdam._measures.simplex import simplex_weights
 
+#: What to do with lists of arrays of different shapes.
+RAGGED = "jdam.Gaussian.from_ragged_samples takes different numbers of samples"
+RAGGED_FACTORS = "jdam.stack fills up single measures of different sizes"
+
 
 class Gaussian(Measure):
     """The Gaussian N(m, L Lᵀ), stored as its mean m and a factor L of its covariance.
@@ -114,7 +118,7 @@ class Gaussian(Measure):
         **Raises:** as `Gaussian`; `ValueError` for weights that are negative or do not sum
         to one.
         """
-        samples = checks.float_array("samples", samples)
+        samples = checks.float_array("samples", samples, ragged=RAGGED)
         if samples.ndim < 2 or 0 in samples.shape[-2:]:
             raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
         checks.finite("samples", samples)
@@ -196,7 +200,8 @@ class DiagonalGaussian(Measure):
 
 
 def _mean_and(name: str, mean: ArrayLike, other: ArrayLike) -> tuple[Array, Array]:
-    mean, other = checks.float_array("mean", mean), checks.float_array(name, other)
+    mean = checks.float_array("mean", mean, ragged=RAGGED_FACTORS)
+    other = checks.float_array(name, other, ragged=RAGGED_FACTORS)
     checks.same_dtype(**{"mean": mean, name: other})
     if mean.ndim == 0 or mean.shape[-1] == 0:
         raise ValueError(f"mean must have shape (…, d) with d ≥ 1; got {mean.shape}")

@@ -24,6 +24,9 @@ from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 #: How many samples times components times dimensions to fit at once.
 NUMBERS = 2**20
 
+#: What to do with a list of arrays of different shapes.
+RAGGED = "make a mixture of each, for jdam.stack; or fill them up, with weights of 0"
+
 
 class GaussianMixture(Measure):
     """The mixture Σₖ pₖ N(mₖ, Lₖ Lₖᵀ) of K Gaussians, its components.
@@ -159,7 +162,7 @@ class GaussianMixture(Measure):
 
         **Raises:** as `Gaussian.from_samples`; `ValueError` for more components than samples.
         """
-        samples = checks.float_array("samples", samples)
+        samples = checks.float_array("samples", samples, ragged=RAGGED)
         if samples.ndim < 2 or 0 in samples.shape[-2:]:
             raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
         checks.finite("samples", samples)

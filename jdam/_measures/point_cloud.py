@@ -14,6 +14,8 @@ from jdam._measures.moments import weighted_mean
 from jdam._measures.ragged import build, check_ragged
 from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 
+RAGGED = "jdam.PointCloud.from_ragged takes clouds of different sizes"
+
 
 class PointCloud(Measure):
     """The discrete measure Σⱼ aⱼ δ(xⱼ) of n weighted points.
@@ -37,7 +39,7 @@ class PointCloud(Measure):
     }
 
     def __init__(self, points: ArrayLike, weights: ArrayLike | None = None):
-        points = checks.float_array("points", points)
+        points = checks.float_array("points", points, ragged=RAGGED)
         if points.ndim < 2 or 0 in points.shape[-2:]:
             raise ValueError(f"points must have shape (…, n, d), n, d ≥ 1; got {points.shape}")
         checks.finite("points", points)

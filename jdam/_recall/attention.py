@@ -15,8 +15,12 @@ from jdam._core.compile import compiled
 from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._measures.base import AnyMeasure, Measure
+from jdam._measures.batches import as_batch
 from jdam._memory.memory import Memory, length_or_capacity, store
 from jdam._recall.recall import recall
+
+#: What to do with values that cannot be averaged.
+LABELS = "look labels up by labels[result.nearest], or pass a one-hot array"
 
 
 def attend(
@@ -35,9 +39,9 @@ def attend(
 
     - an array (N, …): the result is Σ wᵢ valuesᵢ, of shape (…). For a memory with room to grow
       there may be a value for each place, so that shapes stay; those of free places weigh nothing;
-    - measures with one batch axis (N,), of any type: the result is their barycentre, the
-      minimiser of Σ wᵢ D(·, valuesᵢ), by at most `num_steps` fixed-point steps from the
-      heaviest value. D is that of the memory's geometry where it takes such measures, else
+    - measures with one batch axis (N,), or a list of single ones, of any type: the result is their
+      barycentre, the minimiser of Σ wᵢ D(·, valuesᵢ), by at most `num_steps` fixed-point steps from
+      the heaviest value. D is that of the memory's geometry where it takes such measures, else
       that which `store` chooses;
     - a `Memory` of measures: the same in its own geometry, whose self terms are not computed
       again. With the memory itself, `attend(memory, cue, beta, values=memory)`, a partial cue is
@@ -50,10 +54,11 @@ def attend(
     number than there are keys, or another dtype than the memory's.
     """
     num_steps = checks.positive_int("num_steps", num_steps)
+    values = as_batch(values)
     if isinstance(values, Measure):
         values = _store_values(memory, values)
     elif not isinstance(values, Memory):
-        values = checks.float_array("values", values)
+        values = checks.float_array("values", values, cure=LABELS)
         if values.ndim == 0:
             raise ValueError("values must have shape (N, …); got ()")
     weights, nearest = weigh(memory, query, beta, separation)
@@ -69,15 +74,18 @@ def _for_values(
     memory: Memory, values: Array | Memory, weights: Float[Array, " N"]
 ) -> Float[Array, " V"]:
     """The weights, of which there is one for each place, for as many values."""
+    patterns = length_or_capacity(memory)
     if isinstance(values, Memory):
-        places, count = values.capacity, length_or_capacity(values)
-        wanted = {length_or_capacity(memory)}
+        places, count, wanted = values.capacity, length_or_capacity(values), {patterns}
     else:
         places = count = len(values)
-        wanted = {length_or_capacity(memory), memory.capacity}
+        wanted = {patterns, memory.capacity}
     if count not in wanted:
-        listed = " or ".join(map(str, sorted(wanted)))
-        raise ValueError(f"values must be {listed}, one a key; got {count}")
+        or_places = f", or of its {memory.capacity} places" if len(wanted) > 1 else ""
+        raise ValueError(
+            f"values must have one entry for each of the {patterns} patterns{or_places}; "
+            f"got {count}"
+        )
     if places == len(weights):
         return weights
     return jnp.pad(weights, (0, max(0, places - len(weights))))[:places]

@@ -15,8 +15,9 @@ from jdam._measures.base import AnyMeasure
 class Status(enum.IntEnum):
     """How a recall ended: its `message` says what that means and what to do.
 
-    Inside `jax.jit` a status is its number, int32, and `jdam.Status(code)` has name and message. Of
-    several that apply the last one listed counts. Whether a recall ended between patterns can be
+    `CONVERGED` and `MIXTURE` are results; the others say what a result lacks. Inside `jax.jit` a
+    status is its number, int32, and `jdam.Status(code)` has name and message. Of several that apply
+    the last one listed counts. Whether a recall ended between patterns can be
     read from `Recall.mixture` in any case.
     """
 
@@ -38,7 +39,8 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "a fixed point, residual ≤ tol, at which one pattern has more than half of "
     "the weight",
-    Status.MIXTURE: "a fixed point between patterns: raise beta to recall one of them",
+    Status.MIXTURE: "a fixed point, residual ≤ tol, that averages several patterns, as is wanted "
+    "of several that share a class: raise beta if a single one is to be recalled",
     Status.MAX_STEPS: "residual > tol after max_steps: raise max_steps, beta or tol",
     Status.STALLED: "residual > tol, and no step lowers the energy by more than its rounding: "
     "raise tol, or compute in float64; where an inner solver is involved, lower its tol",

@@ -1,5 +1,8 @@
 """A memory as parameters, trained by plain optimizers."""
 
+import copy
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +106,28 @@ def test_what_is_not_learned_stays(rng):
     params, rebuild = jdam.parametrize(memory)
     grown = rebuild(params).append(memory[0])
     assert (len(grown), grown.capacity) == (4, 5)
+
+
+def test_ways_back_are_equal_that_keep_the_same(rng):
+    memory = jdam.store(clouds(rng, 3, 2), jdam.Sinkhorn(0.5), log_prior=np.zeros(3))
+    rebuild = jdam.parametrize(memory)[1]
+    again = pickle.loads(pickle.dumps(rebuild))
+    moved = jdam.PointCloud(memory.patterns.points + 1, memory.patterns.weights)
+    others = [jdam.parametrize(jdam.store(moved, jdam.Sinkhorn(e), log_prior=np.zeros(3)))[1] for e in (0.5, 0.6)]  # fmt: skip
+    assert rebuild == again == copy.deepcopy(rebuild) == others[0]
+    assert len({rebuild, again, others[0]}) == 1
+    assert rebuild != others[1]
+    assert rebuild != jdam.parametrize(memory, ("patterns", "prior"))[1]
+    assert rebuild != "rebuild"
+    switched = jdam.store(memory.patterns, memory.geometry, log_prior=[0.0, 0.0, -np.inf])
+    assert rebuild != jdam.parametrize(switched)[1]
+    pad = jdam.PointCloud.from_ragged([cloud.points[:n] for cloud, n in zip(memory, (5, 6, 6), strict=True)])  # fmt: skip
+    assert rebuild != jdam.parametrize(jdam.store(pad, memory.geometry, log_prior=np.zeros(3)))[1]
+    params = jdam.parametrize(memory)[0]
+    run = jax.jit(lambda params, rebuild: rebuild(params).patterns.points, static_argnums=1)
+    for way in (rebuild, again, others[0]):
+        np.testing.assert_array_equal(run(params, way), memory.patterns.points)
+    assert run._cache_size() == 1
 
 
 def test_halves_are_learned_in_single_precision(rng):

@@ -119,3 +119,59 @@ def test_weighted_samples_of_any_number(rng):
         jdam.Gaussian.from_ragged_samples([samples[0], samples[1][:, :2]])
     with pytest.raises(ValueError, match="samples must hold at least one Gaussian"):
         jdam.Gaussian.from_ragged_samples([])
+
+
+RAGGED = [np.ones((3, 2)), np.ones((4, 2))]
+
+
+@pytest.mark.parametrize("hold", [list, lambda arrays: np.array([*arrays, None], object)[:2]])
+@pytest.mark.parametrize(
+    ("make", "cure"),
+    [
+        (jdam.PointCloud, "points .* jdam.PointCloud.from_ragged takes"),
+        (jdam.Gaussian.from_samples, "samples .* jdam.Gaussian.from_ragged_samples takes"),
+        (lambda x: jdam.Gaussian(np.ones((2, 2)), x), "factor .* jdam.stack fills up"),
+        (
+            lambda x: jdam.GaussianMixture.from_samples(x, 2, key=jax.random.key(0)),
+            "samples .* make a mixture of each, for jdam.stack",
+        ),
+        (jdam.store, "must be .* jdam.PointCloud.from_ragged and jdam.Gaussian.from_ragged_samp"),
+    ],
+)
+def test_lists_of_arrays_of_different_shapes_are_told_where_to_go(hold, make, cure):
+    with pytest.raises(TypeError, match=cure) as raised:
+        make(hold(RAGGED))
+    assert "must be an array of floats; got 2 arrays of different shapes: " in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        (np.array(["a", "bc"]), "dtype <U2"),
+        (np.array([None, 1.0]), "dtype object"),
+        (np.array(["2020-01-01"], "datetime64[D]"), r"dtype datetime64\[D\]"),
+        (["cat", "dog"], "a list of str"),
+        ((None, None), "a tuple of NoneType"),
+        ([[1.0, 2.0], [3.0]], "2 arrays of different shapes: jdam.PointCloud.from_ragged takes"),
+        ([[[1.0, 2.0], [3.0]], [[1.0]]], "2 arrays of different shapes"),
+        (None, "NoneType"),
+    ],
+)
+def test_what_is_no_array_of_floats_is_named(value, got):
+    with pytest.raises(TypeError, match=f"points must be an array of floats; got {got}"):
+        jdam.PointCloud(value)
+
+
+def test_bad_lists_of_different_numbers_are_named():
+    for make, name, one in (
+        (jdam.PointCloud.from_ragged, "points", "cloud"),
+        (jdam.Gaussian.from_ragged_samples, "samples", "Gaussian"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a list of an array for each {one}"):
+            make(5)
+        with pytest.raises(ValueError, match=f"{name} of {one} 1 must have rows of one length"):
+            make([RAGGED[0], [[1.0, 2.0], [3.0]]])
+        with pytest.raises(TypeError, match=f"{one} 0: {name} must be an array of floats; got dty"):
+            make([np.full((3, 2), "a"), np.full((4, 2), "a")])
+    with pytest.raises(TypeError, match=r"measures\[0\] must be an array of floats; got a list of"):
+        jdam.stack([["cat", "dog"]])

@@ -10,7 +10,7 @@ from jax import monitoring
 
 import jdam
 from tests.cases import KINDS, alike, all_of, close, every_kind, some_and_clouds, some_kinds
-from tests.helpers import clouds, gaussians, near, vectors
+from tests.helpers import clouds, diagonals, gaussians, mixtures, near, vectors
 
 CAPACITY, BETA = 8, 3.0
 
@@ -133,9 +133,10 @@ def test_values_for_patterns_and_for_places(rng):
     alike(completed, jdam.attend(stored, query, BETA, memory), rtol=1e-8, atol=1e-8)
     values[5:] = np.nan
     close(jdam.attend(memory, query, BETA, values), wanted, rtol=1e-10)
-    with pytest.raises(ValueError, match="values must be 5 or 8, one a key; got 6"):
+    message = "values must have one entry for each of the 5 patterns, or of its 8 places; got 6"
+    with pytest.raises(ValueError, match=message):
         jdam.attend(memory, query, BETA, values[:6])
-    with pytest.raises(ValueError, match="values must be 5, one a key; got 4"):
+    with pytest.raises(ValueError, match="for each of the 5 patterns; got 4"):
         jdam.attend(memory, query, BETA, memory.remove(0))
 
 
@@ -223,6 +224,64 @@ def test_more_than_there_is_room_for(rng):
         jdam.store(patterns, capacity=8.0)
 
 
+LARGER = {
+    "clouds": (partial(clouds, n=4), partial(clouds, n=7), {"n": 7}),
+    "gaussians": (partial(gaussians, rank=2), partial(gaussians, rank=4), {"r": 4}),
+    "mixtures": (
+        partial(mixtures, components=2, rank=2),
+        partial(mixtures, components=4, rank=3),
+        {"K": 4, "r": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LARGER)
+def test_room_for_larger_patterns(rng, kind):
+    """As if all had been stored together, which fills them up."""
+    small, large, sizes = LARGER[kind]
+    geometry = jdam.Sinkhorn(0.4) if kind == "clouds" else None
+    few, more = small(rng, 3, 3), large(rng, 2, 3)
+    memory = jdam.store(few, geometry, capacity=5)
+    named = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    way_out = rf"got {named}: memory.reserve\(5, {named}\) makes room"
+    for change in (lambda: memory.append(more), lambda: memory.replace(1, more[0])):
+        with pytest.raises(ValueError, match=way_out):
+            change()
+    roomy = memory.reserve(5, **sizes)
+    assert (len(roomy), roomy.capacity) == (3, 5)
+    assert roomy.patterns.sizes == more.sizes
+    alike(roomy[:2], few.padded(**sizes)[:2], rtol=1e-15)
+    stored = jdam.store(few, geometry).append(more)
+    query = near(rng, stored[3], 0.1)
+    found = jdam.divergences(roomy.append(more), query)
+    close(found, jdam.divergences(stored, query), rtol=1e-9, atol=1e-9)
+    changed = jax.jit(lambda m: m.reserve(8, **sizes).replace(0, more[0]))(memory)
+    close(jdam.divergences(changed, query)[0], found[3], rtol=1e-9, atol=1e-9)
+    assert jdam.store(few, geometry).reserve(3, **sizes).append([]).capacity == 3
+
+
+def test_sizes_that_there_are_not(rng):
+    memory = jdam.store(clouds(rng, 3, 2, n=5), jdam.Sinkhorn(0.4))
+    with pytest.raises(ValueError, match="n must be ≥ 5; got 4"):
+        memory.reserve(8, n=4)
+    with pytest.raises(TypeError, match="n must be an int; got 8.0"):
+        memory.reserve(8, n=8.0)
+    with pytest.raises(ValueError, match=r"sizes must be some of \('n',\) for .*; got r=4"):
+        memory.reserve(8, r=4)
+    message = r"sizes must be left out for DiagonalGaussian\(dim=2\); got n=4"
+    with pytest.raises(ValueError, match=message):
+        jdam.store(diagonals(rng, 3, 2)).reserve(8, n=4)
+    with pytest.raises(ValueError, match=r"sizes must be left out for vectors\(dim=2\); got n=4"):
+        jdam.store(vectors(rng, 3, 2)).reserve(8, n=4)
+
+
+def test_a_memory_with_room_has_a_length_inside_jit_if_it_is_known(rng):
+    memory = jdam.store(vectors(rng, 3, 2), capacity=5)
+    values = rng.normal(size=(3, 2))
+    found = jax.jit(lambda query: jdam.attend(memory, query, BETA, values))(memory[0])
+    close(found, jdam.attend(jdam.store(memory[:]), memory[0], BETA, values), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,7 +341,7 @@ def test_replace_without_a_capacity(rng):
         memory.replace(4, others[0])
     with pytest.raises(ValueError, match="indices must be 2, one for each of patterns"):
         memory.replace([1], others)
-    with pytest.raises(ValueError, match="patterns must have r ≤ 3, for which .*; got 5"):
+    with pytest.raises(ValueError, match="patterns must have r ≤ 3, for which .*; got r=5"):
         memory.replace(0, gaussians(rng, 1, 3, rank=5)[0])
     lost = jax.jit(lambda m, i: m.replace(i, others[0]))(memory, 9)
     assert int(jdam.recall(lost, memory[1], BETA).status) == jdam.Status.NONFINITE

@@ -63,7 +63,7 @@ def test_clouds_become_a_free_support_barycentre(rng):
     assert objective(found) < objective(start)
     before, after = (float(jnp.abs(slope(cloud).points).max()) for cloud in (start, found))
     assert after < 1e-5 < 1e-2 < before
-    own = jdam.attend(held, start, 1e-3, values)
+    own = jdam.attend(held, start, 1e-3, list(values))
     np.testing.assert_allclose(own.points, jdam.attend(held, start, 1e-3, held).points, atol=1e-9)
 
 
@@ -117,12 +117,23 @@ def test_dtype_is_kept(rng, dtype):
 
 def test_bad_values(rng):
     memory, query = problem(rng, "euclidean")
-    with pytest.raises(ValueError, match="values must be 7, one a key; got 6"):
+    message = "values must have one entry for each of the 7 patterns; got 6"
+    with pytest.raises(ValueError, match=message):
         jdam.attend(memory, query, 1.0, np.ones((6, 2)))
     with pytest.raises(TypeError, match="values must have the dtype of memory, float64"):
         jdam.attend(memory, query, 1.0, np.ones((7, 2), np.float32))
-    with pytest.raises(TypeError, match="values must have a floating dtype"):
+    cure = r"look labels up by labels\[result.nearest\], or pass a one-hot array"
+    with pytest.raises(TypeError, match=f"values must have a floating dtype; got int64: {cure}"):
         jdam.attend(memory, query, 1.0, np.arange(7))
+    for labels, got in (
+        (np.array(list("abcdefg")), "dtype <U1"),
+        (np.array([None] * 7), "dtype object"),
+        (["cat"] * 7, "a list of str"),
+    ):
+        with pytest.raises(
+            TypeError, match=f"values must be an array of floats; got {got}: {cure}"
+        ):
+            jdam.attend(memory, query, 1.0, labels)
     with pytest.raises(ValueError, match="geometry must be given for point clouds"):
         jdam.attend(memory, query, 1.0, clouds(rng, 7, 2))
     with pytest.raises(ValueError, match="num_steps must be ≥ 1; got 0"):
