@@ -66,7 +66,7 @@ def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
     pairs = pairs_at_once(pair.a.size * pair.b.size)
     unfinished, turn = partial(_unfinished, solver), partial(_turn, solver)
     state: State = advance_while(unfinished, turn, start, pair, at_once=pairs, flat=True)
-    return state._replace(error=jnp.where(state.ratio > 1, jnp.inf, state.error))
+    return state
 
 
 def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Float[Array, " m"]:
@@ -79,7 +79,7 @@ def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Fl
 
 def _unfinished(solver: Solver, state: State, pair: Pair) -> Bool[Array, ""]:
     """Whether the marginal is wrong, or the potentials of a tight solver may be."""
-    wrong = (state.error > solver.tol) | (state.ratio > 1)
+    wrong = state.error > solver.tol
     if state.newton is not None:
         wrong |= state.newton > SETTLED
     # Pairs that hold NaN may come along with others.
@@ -98,6 +98,8 @@ def _turn(solver: Solver, last: State, pair: Pair) -> State:
     cooler = jnp.maximum(last.ratio / DESCENT, 1)
     hotter = jnp.where(first, jnp.maximum(hardness, 1), last.ratio)
     state = state._replace(
+        # The marginal of a larger ε says nothing of that of the ε asked for.
+        error=jnp.where(last.ratio > 1, jnp.inf, state.error),
         iterations=last.iterations + jnp.maximum(state.iterations, 1),
         ratio=jnp.where(state.error < POOR, cooler, hotter),
     )
