@@ -95,13 +95,17 @@ def _turn(solver: Solver, last: State, pair: Pair) -> State:
     newton = jnp.where(first, 0, NEWTON)
     warmer = pair._replace(marginals=marginals._replace(epsilon=last.ratio * marginals.epsilon))
     state, hardness = _round(solver, warmer, last.g, burst, newton)
+    # Mass that has to go where the kernel has underflowed is little of the marginal, and moves
+    # neither by scaling nor by Newton steps.
+    stuck = ~first & (last.ratio == 1)
+    stuck &= state.error > jnp.maximum(solver.tol, last.error / 2)
     cooler = jnp.maximum(last.ratio / DESCENT, 1)
-    hotter = jnp.where(first, jnp.maximum(hardness, 1), last.ratio)
+    hotter = jnp.where(first | stuck, jnp.maximum(hardness, 1), last.ratio)
     state = state._replace(
         # The marginal of a larger ε says nothing of that of the ε asked for.
         error=jnp.where(last.ratio > 1, jnp.inf, state.error),
         iterations=last.iterations + jnp.maximum(state.iterations, 1),
-        ratio=jnp.where(state.error < POOR, cooler, hotter),
+        ratio=jnp.where((state.error < POOR) & ~stuck, cooler, hotter),
     )
     if state.newton is None or last.newton is None:
         return state
