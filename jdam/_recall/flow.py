@@ -115,6 +115,7 @@ class Flow:
             evaluation=Evaluation(
                 view=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), view),
                 energy=nothing,
+                relative=nothing,
                 pull=start.pull,
                 nearest=Nearest(zero, nothing, start.inliers),
                 weight=nothing,
@@ -200,7 +201,7 @@ class Flow:
         attempt = Attempt(attempt.measure, _kept(found, problem), attempt.residual)
         stalled = state.stalled
         if problem.memory.geometry.max_backtracks > 0:
-            gain = old.energy - found.energy
+            gain = old.relative - found.relative
             before = Attempt(state.measure, old, state.residual)
             attempt = jax.tree.map(partial(jnp.where, moved), attempt, before)
             stalled = state.evaluated & ~(gain > _resolution(state, problem))
@@ -279,7 +280,7 @@ class Flow:
 
 def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
     """What change of energy says anything, the rounding of the sum over patterns included."""
-    energy = jax.lax.stop_gradient(state.evaluation.energy)
+    energy = jax.lax.stop_gradient(state.evaluation.relative)
     rounding = 4 * float(jnp.finfo(energy.dtype).eps) * jnp.abs(energy)
     return problem.energy_resolution + rounding
 
@@ -334,7 +335,7 @@ def _try(flow: Flow, last: Attempts, args: tuple[Problem, Proposal | None]) -> A
     most = problem.memory.geometry.max_backtracks
     bold = jnp.array(False) if last.bold is None else last.bold
     attempt = _attempt(flow, state, problem, proposal, bold)
-    gain = state.evaluation.energy - attempt.evaluation.energy
+    gain = state.evaluation.relative - attempt.evaluation.relative
     resolution = _resolution(state, problem)
     # Where energies are all rounding, residuals still tell.
     nearer = attempt.residual < state.residual
@@ -374,7 +375,7 @@ def _accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...
         cautious = state._replace(backtracks=backtracks)
         settled = cautious.with_guess(flow.search.settled(problem.memory, guess))
         attempt = _attempt(flow, settled, problem, proposal, bold)
-        gain = state.evaluation.energy - attempt.evaluation.energy + _resolution(state, problem)
+        gain = state.evaluation.relative - attempt.evaluation.relative + _resolution(state, problem)
         learnt = _learnt(flow, proposal, gain, bold)
         after = flow.follow(cautious, attempt, problem, moved, learnt)
         after = jax.tree.map(partial(jnp.where, pending), after, state)
