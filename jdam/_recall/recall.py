@@ -3,8 +3,10 @@
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -25,6 +27,9 @@ from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.flow import Flow
 from jdam._recall.result import Recall
 from jdam.geometry.protocol import Geometry
+
+#: Stands for the tolerances of the geometry, in the same program as any number.
+DEFAULT = -1.0
 
 
 def step(
@@ -82,13 +87,13 @@ def recall(
     query: AnyMeasure,
     beta: ArrayLike,
     *,
-    max_steps: int = 50,
+    max_steps: int | None = None,
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
     search: Search | None = None,
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
-    acceleration: int = 0,
+    acceleration: int | None = None,
     save_trace: bool = False,
 ) -> Recall:
     """Steps from the query until a fixed point: what the memory holds nearest to it.
@@ -125,7 +130,25 @@ def recall(
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = None if tol is None else check_tolerance(memory, tol)
+    tol = check_tolerance(memory, tol)
+    settings = (max_steps, search, adjoint, separation, acceleration, save_trace)
+    return _recall_checked(memory, query, beta, step_size, tol, *settings)
+
+
+def _recall_checked(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    tol: Array,
+    max_steps: int | None,
+    search: Search | None,
+    adjoint: Adjoint,
+    separation: Separation,
+    acceleration: int | None,
+    save_trace: bool,
+) -> Recall:
+    max_steps = memory.geometry.default_steps if max_steps is None else max_steps
     max_steps = checks.positive_int("max_steps", max_steps)
     check_separation(separation)
     search = choose(search, memory, separation)
@@ -135,12 +158,22 @@ def recall(
             raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
-    flow = Flow(search, separation, max_steps, save_trace, _accelerated(memory, acceleration))
-    return _recall(memory, query, beta, step_size, tol, flow=flow, adjoint=adjoint)
+    # One program for all numbers of steps up to a power of two.
+    length = 1 << (max_steps - 1).bit_length()
+    flow = Flow(search, separation, length, save_trace, _accelerated(memory, acceleration))
+    most = np.int32(max_steps)
+    found: Recall = _recall(memory, query, beta, step_size, tol, most, flow=flow, adjoint=adjoint)
+    if length == max_steps or not save_trace:
+        return found
+    trace = jax.tree.map(lambda leaf: leaf[:max_steps], found.trace)
+    return eqx.tree_at(lambda recalled: recalled.trace, found, trace)
 
 
 def _accelerated(memory: Memory, depth: Any) -> Acceleration | None:
     """Newton steps where the geometry has coordinates for them, Anderson's where not."""
+    if depth is None:
+        depth = memory.geometry.default_acceleration
+        return Anderson(depth) if depth else None
     depth = checks.int_at_least(0, "acceleration", depth)
     if depth == 0:
         return None
@@ -154,13 +187,13 @@ def recall_batch(
     beta: ArrayLike,
     *,
     batch_size: int = 256,
-    max_steps: int = 50,
+    max_steps: int | None = None,
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
     search: Search | None = None,
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
-    acceleration: int = 0,
+    acceleration: int | None = None,
     save_trace: bool = False,
 ) -> Recall:
     """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
@@ -176,7 +209,7 @@ def recall_batch(
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
+    tol = check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
     settings = (
         ("max_steps", max_steps),
@@ -207,7 +240,7 @@ def _recall_batch(
         beta, step_size, tol = others
 
         def one(query: AnyMeasure) -> Recall:
-            return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
+            return _recall_checked(memory, query, beta, step_size, tol, **dict(settings))
 
         # Differentiated, one batch at a time too.
         found: Recall = map_in_chunks(jax.checkpoint(one), batch_size, queries)
@@ -220,15 +253,20 @@ def _recall_batch(
 
 
 def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
-    """`tol` as a checked scalar ≥ 0."""
-    return checks.nonnegative_scalar("tol", tol, working_dtype(memory.dtype))
+    """`tol` as a checked scalar ≥ 0, or `DEFAULT`."""
+    dtype = working_dtype(memory.dtype)
+    if tol is None:
+        return jnp.asarray(DEFAULT, dtype)
+    return checks.nonnegative_scalar("tol", tol, dtype)
 
 
-def default_tolerance(memory: Memory) -> Float[Array, ""]:
-    """eps^0.7 times the root mean square size of the patterns: a distance."""
-    eps = float(jnp.finfo(working_dtype(memory.dtype)).eps)
-    result: Array = eps**0.7 * jax.lax.stop_gradient(memory.units_of_patterns()[0])
-    return result
+def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
+    """The residual that is small enough and the one at which to stop: both `tol`, or those of the
+    geometry."""
+    scale, _ = memory.units_of_patterns()
+    defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
+    enough, sought = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
+    return enough, sought
 
 
 @compiled(static=("flow", "adjoint"))
@@ -237,14 +275,14 @@ def _recall(
     query: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array | None,
+    tol: Array,
+    max_steps: Array,
     *,
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
-    tol = default_tolerance(memory) if tol is None else tol
     run = partial(_run, flow=flow, adjoint=adjoint)
-    return in_tiles(run, None, memory, query, beta, step_size, tol)
+    return in_tiles(run, None, memory, query, beta, step_size, tol, max_steps)
 
 
 def _run(
@@ -253,10 +291,12 @@ def _run(
     beta: Array,
     step_size: Array,
     tol: Array,
+    max_steps: Array,
     *,
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
-    problem = flow.problem(memory, beta, step_size, tol)
+    given = tolerances(memory, query, tol)
+    problem = flow.problem(memory, beta, step_size, given, max_steps)
     end = adjoint.run(flow, flow.start(query, problem), problem)
     return flow.report(end, problem)
