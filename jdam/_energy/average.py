@@ -12,7 +12,7 @@ from jaxtyping import Float
 from jdam._core.batching import batch_size, compute_where, equal_parts
 from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
-from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, psum
+from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, pmin, psum
 from jdam._energy.evaluation import Block, Evaluation, Nearest, Start
 from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
 from jdam._measures.base import AnyMeasure
@@ -95,7 +95,30 @@ def _in_one_sweep(
     nothing = separation.empty(start, memory.dtype)
     sums, guesses = sweep.over(memory, view, blocks, nothing, beta)
     sums = separation.merge(sums, beta, memory.layout)
-    return separation.finish(sums, beta, view, _in_a_row(guesses, memory.capacity))
+    guesses = _in_a_row(guesses, memory.capacity)
+    return separation.finish(sums, total_prior(memory), beta, view, guesses)
+
+
+def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """log max πᵢ, and Σ πᵢ in units of that."""
+    prior = relative_prior(memory)
+    if prior is None:
+        count = memory.capacity * (1 if memory.layout is None else memory.layout.parts)
+        return jnp.zeros((), memory.dtype), jnp.full((), count, memory.dtype)
+    return _top(memory), psum(prior.sum(), memory.layout)
+
+
+def relative_prior(memory: Memory) -> Float[Array, " N"] | None:
+    """πᵢ/max π; None if all are 1."""
+    if memory.log_prior is None:
+        return None
+    on = memory.log_prior != -jnp.inf
+    return jnp.where(on, jnp.exp(jnp.where(on, memory.log_prior, 0) - _top(memory)), 0)
+
+
+def _top(memory: Memory) -> Float[Array, ""]:
+    assert memory.log_prior is not None
+    return -pmin(-memory.log_prior.max(), memory.layout)
 
 
 def _in_two_sweeps(
@@ -130,9 +153,11 @@ def _in_two_sweeps(
     row = pattern - first_index(num, layout)
     inliers = None if start.inliers is None else found.inliers[jnp.clip(row, 0, num - 1)]
     inliers = of_one_part(inliers, (row >= 0) & (row < num), layout)
+    energy = settings.separation.energy(*everything, beta)
     return Evaluation(
         view=view,
-        energy=settings.separation.energy(*everything, beta),
+        energy=energy,
+        relative=energy,
         pull=psum(pull, layout),
         nearest=Nearest(pattern, everything[0][pattern], inliers),
         weight=all_weights.max(),
@@ -230,9 +255,9 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block
             leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), **fill)
         return leaf.reshape(count, size, *leaf.shape[1:])
 
-    prior = memory.log_prior
-    if missing and prior is None:
-        prior = jnp.zeros(num, memory.dtype)
+    log_prior, prior = memory.log_prior, relative_prior(memory)
+    if missing and log_prior is None:
+        log_prior, prior = jnp.zeros(num, memory.dtype), jnp.ones(num, memory.dtype)
     if guess is None:
         guess = memory.geometry.first_guess(memory.prepared)
     patterns = Patterns(memory.patterns, memory.prepared, guess)
@@ -240,5 +265,6 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block
     return Block(
         indices=index + first_index(num, memory.layout),
         patterns=jax.tree.map(lambda leaf: cut(leaf, mode="edge"), patterns),
-        log_prior=None if prior is None else cut(prior, constant_values=-jnp.inf),
+        log_prior=None if log_prior is None else cut(log_prior, constant_values=-jnp.inf),
+        prior=None if prior is None else cut(prior, constant_values=0),
     )

@@ -14,7 +14,15 @@ from jdam._core.batching import advance_while, by_platform, compute_where
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
 from jdam._core.mesh import Layout, first_index, psum
-from jdam._energy.average import Settings, compare, evaluate, start, view_of
+from jdam._energy.average import (
+    Settings,
+    compare,
+    evaluate,
+    relative_prior,
+    start,
+    total_prior,
+    view_of,
+)
 from jdam._energy.evaluation import Block, Evaluation, Start
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation, Sums, mass, with_prior
@@ -198,7 +206,7 @@ def _evaluate(
     whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
     out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
-    found = LogSumExp().finish(whole, beta, view, hunt.guess)
+    found = LogSumExp().finish(whole, total_prior(memory), beta, view, hunt.guess)
     return found._replace(neglected=neglected), hunt.picked.reshape(-1)
 
 
@@ -246,7 +254,13 @@ def _evaluate_jvp(
         )
         again = evaluate(Settings(), few, query, beta, start._replace(guess=guess))
         nearest = again.nearest._replace(pattern=found.nearest.pattern)
-        again = again._replace(nearest=nearest, guess=found.guess, neglected=found.neglected)
+        kept = found._replace(nearest=nearest)
+        again = again._replace(
+            nearest=kept.nearest,
+            relative=kept.relative + again.energy - jax.lax.stop_gradient(again.energy),
+            guess=kept.guess,
+            neglected=kept.neglected,
+        )
         return again, picked
 
     return (found, picked), jvp(average, primals, tangents)[1]
@@ -353,13 +367,15 @@ def _take(
     memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
 ) -> Block:
     """The patterns at some indices, those that are not on switched off by the prior."""
-    rows = (memory.patterns, memory.prepared, memory.log_prior, guess)
-    patterns, prepared, prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
-    prior = jnp.zeros(index.shape, memory.dtype) if prior is None else prior
+    rows = (memory.patterns, memory.prepared, memory.log_prior, relative_prior(memory), guess)
+    patterns, prepared, log_prior, prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
+    if log_prior is None or prior is None:
+        log_prior, prior = jnp.zeros(index.shape, memory.dtype), jnp.ones(index.shape, memory.dtype)
     guess = memory.geometry.first_guess(prepared) if guess is None else guess
     held = Patterns(patterns, prepared, guess)
     first = first_index(memory.capacity, memory.layout)
-    return Block(first + index, held, jnp.where(on, prior, -jnp.inf))
+    log_prior, prior = jnp.where(on, log_prior, -jnp.inf), jnp.where(on, prior, 0)
+    return Block(first + index, held, log_prior, prior)
 
 
 class Explored(NamedTuple):

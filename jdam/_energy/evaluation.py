@@ -22,6 +22,7 @@ class Evaluation(NamedTuple):
 
     view: AnyView  # of the query, as `Geometry.move` wants it
     energy: Float[Array, ""]  # E(ξ)
+    relative: Float[Array, ""]  # E(ξ) + β⁻¹ log Σ πᵢ, which keeps its digits as β → 0
     pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
     nearest: Nearest
     weight: Float[Array, ""]  # its weight
@@ -44,4 +45,5 @@ class Block(NamedTuple):
     indices: Int[Array, " B"]  # in the memory
     patterns: Patterns
     log_prior: Float[Array, " B"] | None
+    prior: Float[Array, " B"] | None  # relative to that of most weight
     weights: Float[Array, " B"] | None = None  # where they are known before the pulls

@@ -67,7 +67,7 @@ class LogSumExp(Separation):
         """The sums over no pattern."""
         nothing, lowest = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
         nearest = Nearest(jnp.zeros((), jnp.int32), nothing, start.inliers)
-        return Sums(lowest, nearest, nothing, start.pull, nothing)
+        return Sums(lowest, lowest, nearest, nothing, nothing, nothing, start.pull, nothing)
 
     def accumulate(self, sums: "Sums", found: Comparison, block: Block, beta: Array) -> "Sums":
         """The sums with some more patterns, relative to the lowest of all so far (online
@@ -82,14 +82,21 @@ class LogSumExp(Separation):
         decay = mass(sums.lowest - reference, beta)
         pulls = None if sums.pull is None else found.pull
         row = _first(fixed == low)
+        prior = jnp.ones_like(masses) if block.prior is None else block.prior
+        least, deficit = _deficits(
+            sums, jnp.where(prior > 0, found.divergence, jnp.inf), prior, beta
+        )
         inliers = None if sums.nearest.inliers is None else found.inliers
         rows = Nearest(block.indices, found.divergence, inliers)
         return Sums(
             lowest=lowest,
+            least=least,
             nearest=jax.tree.map(
                 lambda new, old: jnp.where(low < sums.lowest, new[row], old), rows, sums.nearest
             ),
             mass=decay * sums.mass + masses.sum(),
+            prior=sums.prior + prior.sum(),
+            deficit=deficit,
             pull=jax.tree.map(
                 lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
                 sums.pull,
@@ -107,14 +114,30 @@ class LogSumExp(Separation):
         last = jnp.iinfo(jnp.int32).max
         pattern = pmin(jnp.where(part.lowest == lowest, part.nearest.pattern, last), layout)
         nearest = of_one_part(part.nearest, part.nearest.pattern == pattern, layout)
-        sums = jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved))
-        return Sums(lowest, nearest, *psum(sums, layout))
+        mass_, pull, unsolved = psum(
+            jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved)), layout
+        )
+        least = pmin(part.least, layout)
+        deficit = _raised(part.deficit, part.prior, part.least, least, beta)
+        prior, deficit = psum((part.prior, deficit), layout)
+        return Sums(lowest, least, nearest, mass_, prior, deficit, pull, unsolved)
 
-    def finish(self, sums: "Sums", beta: Array, view: AnyView, guess: Any) -> Evaluation:
-        """What the sums over all patterns tell."""
+    def finish(
+        self, sums: "Sums", total: tuple[Array, Array], beta: Array, view: AnyView, guess: Any
+    ) -> Evaluation:
+        """The evaluation of these sums, `total` being log max πᵢ and Σ πᵢ in units of it, of all
+        patterns: also of those that were left out because their mass is nothing."""
+        log_top, prior = total
+        log_mass = jnp.log(sums.mass)
+        energy = sums.lowest - log_mass / beta
+        share = (sums.deficit - (prior - sums.prior)) / prior
+        close = share > -0.5
+        digits = sums.least - jnp.log1p(jnp.where(close, share, 0)) / beta
+        offset = (log_top + jnp.log(prior)) / beta
         return Evaluation(
             view=view,
-            energy=sums.lowest - jnp.log(sums.mass) / beta,
+            energy=energy,
+            relative=jnp.where(close, digits, energy + offset),
             pull=jax.tree.map(lambda total: total / sums.mass, sums.pull),
             nearest=sums.nearest,
             weight=1 / sums.mass,
@@ -128,10 +151,28 @@ class Sums(NamedTuple):
     """Σ exp(−β(D̃ᵢ − lowest)), D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, alone and times other things."""
 
     lowest: Float[Array, ""]  # D̃ so far
+    least: Float[Array, ""]  # D so far
     nearest: Nearest  # where it is
     mass: Float[Array, ""]
+    prior: Float[Array, ""]  # Σ πᵢ
+    deficit: Float[Array, ""]  # Σ πᵢ (exp(−β(Dᵢ − least)) − 1): the digits of the mass as β → 0
     pull: AnyMeasure  # times pulls
     unsolved: Float[Array, ""]  # over comparisons that missed their tolerance
+
+
+def _deficits(
+    sums: Sums, divergences: Float[Array, " B"], prior: Float[Array, " B"], beta: Array
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The least D, and Σ πᵢ expm1(−β(Dᵢ − least)), with some more patterns."""
+    least = jnp.minimum(sums.least, jax.lax.stop_gradient(divergences).min())
+    new = prior * jnp.expm1(_logits(divergences - jnp.where(least == jnp.inf, 0, least), beta))
+    return least, _raised(sums.deficit, sums.prior, sums.least, least, beta) + new.sum()
+
+
+def _raised(deficit: Array, prior: Array, old: Array, least: Array, beta: Array) -> Array:
+    """Σ πᵢ expm1(−β(Dᵢ − least)) from that with another least D."""
+    step = _logits(old - jnp.where(least == jnp.inf, 0, least), beta)
+    return jnp.exp(step) * deficit + prior * jnp.expm1(step)
 
 
 @dataclass(frozen=True)

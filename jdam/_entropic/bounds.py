@@ -19,7 +19,8 @@ def dual_after_half_iteration(
     value is one, costs may be rough, and potentials come from a `guess` of g."""
     x, a, y, b, marginals = pair
     epsilon, s, g = marginals.epsilon, marginals.damping, jnp.where(b > 0, guess, 0)
-    logits = (g / epsilon + safe_log(b))[:, None] - solver.cost.roughly(y, x, epsilon)
+    costs = marginals.payable(solver.cost.roughly(y, x, epsilon))
+    logits = (g / epsilon + safe_log(b))[:, None] - costs
     top = logits.max(0)
     f = -s * epsilon * (top + jnp.log(jnp.exp(logits - top[None]).sum(0)))
     t = marginals.translation(f, a, g, b)

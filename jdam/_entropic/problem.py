@@ -14,6 +14,8 @@ from jdam._entropic.cost import Cost, HalfSquaredDistance
 
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
 LARGE = 80.0
+#: In units of 2ρ+ε, costs at which no mass is transported.
+FREE = 100.0
 #: A tolerance of the marginal below which a solver is tight.
 TIGHT = 1e-9
 
@@ -54,6 +56,13 @@ class Marginals(NamedTuple):
         least_f = soft_minimum(-f[None] / self.rho, a[None])[0]
         least_g = soft_minimum(-g[None] / self.rho, b[None])[0]
         return self.rho / (1 + self.damping) * (least_f - least_g)
+
+    def payable(self, costs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        """Costs c, in units of ε, the largest of which is one at which no mass is transported:
+        e^(−c/(2ρ+ε)) = e^(−100) of it would be. Of larger ones potentials would have no digits."""
+        if self.rho is None:
+            return costs
+        return jnp.minimum(costs, FREE * (1 + 2 * self.rho / self.epsilon))
 
     def scaled(self, factor: Float[Array, ""]) -> "Marginals":
         """In other units of cost."""
@@ -116,6 +125,7 @@ class State(NamedTuple):
     error: Float[Array, ""]
     iterations: Int[Array, ""]
     ratio: Float[Array, ""]  # by how much larger an ε the next round takes
+    cooled: Float[Array, ""]  # at what error of the marginal ε becomes smaller
     #: Of a tight solver, the length of the last Newton step in units of ε; ∞ before the first.
     newton: Float[Array, ""] | None = None
 

@@ -21,8 +21,9 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
         from ott.geometry.geometry import Geometry
-    cost = solver.cost.matrix(pair.x, pair.y)
-    geometry = Geometry(cost_matrix=cost, epsilon=pair.marginals.epsilon)  # type: ignore[arg-type]
+    epsilon = pair.marginals.epsilon
+    scaled = pair.marginals.payable(solver.cost.scaled(pair.x, pair.y, epsilon))
+    geometry = Geometry(cost_matrix=epsilon * scaled, epsilon=epsilon)  # type: ignore[arg-type]
     iterate = _balanced if pair.marginals.rho is None else _relaxed
     # Users may have set JAX to be stricter than ott-jax is.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -34,10 +35,10 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
         gradient=columns.response.gradient,
         error=columns.missed,
         iterations=count,
-        ratio=jnp.ones_like(pair.marginals.epsilon),
+        ratio=jnp.ones_like(epsilon),
+        cooled=jnp.zeros_like(epsilon),
     )
-    cost = cost / pair.marginals.epsilon
-    return sharpened(state, cost, pair, largest(cost, pair))
+    return sharpened(state, scaled, pair, largest(scaled, pair))
 
 
 def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:

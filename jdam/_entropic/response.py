@@ -28,7 +28,7 @@ def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
     is bₖ e^(−g/ρ) whatever f is."""
     x, a, y, _, marginals = pair
     epsilon = marginals.epsilon
-    costs = cost.scaled(y, x, epsilon)
+    costs = marginals.payable(cost.scaled(y, x, epsilon))
     logits = (jnp.where(a > 0, f, 0) / epsilon)[None] - costs
     level = soft_minimum(logits, a[None])  # f^{c,ε}/ε
     density = jnp.exp(jnp.minimum(level[:, None] + logits, LARGE))

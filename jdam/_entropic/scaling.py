@@ -61,17 +61,19 @@ def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
         error=zero + jnp.inf,
         iterations=jnp.array(0, jnp.int32),
         ratio=zero + 1,
+        cooled=zero + POOR,
         newton=zero + jnp.inf if solver.tight else None,
     )
     pairs = pairs_at_once(pair.a.size * pair.b.size)
     unfinished, turn = partial(_unfinished, solver), partial(_turn, solver)
     state: State = advance_while(unfinished, turn, start, pair, at_once=pairs, flat=True)
-    return state._replace(error=jnp.where(state.ratio > 1, jnp.inf, state.error))
+    return state
 
 
 def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Float[Array, " m"]:
     """A better g, by some scaling iterations on the kernel of the guess."""
     cost = solver.cost.roughly(pair.x, pair.y, pair.marginals.epsilon)
+    cost = pair.marginals.payable(cost)
     kernel, g = _kernel(cost, pair, guess)
     plan, _, _ = _scaled(solver, kernel, jnp.ones_like(g), SOME)
     return g + pair.marginals.epsilon * jnp.log(plan.v)
@@ -79,7 +81,7 @@ def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Fl
 
 def _unfinished(solver: Solver, state: State, pair: Pair) -> Bool[Array, ""]:
     """Whether the marginal is wrong, or the potentials of a tight solver may be."""
-    wrong = (state.error > solver.tol) | (state.ratio > 1)
+    wrong = state.error > solver.tol
     if state.newton is not None:
         wrong |= state.newton > SETTLED
     # Pairs that hold NaN may come along with others.
@@ -95,11 +97,23 @@ def _turn(solver: Solver, last: State, pair: Pair) -> State:
     newton = jnp.where(first, 0, NEWTON)
     warmer = pair._replace(marginals=marginals._replace(epsilon=last.ratio * marginals.epsilon))
     state, hardness = _round(solver, warmer, last.g, burst, newton)
+    # Mass that has to go where the kernel has underflowed moves neither by scaling nor by Newton
+    # steps, however little of the marginal it is.
+    slow = state.error > jnp.maximum(solver.tol, last.error / 2)
+    stuck = slow & ~first & (last.cooled == POOR)
     cooler = jnp.maximum(last.ratio / DESCENT, 1)
-    hotter = jnp.where(first, jnp.maximum(hardness, 1), last.ratio)
+    hotter = jnp.where(first | stuck, jnp.maximum(hardness, 1), last.ratio)
+    ratio = jnp.where(~stuck & (state.error < last.cooled), cooler, hotter)
+    # Then every ε is solved well, as far as its rounding allows, before the next.
+    relaxed = jnp.where(last.ratio > 1, 1.5 * last.cooled, last.cooled)
+    relaxed = jnp.where(last.cooled == POOR, POOR, jnp.minimum(relaxed, POOR / 2))
+    cooled = jnp.where(stuck, jnp.minimum(state.error / 16, POOR / 2), relaxed)
     state = state._replace(
+        # The marginal of a larger ε says nothing of that of the ε asked for.
+        error=jnp.where(last.ratio > 1, jnp.inf, state.error),
         iterations=last.iterations + jnp.maximum(state.iterations, 1),
-        ratio=jnp.where(state.error < POOR, cooler, hotter),
+        ratio=ratio,
+        cooled=cooled,
     )
     if state.newton is None or last.newton is None:
         return state
@@ -108,7 +122,7 @@ def _turn(solver: Solver, last: State, pair: Pair) -> State:
     worse = solved & (state.error > solver.tol)
     ended = worse | solved & (state.newton > last.newton / 2)
     step = jnp.where(first, jnp.inf, jnp.where(ended, 0, state.newton))
-    kept = last._replace(iterations=state.iterations, ratio=state.ratio)
+    kept = last._replace(iterations=state.iterations)
     result: State = jax.tree.map(partial(jnp.where, worse), kept, state)._replace(newton=step)
     return result
 
@@ -188,7 +202,7 @@ def _round(
     burst of scaling iterations on it, and what follows. And how far above ε annealing would have to
     start: at the largest cost, or at ρ, beyond which costs are not paid."""
     marginals, epsilon = pair.marginals, pair.marginals.epsilon
-    cost = solver.cost.scaled(pair.x, pair.y, epsilon)
+    cost = marginals.payable(solver.cost.scaled(pair.x, pair.y, epsilon))
     kernel, g = _kernel(cost, pair, g)
     step, size, iterations = _newton_step(solver, kernel, newton)
     plan, error, count = _scaled(solver, kernel, jnp.exp(step), burst)
@@ -200,6 +214,7 @@ def _round(
         error=error,
         iterations=iterations + count,
         ratio=jnp.ones_like(size),
+        cooled=jnp.full_like(size, POOR),
         newton=size if solver.tight else None,
     )
     top = largest(cost, pair)
@@ -352,9 +367,9 @@ def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfCoupli
     takes two thirds off the error at least. exp(h/ε) lies between √min a and 1/√min a: no
     kernel on the way overflows or vanishes."""
     (x, a), epsilon = cloud, marginals.epsilon
+    cost = marginals.payable(solver.cost.scaled(x, x, epsilon))
     marginals = marginals.scaled(epsilon)
     s = marginals.damping
-    cost = solver.cost.scaled(x, x, epsilon)
     kernel = jnp.exp(-cost)
 
     def missed(u: Array, sums: Array) -> Array:

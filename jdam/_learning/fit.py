@@ -34,7 +34,7 @@ from jdam._learning.parametrize import (
 from jdam._measures.base import AnyMeasure, from_free, to_free
 from jdam._memory.memory import Memory, store
 from jdam._recall.flow import End, Flow
-from jdam._recall.recall import check_tolerance, default_tolerance, recall
+from jdam._recall.recall import check_tolerance, recall, tolerances
 from jdam._recall.result import Recall
 
 #: (memory, β, query, target) ↦ how wrong the memory is about one query.
@@ -228,7 +228,7 @@ def descend(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
+    tol = check_tolerance(memory, tol)
     num_steps = checks.positive_int("num_steps", num_steps)
     check_separation(separation)
     return _descend(
@@ -259,7 +259,8 @@ def _descend(
     (free, _), _ = scan(turn, start, None, memory, query, beta, length=num_steps)
     measure = from_free(query, free)
     flow = Flow(Exhaustive(), separation)
-    problem = flow.problem(memory, beta, jnp.ones_like(beta), tol)
+    given = tolerances(memory, query, tol)
+    problem = flow.problem(memory, beta, jnp.ones_like(beta), given)
     state = flow.advance(flow.start(measure, problem), problem)  # the first turn only evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
     return flow.report(End(state, None), problem)

@@ -77,7 +77,7 @@ class Anderson(Acceleration):
 
     def propose(self, flow: "Flow", state: "State", problem: "Problem") -> Proposal:
         old: History = state.kept
-        plain = flow.move(state.measure, state.evaluation, problem)
+        plain = flow.move(state.measure, state.evaluation, problem, state.backtracks)
         free = to_free(plain)
         end, unravel = ravel_pytree(free)
         change = end - ravel_pytree(to_free(state.measure))[0]

@@ -29,7 +29,9 @@ class Problem(NamedTuple):
     memory: Memory
     beta: Float[Array, ""]
     step_size: Float[Array, ""]
-    tol: Float[Array, ""]  # of the residual
+    tol: Float[Array, ""]  # the residual that is small enough
+    goal: Float[Array, ""]  # the one at which to stop
+    max_steps: Int[Array, ""]
     energy_resolution: Float[Array, ""]  # the smallest change of energy that says anything
 
 
@@ -90,19 +92,26 @@ class Flow:
 
     search: Search
     separation: Separation
-    max_steps: int = 1
+    max_steps: int = 1  # at most: a problem may have fewer
     save_trace: bool = False
     acceleration: Acceleration | None = None
 
     def problem(
-        self, memory: Memory, beta: Array, step_size: Array, tol: Array | None = None
+        self,
+        memory: Memory,
+        beta: Array,
+        step_size: Array,
+        tolerances: tuple[Array, Array] | None = None,
+        max_steps: Array | None = None,
     ) -> Problem:
-        """The problem, with a tolerance that is never reached if none is given."""
+        """The problem; without `tolerances` of the residual, with some that are never reached."""
         _, resolution = memory.units_of_patterns()
         # By rounding, or by the mass that the search may leave out.
         resolution = jnp.maximum(resolution, self.search.tolerance / beta)
-        tol = jnp.zeros_like(beta) if tol is None else tol
-        return Problem(memory, beta, step_size, tol, jax.lax.stop_gradient(resolution))
+        tol, goal = (jnp.zeros_like(beta),) * 2 if tolerances is None else tolerances
+        most = jnp.array(self.max_steps, jnp.int32) if max_steps is None else max_steps
+        resolution = jax.lax.stop_gradient(resolution)
+        return Problem(memory, beta, step_size, tol, goal, most, resolution)
 
     def start(self, query: AnyMeasure, problem: Problem) -> State:
         """The state before the first evaluation."""
@@ -115,6 +124,7 @@ class Flow:
             evaluation=Evaluation(
                 view=jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), view),
                 energy=nothing,
+                relative=nothing,
                 pull=start.pull,
                 nearest=Nearest(zero, nothing, start.inliers),
                 weight=nothing,
@@ -200,7 +210,7 @@ class Flow:
         attempt = Attempt(attempt.measure, _kept(found, problem), attempt.residual)
         stalled = state.stalled
         if problem.memory.geometry.max_backtracks > 0:
-            gain = old.energy - found.energy
+            gain = old.relative - found.relative
             before = Attempt(state.measure, old, state.residual)
             attempt = jax.tree.map(partial(jnp.where, moved), attempt, before)
             stalled = state.evaluated & ~(gain > _resolution(state, problem))
@@ -221,8 +231,9 @@ class Flow:
 
     def pending(self, state: State, problem: Problem) -> Bool[Array, ""]:
         """Whether a state is not the last."""
-        unfinished = (state.residual > problem.tol) & ~state.stalled | (problem.tol == 0)
+        unfinished = (state.residual > problem.goal) & ~state.stalled | (problem.goal == 0)
         # No step can mend NaN.
+        unfinished &= state.num_steps < problem.max_steps
         return unfinished & jnp.isfinite(state.evaluation.energy) | ~state.evaluated
 
     def run(self, state: State, problem: Problem) -> End:
@@ -279,13 +290,16 @@ class Flow:
 
 def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
     """What change of energy says anything, the rounding of the sum over patterns included."""
-    energy = jax.lax.stop_gradient(state.evaluation.energy)
+    energy = jax.lax.stop_gradient(state.evaluation.relative)
     rounding = 4 * float(jnp.finfo(energy.dtype).eps) * jnp.abs(energy)
     return problem.energy_resolution + rounding
 
 
-def _residual(evaluation: Evaluation, problem: Problem) -> Float[Array, ""]:
-    residual = problem.memory.geometry.residual(evaluation.view, evaluation.pull)
+def _residual(
+    evaluation: Evaluation, problem: Problem, backtracks: Int[Array, ""]
+) -> Float[Array, ""]:
+    geometry = problem.memory.geometry
+    residual = geometry.residual_with_caution(evaluation.view, evaluation.pull, backtracks)
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
@@ -304,7 +318,7 @@ def _attempt(
         moved = jax.tree.map(partial(jnp.where, bold), proposal.measure, moved)
     measure = jax.tree.map(partial(jnp.where, state.evaluated), moved, state.measure)
     found = flow.evaluate(measure, problem, state.start_from())
-    return Attempt(measure, found, _residual(found, problem))
+    return Attempt(measure, found, _residual(found, problem, state.backtracks))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -314,7 +328,8 @@ def _accepted(
     """The proposal, or the first of ever more cautious attempts, that does not raise the energy.
     Queries of a vmapped batch that still wait for one take turns, a few at a time."""
     # The first attempt may be a little bolder than the last that was good.
-    state = state._replace(backtracks=jnp.maximum(state.backtracks - 1, 0))
+    if proposal is None:
+        state = state._replace(backtracks=jnp.maximum(state.backtracks - 1, 0))
     bold = None if proposal is None else state.evaluated
     start = Attempts(state, pending, jnp.array(False), bold)
     found: Attempts = advance_while(
@@ -334,7 +349,7 @@ def _try(flow: Flow, last: Attempts, args: tuple[Problem, Proposal | None]) -> A
     most = problem.memory.geometry.max_backtracks
     bold = jnp.array(False) if last.bold is None else last.bold
     attempt = _attempt(flow, state, problem, proposal, bold)
-    gain = state.evaluation.energy - attempt.evaluation.energy
+    gain = state.evaluation.relative - attempt.evaluation.relative
     resolution = _resolution(state, problem)
     # Where energies are all rounding, residuals still tell.
     nearer = attempt.residual < state.residual
@@ -374,7 +389,7 @@ def _accepted_jvp(flow: Flow, primals: tuple[Any, ...], tangents: tuple[Any, ...
         cautious = state._replace(backtracks=backtracks)
         settled = cautious.with_guess(flow.search.settled(problem.memory, guess))
         attempt = _attempt(flow, settled, problem, proposal, bold)
-        gain = state.evaluation.energy - attempt.evaluation.energy + _resolution(state, problem)
+        gain = state.evaluation.relative - attempt.evaluation.relative + _resolution(state, problem)
         learnt = _learnt(flow, proposal, gain, bold)
         after = flow.follow(cautious, attempt, problem, moved, learnt)
         after = jax.tree.map(partial(jnp.where, pending), after, state)

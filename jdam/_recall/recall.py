@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -31,6 +32,8 @@ from jdam.geometry.protocol import Geometry
 #: How many recalls to ask a device for at a time, at least: with fewer, those that take many
 #: steps would keep too few others busy.
 RECALLED = 16
+#: Stands for the tolerances of the geometry, in the same program as any number.
+DEFAULT = -1.0
 
 
 def step(
@@ -88,13 +91,13 @@ def recall(
     query: AnyMeasure,
     beta: ArrayLike,
     *,
-    max_steps: int = 50,
+    max_steps: int | None = None,
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
     search: Search | None = None,
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
-    acceleration: int = 0,
+    acceleration: int | None = None,
     save_trace: bool = False,
 ) -> Recall:
     """Steps from the query until a fixed point: what the memory holds nearest to it.
@@ -103,23 +106,25 @@ def recall(
     Where β is large enough, β min Dᵢⱼ ≳ log N + 5, there is one by each pattern; where it is
     small, patterns share one, and the status says `MIXTURE`.
 
-    **Arguments:** `memory`, `query`, `beta`, `step_size` as in `step`. `max_steps` ≥ 1.
-    `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
-    `max_steps`; if None,
-    eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square size of the
-    patterns, W₂(Xᵢ, δ₀). `search`: which patterns each step compares: all of them, `Exhaustive()`,
+    **Arguments:** `memory`, `query`, `beta`, `step_size` as in `step`. `max_steps` ≥ 1;
+    if None 50, and 200 for point clouds with ρ. `tol` ≥ 0: stop when the residual, the distance
+    W₂(ξ, Φ(ξ)), is at most this; 0 takes all `max_steps`; if None, eps^0.7 (1e-5 in float32,
+    1e-11 in float64) times the root mean square size of the patterns, W₂(Xᵢ, δ₀); of point clouds
+    √ε/2000, and up to √ε/200 where the energy does not fall any more. `search`: which patterns each step compares: all of them, `Exhaustive()`,
     or few, with a proof that the others do not matter, `Certified()`. None chooses: of 512 and
     more full Gaussians, mixtures or point clouds (without ρ) few where that is soon proved, else
     all; the recall is that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
     `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`. `separation`: the
-    shape of the energy. `acceleration`: 0 for plain steps. With k > 0 a bolder step is tried before
+    shape of the energy. `acceleration`: 0 for plain steps; None for these too, but for point
+    clouds, of which steps are combined. With k > 0 a bolder step is tried before
     each and taken where the energy does not rise: of point clouds a Newton step within a trust
     region, by at most 8k products with the second derivative; of others the best combination of
     the last k steps (Anderson acceleration), which costs nothing. Fixed points are the same; where
     basins meet a query may end in another, of no higher energy. 3 is good where plain steps are
     many: Gaussians near the β at which patterns merge, and all clouds whose atoms are to be placed
     exactly. `save_trace`: keep energy, residual and measure after each step.
-    Changing β, step size, tol or values of the same shape does not recompile.
+    Changing β, step size, tol or values of the same shape does not recompile, nor does `max_steps`
+    within the same power of two.
 
     **Returns:** a `Recall`. `jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)`
     recalls a batch; it ends when its last query does, and a query that fails says so in its
@@ -131,7 +136,25 @@ def recall(
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = None if tol is None else check_tolerance(memory, tol)
+    tol = check_tolerance(memory, tol)
+    settings = (max_steps, search, adjoint, separation, acceleration, save_trace)
+    return _recall_checked(memory, query, beta, step_size, tol, *settings)
+
+
+def _recall_checked(
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Array,
+    step_size: Array,
+    tol: Array,
+    max_steps: int | None,
+    search: Search | None,
+    adjoint: Adjoint,
+    separation: Separation,
+    acceleration: int | None,
+    save_trace: bool,
+) -> Recall:
+    max_steps = memory.geometry.default_steps if max_steps is None else max_steps
     max_steps = checks.positive_int("max_steps", max_steps)
     check_separation(separation)
     search = choose(search, memory, separation)
@@ -141,12 +164,23 @@ def recall(
             raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
-    flow = Flow(search, separation, max_steps, save_trace, _accelerated(memory, acceleration))
-    return _recall(memory, query, beta, step_size, tol, flow=flow, adjoint=adjoint)
+    # One program for all numbers of steps up to a power of two.
+    length = 1 << (max_steps - 1).bit_length()
+    flow = Flow(search, separation, length, save_trace, _accelerated(memory, acceleration))
+    most = jnp.array(max_steps, jnp.int32)
+    found: Recall = _recall(memory, query, beta, step_size, tol, most, flow=flow, adjoint=adjoint)
+    if length == max_steps or not save_trace:
+        return found
+    trace = jax.tree.map(lambda leaf: leaf[:max_steps], found.trace)
+    shorter: Recall = eqx.tree_at(lambda recalled: recalled.trace, found, trace)
+    return shorter
 
 
 def _accelerated(memory: Memory, depth: Any) -> Acceleration | None:
     """Newton steps where the geometry has coordinates for them, Anderson's where not."""
+    if depth is None:
+        depth = memory.geometry.default_acceleration
+        return Anderson(depth) if depth else None
     depth = checks.int_at_least(0, "acceleration", depth)
     if depth == 0:
         return None
@@ -160,13 +194,13 @@ def recall_batch(
     beta: ArrayLike,
     *,
     batch_size: int = 256,
-    max_steps: int = 50,
+    max_steps: int | None = None,
     step_size: ArrayLike = 1.0,
     tol: ArrayLike | None = None,
     search: Search | None = None,
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
-    acceleration: int = 0,
+    acceleration: int | None = None,
     save_trace: bool = False,
     progress: bool | None = None,
 ) -> Recall:
@@ -188,7 +222,7 @@ def recall_batch(
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = default_tolerance(memory) if tol is None else check_tolerance(memory, tol)
+    tol = check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
     progress = check_progress(progress)
     settings = (
@@ -238,7 +272,7 @@ def _recall_batch(
         beta, step_size, tol = others
 
         def one(query: AnyMeasure) -> Recall:
-            return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
+            return _recall_checked(memory, query, beta, step_size, tol, **dict(settings))
 
         # Differentiated, one batch at a time too.
         found: Recall = map_in_chunks(jax.checkpoint(one), batch_size, queries)
@@ -251,15 +285,20 @@ def _recall_batch(
 
 
 def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
-    """`tol` as a checked scalar ≥ 0."""
-    return checks.nonnegative_scalar("tol", tol, working_dtype(memory.dtype))
+    """`tol` as a checked scalar ≥ 0, or `DEFAULT`."""
+    dtype = working_dtype(memory.dtype)
+    if tol is None:
+        return jnp.asarray(DEFAULT, dtype)
+    return checks.nonnegative_scalar("tol", tol, dtype)
 
 
-def default_tolerance(memory: Memory) -> Float[Array, ""]:
-    """eps^0.7 times the root mean square size of the patterns: a distance."""
-    eps = float(jnp.finfo(working_dtype(memory.dtype)).eps)
-    result: Array = eps**0.7 * jax.lax.stop_gradient(memory.units_of_patterns()[0])
-    return result
+def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
+    """The residual that is small enough and the one at which to stop: both `tol`, or those of the
+    geometry."""
+    scale, _ = memory.units_of_patterns()
+    defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
+    enough, sought = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
+    return enough, sought
 
 
 @compiled(static=("flow", "adjoint"))
@@ -268,14 +307,14 @@ def _recall(
     query: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array | None,
+    tol: Array,
+    max_steps: Array,
     *,
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
-    tol = default_tolerance(memory) if tol is None else tol
     run = partial(_run, flow=flow, adjoint=adjoint)
-    return in_tiles(run, None, memory, query, beta, step_size, tol)
+    return in_tiles(run, None, memory, query, beta, step_size, tol, max_steps)
 
 
 def _run(
@@ -284,10 +323,12 @@ def _run(
     beta: Array,
     step_size: Array,
     tol: Array,
+    max_steps: Array,
     *,
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
-    problem = flow.problem(memory, beta, step_size, tol)
+    given = tolerances(memory, query, tol)
+    problem = flow.problem(memory, beta, step_size, given, max_steps)
     end = adjoint.run(flow, flow.start(query, problem), problem)
     return flow.report(end, problem)

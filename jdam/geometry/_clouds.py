@@ -51,6 +51,7 @@ class Footing(NamedTuple):
     """Of a view, what a step needs."""
 
     query: PointCloud
+    known: SelfCoupling
 
 
 class Pull(NamedTuple):

@@ -83,6 +83,9 @@ class Geometry(eqx.Module):
     #: How many ever more cautious steps to try, after the full one, until one does not raise the
     #: energy: 0 where it is proved that the full step never does.
     max_backtracks: ClassVar[int] = 12
+    #: Unless told otherwise: how many steps recall takes at most, and the depth of its acceleration.
+    default_steps: ClassVar[int] = 50
+    default_acceleration: ClassVar[int] = 0
     #: For `jdam.theory`, the c for which D ≥ c·|difference of means|²; None if nothing is known.
     cost_scale: ClassVar[float | None] = None
     #: Whether D is c times the square of a metric.
@@ -140,6 +143,22 @@ class Geometry(eqx.Module):
         """How far the full step goes, in units of distance: zero at fixed points only. By default
         the norm of its change; override it with `move`."""
         return norm(self._change(view, pull))
+
+    def residual_with_caution(
+        self, view: AnyView, pull: AnyMeasure, times: Any
+    ) -> Float[Array, ""]:
+        """`residual`, for the step that `backtrack` takes with this much caution. Override it where
+        caution is for ever, as for a stiff part of the measure that moves no faster anywhere."""
+        return self.residual(view, pull)
+
+    def tolerances(
+        self, query: AnyMeasure, scale: Float[Array, ""]
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Residuals: the one that is small enough, and the one at which recall stops, unless told
+        otherwise: by default both eps^0.7 of the `scale` of the patterns, 1e-5 of it in float32 and
+        1e-11 in float64."""
+        tol = scale * float(jnp.finfo(scale.dtype).eps) ** 0.7
+        return tol, tol
 
     def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """Of a tangent at a measure, the part that steps leave as it is, by a projection: that of

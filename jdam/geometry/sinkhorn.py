@@ -60,6 +60,12 @@ from jdam.geometry.protocol import (
 #: How much more cautious each further attempt at a weight step is, and how many there are
 #: before the support step is shortened too.
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
+#: In units of √ε: the residual that is small enough, as where energies are all rounding, and the
+#: residual at which recall stops.
+RESOLVED = 5e-3, 5e-4
+#: With ρ, the curvature of the energy at an atom is its share of transported mass, which of a light
+#: atom may be any number: a step of 2 over it would not lower the energy, one of 1 ends at the map.
+STABLE = 1.5
 
 
 class Sinkhorn(Geometry):
@@ -77,7 +83,14 @@ class Sinkhorn(Geometry):
     which is −grad E in the SHK metric. Steps are safe: τ is shortened where it is too long for
     reweighting (far stray atoms lose their mass before the support moves), and where a step
     would raise the energy its weight part is, which is stiff, the more so the smaller ε; its
-    support part only if that does not help.
+    support part only if that does not help. With ρ, an atom whose average plan takes more than
+    1.5 times its own mass, as happens to light atoms, takes a step shorter in proportion.
+
+    `safeguard=False` takes exactly the steps above, Algorithm 1 of the paper, in `step` and
+    `recall`, without acceleration. The energy then may rise: where τ exceeds 1 over the largest
+    curvature of the energy, for the support from τ ≈ 1 on (τ = 2.1 diverges), for the weights
+    where τκ exceeds 1/λ, λ = εσ₂²/(1−σ₂²) with σ₂ the second singular value of the normalised
+    plan, which is huge where ε is small against the squared distances of atoms.
 
     **Arguments:** `epsilon` > 0, the regularisation, in squared units of distance; it scales
     with the data, S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few hundredths of the median of ½|x−y|²
@@ -90,7 +103,7 @@ class Sinkhorn(Geometry):
     the first. `max_iterations` of the inner solver; a recall that needed more has
     `Status.SOLVER`, as has one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that costs round to
     more than ε and than a few per cent of S_ε. `solver`: "stabilised", scaling iterations finished
-    by Newton steps, or "ott", the solver of ott-jax. `epsilon`, `rho` and `hellinger_scale` are
+    by Newton steps, or "ott", the solver of ott-jax. `safeguard`: see above. `epsilon`, `rho` and `hellinger_scale` are
     traced: changing them does not recompile, and they can be differentiated.
 
     **Unbalanced.** With ρ, D = S_{ε,ρ}, the same of
@@ -116,8 +129,8 @@ class Sinkhorn(Geometry):
     tol: float | None = eqx.field(static=True)
     max_iterations: int = eqx.field(static=True)
     solver: str = eqx.field(static=True)
+    safeguard: bool = eqx.field(static=True)
 
-    max_backtracks: ClassVar[int] = 15
     positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale")
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
 
@@ -130,6 +143,7 @@ class Sinkhorn(Geometry):
         tol: float | None = None,
         max_iterations: int = 2000,
         solver: str = "stabilised",
+        safeguard: bool = True,
     ):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
         self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
@@ -142,6 +156,9 @@ class Sinkhorn(Geometry):
         if solver not in ("stabilised", "ott"):
             raise ValueError(f"solver must be 'stabilised' or 'ott'; got {solver!r}")
         self.solver = solver
+        if not isinstance(safeguard, bool):
+            raise TypeError(f"safeguard must be a bool; got {safeguard!r}")
+        self.safeguard = safeguard
 
     @classmethod
     def relative(
@@ -208,7 +225,7 @@ class Sinkhorn(Geometry):
         return View(query, centre, centred, known, share[:, None] * known.gradient)
 
     def kept(self, view: AnyView) -> AnyView:
-        return Footing(view.query)
+        return Footing(view.query, view.known)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
@@ -252,7 +269,12 @@ class Sinkhorn(Geometry):
         return first, *(partial(by_dual, dual, self._solver, self._marginals) for dual in duals)
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
-        return self.backtrack(view, pull, step_size, 0)
+        if self.safeguard:
+            return self.backtrack(view, pull, step_size, 0)
+        query, rate = view.query, step_size * self.hellinger_scale
+        weights = jax.nn.softmax(safe_log(query.weights) - rate * pull.variation)
+        weights = jnp.where(rate > 0, weights, query.weights)
+        return PointCloud(query.points + step_size * pull.velocity, weights)
 
     def backtrack(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
@@ -273,7 +295,14 @@ class Sinkhorn(Geometry):
         # With κ = 0 not even the last digit of a weight changes.
         moves = (query.weights > 0) & (rate > 0)
         weights = jnp.where(moves, weights, query.weights)
-        return PointCloud(query.points + length * pull.velocity, weights)
+        length = length * jnp.minimum(1, STABLE / (length * self._transported(view, pull)))
+        return PointCloud(query.points + length[..., None] * pull.velocity, weights)
+
+    def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
+        """Σᵢ wᵢ e^(−fᵢ/ρ), the mass that the average plan takes from each atom over its own: 1
+        without ρ."""
+        own = self._marginals.share(view.known.potential)
+        return own if self.rho is None else own - pull.variation / (self.rho + self.epsilon)
 
     def surely_descends(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, moved: AnyMeasure
@@ -322,12 +351,30 @@ class Sinkhorn(Geometry):
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
+        return self._residual(view, pull, self.hellinger_scale)
+
+    def residual_with_caution(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
+        """The SHK length of the step with weights at the rate κ' that did not raise the energy,
+        √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F): stiff weights, which only small steps improve, are where they
+        belong while F is not yet constant."""
+        caution = jnp.asarray(times, self.hellinger_scale.dtype)
+        return self._residual(view, pull, self.hellinger_scale * CAUTION ** (-2 * caution))
+
+    def _residual(self, view: View, pull: Pull, rate: Array) -> Array:
         weights = view.query.weights
         speed = jnp.vdot(weights, jnp.vecdot(pull.velocity, pull.velocity))
         centred = pull.variation - jnp.vdot(weights, pull.variation)
         # √κ F is a velocity; F² may be out of range.
-        reaction = safe_sqrt(self.hellinger_scale) * centred
+        reaction = safe_sqrt(rate) * centred
         return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
+
+    def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
+        """In units of √ε, below which plans do not tell atoms apart, beside the rounding of
+        coordinates: on 48 recalls of outlines, 200 plain steps from where these end move atoms by
+        less than a tenth of it."""
+        rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
+        enough, sought = (size * jnp.sqrt(self.epsilon) for size in RESOLVED)
+        return enough + rounding, sought + rounding
 
     def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
@@ -361,7 +408,23 @@ class Sinkhorn(Geometry):
         settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
         settings += [f"solver={self.solver!r}"] if self.solver != "stabilised" else []
+        settings += [] if self.safeguard else ["safeguard=False"]
         return f"Sinkhorn({', '.join(settings)})"
+
+    @property
+    def max_backtracks(self) -> int:  # type: ignore[override]
+        """None for plain steps, whether or not the energy rises."""
+        return 15 if self.safeguard else 0
+
+    @property
+    def default_acceleration(self) -> int:  # type: ignore[override]
+        """Plain steps are many where atoms slide along others that are as near."""
+        return 5 if self.safeguard else 0
+
+    @property
+    def default_steps(self) -> int:  # type: ignore[override]
+        """More for a given ρ, where atoms that hardly belong to a pattern move slowly."""
+        return 50 if self.rho is None or not self.safeguard else 200
 
     @property
     def bounds_pay(self) -> bool:  # type: ignore[override]

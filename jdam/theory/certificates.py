@@ -13,7 +13,6 @@ from jdam._energy.certified import Certified, Explored, explore
 from jdam._energy.energy import fit_query, inverse_temperature
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam._recall.recall import default_tolerance
 from jdam.theory._around import around, check_memory, condensed, cost_scale, distances_of_means
 from jdam.theory.basins import stable_radii, step_bound
 
@@ -77,11 +76,18 @@ def _certify(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> tuple
     return jnp.where(proved, seen.nearest, -1), jnp.where(proved, error, jnp.inf)
 
 
+def _margin(memory: Memory) -> Float[Array, ""]:
+    """What rounding may add to a distance: eps^0.7 times the size of the patterns."""
+    scale, _ = memory.units_of_patterns()
+    margin: Array = jax.lax.stop_gradient(scale) * float(jnp.finfo(scale.dtype).eps) ** 0.7
+    return margin
+
+
 def _by_distances(
     memory: Memory, query: AnyMeasure, beta: Array, seen: Explored
 ) -> tuple[Array, Array]:
     others = around(memory, seen.nearest, beta)
-    b, tol = beta * cost_scale(memory), default_tolerance(memory)
+    b, tol = beta * cost_scale(memory), _margin(memory)
     prior = (
         jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
     )
@@ -102,7 +108,7 @@ def _by_means(
     own = jnp.arange(memory.capacity, dtype=jnp.int32) == seen.nearest
     distances = jnp.where(own, jnp.inf, distances_of_means(memory, nearest))
     shift = query.mean - nearest.mean
-    tol = default_tolerance(memory)
+    tol = _margin(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
     highest = seen.energy + STEPS * memory.units_of_patterns()[1]
     prior = (
