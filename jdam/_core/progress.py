@@ -70,8 +70,10 @@ def in_parts(
     ) as bar:
         for place in itertools.product(*starts):
             new = part(*place, widths=widths)
-            found = _empty(new, sizes) if found is None else found
-            found = _written(found, new, place)
+            if widths == sizes:
+                found = new
+            else:
+                found = _written(_empty(new, sizes) if found is None else found, new, place)
             # Before more is asked for: what the device was given, it ends.
             wait(found)
             bar.update()

@@ -18,6 +18,7 @@ from jdam._core.mesh import where_it_is
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.certified import choose
 from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, queries_at_once
+from jdam._energy.pairs import TILES
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
@@ -29,9 +30,6 @@ from jdam._recall.flow import Flow
 from jdam._recall.result import Recall
 from jdam.geometry.protocol import Geometry
 
-#: How many recalls to ask a device for at a time, at least: with fewer, those that take many
-#: steps would keep too few others busy.
-RECALLED = 16
 #: Stands for the tolerances of the geometry, in the same program as any number.
 DEFAULT = -1.0
 
@@ -106,31 +104,37 @@ def recall(
     Where β is large enough, β min Dᵢⱼ ≳ log N + 5, there is one by each pattern; where it is
     small, patterns share one, and the status says `MIXTURE`.
 
-    **Arguments:** `memory`, `query`, `beta`, `step_size` as in `step`. `max_steps` ≥ 1;
-    if None 50, and 200 for point clouds with ρ. `tol` ≥ 0: stop when the residual, the distance
-    W₂(ξ, Φ(ξ)), is at most this; 0 takes all `max_steps`; if None, eps^0.7 (1e-5 in float32,
-    1e-11 in float64) times the root mean square size of the patterns, W₂(Xᵢ, δ₀); of point clouds
-    √ε/2000, and up to √ε/200 where the energy does not fall any more. `search`: which patterns each step compares: all of them, `Exhaustive()`,
-    or few, with a proof that the others do not matter, `Certified()`. None chooses: of 512 and
-    more full Gaussians, mixtures or point clouds (without ρ) few where that is soon proved, else
-    all; the recall is that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
-    `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`. `separation`: the
-    shape of the energy. `acceleration`: 0 for plain steps; None for these too, but for point
-    clouds, of which steps are combined. With k > 0 a bolder step is tried before
-    each and taken where the energy does not rise: of point clouds a Newton step within a trust
-    region, by at most 8k products with the second derivative; of others the best combination of
-    the last k steps (Anderson acceleration), which costs nothing. Fixed points are the same; where
-    basins meet a query may end in another, of no higher energy. 3 is good where plain steps are
-    many: Gaussians near the β at which patterns merge, and all clouds whose atoms are to be placed
-    exactly. `save_trace`: keep energy, residual and measure after each step.
+    **Arguments:**
+
+    - `memory`, `query`, `beta`, `step_size` as in `step`.
+    - `max_steps` ≥ 1; if None 50, and 200 for point clouds with ρ.
+    - `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
+      `max_steps`. If None, eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square
+      size of the patterns, W₂(Xᵢ, δ₀). For point clouds, if None, √ε/2000; a residual up to √ε/200
+      counts as converged where the energy no longer falls.
+    - `search`: which patterns each step compares: all of them, `Exhaustive()`, or few, with a proof
+      that the others do not matter, `Certified()`. None chooses: of 512 and more full Gaussians,
+      mixtures or point clouds (without ρ) few where that is soon proved, else all; the recall is
+      that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
+    - `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`.
+    - `separation`: the shape of the energy.
+    - `acceleration`: 0 takes plain steps. With k > 0 a bolder step is tried before each and taken
+      where the energy does not rise: for point clouds a Newton step within a trust region, by at
+      most 8k products with the second derivative; for others the best combination of the last k
+      steps (Anderson acceleration), which costs nothing. None takes plain steps, and for point
+      clouds Anderson acceleration with k = 5. Fixed points are the same; where basins meet a query
+      may end in another, of no higher energy. 3 is good where plain steps are many: Gaussians near
+      the β at which patterns merge, and clouds whose atoms are to be placed exactly.
+    - `save_trace`: keep energy, residual and measure after each step.
+
     Changing β, step size, tol or values of the same shape does not recompile, nor does `max_steps`
-    within the same power of two.
+    up to the same power of two.
 
     **Returns:** a `Recall`. `jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)`
     recalls a batch; it ends when its last query does, and a query that fails says so in its
     own status without touching the others.
 
-    **Raises:** as `step`, and for arguments that are not of these kinds. With `acceleration`,
+    **Raises:** as `step`, and for arguments that are not of these kinds. With `acceleration` > 0,
     clouds have derivatives by `Implicit()` and `OneStep()` only: `ValueError` by `Unrolled()`.
     """
     query = fit_query(memory, query)
@@ -207,9 +211,9 @@ def recall_batch(
     """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
     `jax.vmap` could hold the state of.
 
-    Outside of `jax.jit` the queries are recalled part by part, and Ctrl-C stops the call, as soon
-    as it comes; what the device was last asked for, the recalls of 16 queries of a large memory,
-    it still ends.
+    Outside of `jax.jit` the device is asked for one batch after another, or for several that are
+    quick, and Ctrl-C stops the call as soon as it comes. The batch that the device works at it
+    still ends: a smaller `batch_size` shows progress more often, and is sooner over.
 
     **Arguments:** as of `recall`; `queries` with one batch axis, which may be empty; `batch_size`
     ≥ 1; `progress`: True draws a progress bar of the parts, False none, and None one on a terminal
@@ -237,7 +241,7 @@ def recall_batch(
     static = {"batch_size": batch_size, "settings": settings}
     num, at_once = length_of(queries), _recalls_at_once(memory, batch_size)
     result: Recall
-    if num <= at_once or memory.layout is not None or not is_here(args):
+    if num == 0 or memory.layout is not None or not is_here(args):
         result = _recall_batch(*args, **static)
         return result
 
@@ -251,10 +255,11 @@ def recall_batch(
 
 
 def _recalls_at_once(memory: Memory, batch_size: int) -> int:
-    """How many queries to ask a device for at a time: parts of batches, or whole ones."""
+    """How many queries to ask a device for at a time: a batch, or several that are quick. Less than
+    a batch would take longer, as queries of many steps would keep too few others busy."""
     queries, patterns, _ = memory.geometry.batch_sizes(memory.patterns)
-    num = max(RECALLED, queries * patterns // memory.capacity)
-    return num if num < batch_size else num - num % batch_size
+    num = TILES * queries * patterns // memory.capacity
+    return max(batch_size, num - num % batch_size)
 
 
 @partial(jax.jit, static_argnames=("batch_size", "settings"))

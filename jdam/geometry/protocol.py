@@ -83,7 +83,7 @@ class Geometry(eqx.Module):
     #: How many ever more cautious steps to try, after the full one, until one does not raise the
     #: energy: 0 where it is proved that the full step never does.
     max_backtracks: ClassVar[int] = 12
-    #: Unless told otherwise: how many steps recall takes at most, and the depth of its acceleration.
+    #: How many steps recall takes at most, and how deep it accelerates, unless told otherwise.
     default_steps: ClassVar[int] = 50
     default_acceleration: ClassVar[int] = 0
     #: For `jdam.theory`, the c for which D ≥ c·|difference of means|²; None if nothing is known.

@@ -92,19 +92,27 @@ class Sinkhorn(Geometry):
     where τκ exceeds 1/λ, λ = εσ₂²/(1−σ₂²) with σ₂ the second singular value of the normalised
     plan, which is huge where ε is small against the squared distances of atoms.
 
-    **Arguments:** `epsilon` > 0, the regularisation, in squared units of distance; it scales
-    with the data, S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few hundredths of the median of ½|x−y|²
-    within a pattern place points well; more is faster and blurs. `rho` ρ > 0, for cues that are
-    partial or cluttered: the price of leaving mass where it is, a squared length too; None, the
-    default, transports all of it. `hellinger_scale` κ ≥ 0, the
-    strength of reweighting, per squared unit of distance; 0 keeps the weights. `tol`, the L1
-    error of the marginals at which the inner solver stops: eps^0.7 of the dtype if None, 1e-5
-    in float32 and 1e-11 in float64. S_ε errs in the second order of it, maps and potentials in
-    the first. `max_iterations` of the inner solver; a recall that needed more has
-    `Status.SOLVER`, as has one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that costs round to
-    more than ε and than a few per cent of S_ε. `solver`: "stabilised", scaling iterations finished
-    by Newton steps, or "ott", the solver of ott-jax. `safeguard`: see above. `epsilon`, `rho` and `hellinger_scale` are
-    traced: changing them does not recompile, and they can be differentiated.
+    **Arguments:**
+
+    - `epsilon` ε > 0: the regularisation, in squared units of distance. It scales with the data,
+      S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few hundredths of the median of ½|x−y|² within a pattern
+      place points well; more is faster and blurs.
+    - `rho` ρ > 0: the price of leaving mass where it is, a squared length too, for cues that are
+      partial or cluttered. None, the default, transports all mass.
+    - `hellinger_scale` κ ≥ 0: the strength of reweighting, per squared unit of distance; 0 keeps
+      the weights.
+    - `tol`: the L1 error of the marginals at which the inner solver stops; eps^0.7 of the dtype if
+      None, 1e-5 in float32 and 1e-11 in float64. S_ε errs in its second order, maps and potentials
+      in its first.
+    - `max_iterations` of the inner solver. A recall that needed more has `Status.SOLVER`, as has
+      one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that costs round to more than ε and than a
+      few per cent of S_ε.
+    - `solver`: "stabilised", scaling iterations finished by Newton steps, or "ott", the solver of
+      ott-jax.
+    - `safeguard`: False takes the steps of Algorithm 1 as they are, see above.
+
+    `epsilon`, `rho` and `hellinger_scale` are traced: changing them does not recompile, and they
+    can be differentiated.
 
     **Unbalanced.** With ρ, D = S_{ε,ρ}, the same of
 

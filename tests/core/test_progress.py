@@ -45,6 +45,11 @@ def test_parts_make_the_whole(sizes):
     assert len(seen) == np.prod([-(-size // w) for size, w in zip(sizes, seen[0][2], strict=True)])
 
 
+def test_one_part_is_the_whole():
+    values = jnp.ones((2, 3))
+    assert in_parts(lambda *_, widths: values, (2, 3), (2, 4), "ones", None) is values
+
+
 def test_rows_from_the_middle(rng):
     values = jnp.asarray(rng.normal(size=(6, 2)))
     found = rows_from({"a": values, "b": None}, np.int32(2), width=3)

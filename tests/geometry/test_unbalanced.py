@@ -12,6 +12,7 @@ from tests.helpers import (
     check_derivatives,
     clouds,
     near,
+    relaxed_transport,
     shk_step,
     unbalanced_divergence,
 )
@@ -295,3 +296,58 @@ def test_rho_is_traced_and_checked(rng):
             jdam.Sinkhorn(0.1, rho=rho)
     with pytest.raises(TypeError, match="memory must have a geometry whose D is"):
         jdam.theory.separations(jdam.store(patterns, jdam.Sinkhorn(0.5, rho=1.0)))
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_far_clouds_cost_no_more_than_being_given_up(rng, dtype):
+    """D is that of clouds without a partner, ρ(m_α + m_β) less self terms, at any distance; alone
+    and in a batch; and one far pattern spoils no energy."""
+    epsilon, rho = 0.05, 0.5
+    x = rng.normal(size=(6, 2)).astype(dtype)
+    powers = (1e3, 1e5, 1e8, 1e15) if dtype == "f4" else (1e5, 1e12, 1e100)
+    points = np.stack([x + 0.05, *(x * 0 + far + x[0] for far in powers)]).astype(dtype)
+    memory = memory_of(points, epsilon=epsilon, rho=rho)
+    query = jdam.PointCloud(x)
+    found = jdam.divergences(memory, query)
+    uniform, origin = np.full(6, 1 / 6), np.zeros((6, 2))
+    x = x.astype(float)
+    selves = sum(
+        float(relaxed_transport(y, uniform, y, uniform, epsilon, rho)[0]) for y in (x, origin)
+    )
+    given_up = 2 * rho + epsilon - selves / 2
+    assert given_up <= 2 * rho + epsilon
+    np.testing.assert_allclose(found[1:], given_up, rtol=1e-5)
+    batch = jdam.PointCloud(np.stack([query.points] * 2))
+    batched = jax.vmap(jdam.divergences, (None, 0))(memory, batch)
+    np.testing.assert_allclose(batched[1], found, rtol=1e-5)
+    alone = memory_of(points[:1], epsilon=epsilon, rho=rho)
+    beta = 50.0
+    expected = jdam.energy(alone, query, beta)
+    np.testing.assert_allclose(jdam.energy(memory, query, beta), expected, atol=1e-5)
+    gradient = jax.grad(lambda q: jdam.energy(memory, q, beta))(query)
+    assert np.isfinite(gradient.points).all()
+    recalled = jdam.recall(memory, query, beta)
+    assert int(recalled.status) == jdam.Status.CONVERGED
+    shifted = np.asarray(recalled.measure.points) - points[0]
+    assert np.abs(shifted).max() < 0.02
+
+
+@pytest.mark.parametrize("light", [1e-3, 1e-6, 1e-8])
+def test_light_atoms_stay_among_cue_and_pattern(rng, light):
+    """The average plan may take many times its own mass from a light atom, which then must not
+    move as many times as far."""
+    num = 12
+    cues = rng.normal(size=(8, num, 2)).astype("f4")
+    patterns = (rng.normal(size=(8, 15, 2)) + 0.5).astype("f4")
+    weights = np.full(num, light, "f4")
+    weights[0] = 1 - (num - 1) * light
+
+    def recall(cue, pattern):
+        memory = jdam.store(jdam.PointCloud(pattern[None]), jdam.Sinkhorn(0.05, rho=0.5))
+        return jdam.recall(memory, jdam.PointCloud(cue, weights), 5.0, save_trace=True)
+
+    found = jax.jit(jax.vmap(recall))(cues, patterns)
+    reach = np.maximum(np.abs(cues).max((1, 2)), np.abs(patterns).max((1, 2)))
+    farthest = np.abs(np.asarray(found.trace.measure.points)).max((1, 2, 3))
+    assert (farthest <= 1.01 * reach).all()
+    assert (np.diff(found.trace.energy, axis=1) <= 1e-6).all()
