@@ -303,7 +303,7 @@ class Sinkhorn(Geometry):
         # With κ = 0 not even the last digit of a weight changes.
         moves = (query.weights > 0) & (rate > 0)
         weights = jnp.where(moves, weights, query.weights)
-        length = length * jnp.minimum(1, STABLE / (length * self._transported(view, pull)))
+        length = length / jnp.maximum(1, length * self._transported(view, pull) / STABLE)
         return PointCloud(query.points + length[..., None] * pull.velocity, weights)
 
     def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
