@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 
 import jaxlib.version
 
@@ -36,6 +37,14 @@ def forget_programs():
     """A process may map only so much memory, and each compiled program takes some."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

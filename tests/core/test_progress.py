@@ -106,7 +106,7 @@ class Never:
         return False
 
 
-def test_a_signal_is_heard_while_the_device_works():
+def test_a_signal_is_heard_while_the_device_works(interruptible):
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
@@ -122,13 +122,13 @@ def test_waiting_is_for_all_values(rng):
     assert all(result.is_ready() for result in results)
 
 
-def test_a_signal_ends_the_parts():
+def test_a_signal_ends_the_parts(interruptible):
     began, count = time.monotonic(), 0
 
     def part(start, *, widths):
         nonlocal count
         count += 1
-        if count == 5:
+        if count >= 5:  # again: Python drops an exception that arises in a callback of others
             os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
         return jnp.zeros(widths)

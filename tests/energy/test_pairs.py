@@ -163,7 +163,7 @@ def test_only_known_values_are_cut(rng, monkeypatch):
         jdam.pairwise(memory)
 
 
-def test_it_can_be_stopped(rng, monkeypatch):
+def test_it_can_be_stopped(rng, monkeypatch, interruptible):
     memory = jdam.store(vectors(rng, 4000, 2))
     small_parts(monkeypatch, memory.geometry)
     # All 4 million parts would take an hour.
