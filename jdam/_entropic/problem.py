@@ -33,8 +33,11 @@ class Marginals(NamedTuple):
         return 1.0 if self.rho is None else 1 / (1 + self.epsilon / self.rho)
 
     def share(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """e^(−f/ρ), the share of an atom's mass that is transported: 1 for exact marginals."""
-        return jnp.ones_like(f) if self.rho is None else jnp.exp(-f / self.rho)
+        """e^(−f/ρ), the share of an atom's mass that is transported: 1 for exact marginals. Less
+        than e^(−45) is nothing, however far it would go."""
+        if self.rho is None:
+            return jnp.ones_like(f)
+        return jnp.where(f > 45 * self.rho, 0, jnp.exp(-f / self.rho))
 
     def dual(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """−ρ(e^(−f/ρ) − 1), what an atom of mass 1 contributes to the dual objective: f for exact

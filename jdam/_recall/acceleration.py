@@ -63,12 +63,15 @@ class History(NamedTuple):
     length: Int[Array, ""]  # how many of them there are yet
 
 
+@dataclass(frozen=True)
 class Anderson(Acceleration):
     """The affine combination Σ αⱼ Φ(ξⱼ) of the last steps for which Σ αⱼ (Φ(ξⱼ) − ξⱼ) is least, in
     free coordinates (Anderson, J. ACM 12, 1965; Walker and Ni, SIAM J. Numer. Anal. 49, 2011).
 
     For factors these respect rotations: Φ(LQ) = Φ(L)Q, and every step keeps to the Q of the one
-    before."""
+    before. The first steps, so many, are plain."""
+
+    after: int = 0
 
     def start(self, measure: AnyMeasure, zero: Array) -> History:
         flat, _ = ravel_pytree(to_free(measure))
@@ -82,13 +85,20 @@ class Anderson(Acceleration):
         end, unravel = ravel_pytree(free)
         change = end - ravel_pytree(to_free(state.measure))[0]
         held = jnp.arange(self.depth, dtype=jnp.int32) < old.length
+        held &= state.num_steps >= self.after
         differences = jnp.where(held[:, None], change[None] - old.changes, 0)
-        mix = _least_squares(differences, change)
+        geometry = problem.memory.geometry
+        masses = geometry.masses(state.measure)
+        if masses is None:
+            mix = _least_squares(differences, change)
+        else:  # in coordinates of one unit
+            roots = jnp.sqrt(jax.lax.stop_gradient(ravel_pytree(masses)[0]))
+            mix = _least_squares(roots[None] * differences, roots * change)
         combined = unravel(end - mix @ jnp.where(held[:, None], end[None] - old.ends, 0))
         # Where nothing changes, not even the last digit does.
         measure = jax.tree.map(
             lambda new, old, moved, kept: jnp.where(moved == kept, old, new),
-            from_free(plain, combined),
+            geometry.confined(from_free(plain, combined), plain),
             plain,
             combined,
             free,

@@ -117,7 +117,7 @@ def _barycentre(
     missing = batch_size(values.patterns) - len(log_prior)  # parts are filled up
     log_prior = jnp.pad(log_prior, (0, missing), constant_values=-jnp.inf)
     held = replace(values, log_prior=log_prior)
-    return recall(held, start, 1.0, max_steps=num_steps, separation=_Given()).measure
+    return recall(held, start, 1.0, max_steps=num_steps, tol=0, separation=_Given()).measure
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ from jdam._recall.flow import Flow
 from jdam._recall.result import Recall
 from jdam.geometry.protocol import Geometry
 
+#: How many plain steps come first where acceleration is chosen: short recalls are steps repeated.
+PLAIN = 8
 #: Stands for the tolerances of the geometry, in the same program as any number.
 DEFAULT = -1.0
 
@@ -107,7 +109,7 @@ def recall(
     **Arguments:**
 
     - `memory`, `query`, `beta`, `step_size` as in `step`.
-    - `max_steps` ≥ 1; if None 50, and 200 for point clouds with ρ.
+    - `max_steps` ≥ 1; if None 50, and 150 for point clouds with ρ.
     - `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
       `max_steps`. If None, eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square
       size of the patterns, W₂(Xᵢ, δ₀). For point clouds, if None, √ε/2000; a residual up to √ε/200
@@ -122,9 +124,10 @@ def recall(
       where the energy does not rise: for point clouds a Newton step within a trust region, by at
       most 8k products with the second derivative; for others the best combination of the last k
       steps (Anderson acceleration), which costs nothing. None takes plain steps, and for point
-      clouds Anderson acceleration with k = 5. Fixed points are the same; where basins meet a query
-      may end in another, of no higher energy. 3 is good where plain steps are many: Gaussians near
-      the β at which patterns merge, and clouds whose atoms are to be placed exactly.
+      clouds without ρ Anderson acceleration with k = 5 after the first eight. Fixed points are the
+      same. Where basins meet a query may end in another, of no higher energy. 3 is good where plain
+      steps are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to be
+      placed exactly.
     - `save_trace`: keep energy, residual and measure after each step.
 
     Changing β, step size, tol or values of the same shape does not recompile, nor does `max_steps`
@@ -184,7 +187,7 @@ def _accelerated(memory: Memory, depth: Any) -> Acceleration | None:
     """Newton steps where the geometry has coordinates for them, Anderson's where not."""
     if depth is None:
         depth = memory.geometry.default_acceleration
-        return Anderson(depth) if depth else None
+        return Anderson(depth, after=PLAIN) if depth else None
     depth = checks.int_at_least(0, "acceleration", depth)
     if depth == 0:
         return None

@@ -52,6 +52,7 @@ class Footing(NamedTuple):
 
     query: PointCloud
     known: SelfCoupling
+    force: Float[Array, "n d"]
 
 
 class Pull(NamedTuple):

@@ -134,6 +134,17 @@ class Geometry(eqx.Module):
         `jdam.step` a second comparison."""
         return jnp.array(self.max_backtracks == 0)
 
+    def masses(self, query: AnyMeasure) -> AnyMeasure | None:
+        """The m of the squared length Σ mⱼsⱼ² of a change s of `Measure.to_free` coordinates, by
+        which `acceleration` combines steps; None for 1. Override it where coordinates differ in
+        units."""
+        return None
+
+    def confined(self, measure: AnyMeasure, plain: AnyMeasure) -> AnyMeasure:
+        """A measure that `acceleration` proposes, kept near the end of the plain step where a bold
+        one could go astray unnoticed."""
+        return measure
+
     def chart(self, query: AnyMeasure) -> Chart | None:
         """Coordinates for the Newton steps that `acceleration` then takes; without them it combines
         plain steps. Worth it where steps cost much and gain little."""

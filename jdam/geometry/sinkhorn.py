@@ -64,8 +64,11 @@ CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
 #: residual at which recall stops.
 RESOLVED = 5e-3, 5e-4
 #: With ρ, the curvature of the energy at an atom is its share of transported mass, which of a light
-#: atom may be any number: a step of 2 over it would not lower the energy, one of 1 ends at the map.
+#: atom may be any number. From this one on, a step ends at the atom's average target: one of 2 over
+#: the curvature would not lower the energy.
 STABLE = 1.5
+#: Of an atom that is light: its share of the mean weight.
+LIGHT = 0.1
 
 
 class Sinkhorn(Geometry):
@@ -84,7 +87,7 @@ class Sinkhorn(Geometry):
     reweighting (far stray atoms lose their mass before the support moves), and where a step
     would raise the energy its weight part is, which is stiff, the more so the smaller ε; its
     support part only if that does not help. With ρ, an atom whose average plan takes more than
-    1.5 times its own mass, as happens to light atoms, takes a step shorter in proportion.
+    1.5 times its own mass, as happens to light atoms, goes no farther than to its average target.
 
     `safeguard=False` takes exactly the steps above, Algorithm 1 of the paper, in `step` and
     `recall`, without acceleration. The energy then may rise: where τ exceeds 1 over the largest
@@ -233,7 +236,7 @@ class Sinkhorn(Geometry):
         return View(query, centre, centred, known, share[:, None] * known.gradient)
 
     def kept(self, view: AnyView) -> AnyView:
-        return Footing(view.query, view.known)
+        return Footing(view.query, view.known, view.force)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
@@ -303,8 +306,26 @@ class Sinkhorn(Geometry):
         # With κ = 0 not even the last digit of a weight changes.
         moves = (query.weights > 0) & (rate > 0)
         weights = jnp.where(moves, weights, query.weights)
-        length = length / jnp.maximum(1, length * self._transported(view, pull) / STABLE)
-        return PointCloud(query.points + length[..., None] * pull.velocity, weights)
+        factor = length * self._transported(view, pull)
+        length = length / jnp.where(factor > STABLE, factor, 1)
+        points = query.points + length[..., None] * pull.velocity
+        return PointCloud(self._held(view, pull, points), weights)
+
+    def _held(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
+        """With ρ, light atoms in the box of all atoms and of where patterns take them: their own
+        cloud repels them, of which the energy hardly tells."""
+        if self.rho is None:
+            return points
+        x, weights = view.query.points, view.query.weights
+        mass = self._transported(view, pull)[:, None]
+        targets = x + (pull.velocity - view.force) / jnp.maximum(mass, LIGHT)
+        known = (weights[:, None] > 0) & (mass > LIGHT)
+        among = jnp.concatenate([x, jnp.where(known, targets, x)])
+        on = jnp.concatenate([weights, weights])[:, None] > 0
+        low = jnp.where(on, among, jnp.inf).min(0, keepdims=True)
+        high = jnp.where(on, among, -jnp.inf).max(0, keepdims=True)
+        light = (weights < LIGHT / len(weights))[:, None]
+        return jnp.where(light, jnp.clip(points, low, high), points)
 
     def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
         """Σᵢ wᵢ e^(−fᵢ/ρ), the mass that the average plan takes from each atom over its own: 1
@@ -330,6 +351,20 @@ class Sinkhorn(Geometry):
         bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
         result: Array = (self.hellinger_scale == 0) & (bound <= 0)
         return result
+
+    def masses(self, query: AnyMeasure) -> AnyMeasure:
+        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights."""
+        p, kappa = query.weights, self.hellinger_scale
+        reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
+        return with_leaves(query, jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+
+    def confined(self, measure: AnyMeasure, plain: AnyMeasure) -> AnyMeasure:
+        """Within the box of the plain step's atoms: of light atoms the energy does not tell."""
+        points, on = plain.points, (plain.weights > 0)[:, None]
+        low = jnp.where(on, points, jnp.inf).min(0, keepdims=True)
+        high = jnp.where(on, points, -jnp.inf).max(0, keepdims=True)
+        kept = jnp.where(on, jnp.clip(measure.points, low, high), measure.points)
+        return with_leaves(measure, kept, measure.weights)
 
     def chart(self, query: AnyMeasure) -> Chart:
         """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
@@ -399,6 +434,8 @@ class Sinkhorn(Geometry):
         eps = float(jnp.finfo(patterns.dtype).eps)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
+        if self.rho is not None:
+            variances = jnp.minimum(variances, 2 * (2 * self.rho + self.epsilon))
         return max(eps, self._tol**2) * average(variances, weights) / 2
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
@@ -426,13 +463,14 @@ class Sinkhorn(Geometry):
 
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
-        """Plain steps are many where atoms slide along others that are as near."""
-        return 5 if self.safeguard else 0
+        """Not for a given ρ: bold steps take strays and light atoms astray, of which the energy
+        hardly tells."""
+        return 5 if self.safeguard and self.rho is None else 0
 
     @property
     def default_steps(self) -> int:  # type: ignore[override]
         """More for a given ρ, where atoms that hardly belong to a pattern move slowly."""
-        return 50 if self.rho is None or not self.safeguard else 200
+        return 50 if self.rho is None or not self.safeguard else 150
 
     @property
     def bounds_pay(self) -> bool:  # type: ignore[override]

@@ -53,7 +53,7 @@ def test_derivatives_are_of_one_program(rng, monkeypatch):
     assert np.abs(wanted).max() > 0
 
 
-def test_it_can_be_stopped(rng, monkeypatch):
+def test_it_can_be_stopped(rng, monkeypatch, interruptible):
     memory = jdam.store(vectors(rng, 10, 2))
     monkeypatch.setattr(module, "_recalls_at_once", lambda memory, batch_size: 1)
     queries = np.zeros((2_000_000, 2))  # one after another, for many minutes
