@@ -259,8 +259,8 @@ def _descend(
     (free, _), _ = scan(turn, start, None, memory, query, beta, length=num_steps)
     measure = from_free(query, free)
     flow = Flow(Exhaustive(), separation)
-    given = tolerances(memory, query, tol)
-    problem = flow.problem(memory, beta, jnp.ones_like(beta), given)
+    tol, goal = tolerances(memory, query, tol)
+    problem = flow.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol, goal=goal)
     state = flow.advance(flow.start(measure, problem), problem)  # the first turn only evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
     return flow.report(End(state, None), problem)

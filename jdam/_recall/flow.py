@@ -96,22 +96,13 @@ class Flow:
     save_trace: bool = False
     acceleration: Acceleration | None = None
 
-    def problem(
-        self,
-        memory: Memory,
-        beta: Array,
-        step_size: Array,
-        tolerances: tuple[Array, Array] | None = None,
-        max_steps: Array | None = None,
-    ) -> Problem:
-        """The problem; without `tolerances` of the residual, with some that are never reached."""
+    def problem(self, memory: Memory, beta: Array, step_size: Array) -> Problem:
+        """The problem, with tolerances that are never reached."""
         _, resolution = memory.units_of_patterns()
         # By rounding, or by the mass that the search may leave out.
-        resolution = jnp.maximum(resolution, self.search.tolerance / beta)
-        tol, goal = (jnp.zeros_like(beta),) * 2 if tolerances is None else tolerances
-        most = jnp.array(self.max_steps, jnp.int32) if max_steps is None else max_steps
-        resolution = jax.lax.stop_gradient(resolution)
-        return Problem(memory, beta, step_size, tol, goal, most, resolution)
+        resolution = jax.lax.stop_gradient(jnp.maximum(resolution, self.search.tolerance / beta))
+        most, nothing = jnp.array(self.max_steps, jnp.int32), jnp.zeros_like(beta)
+        return Problem(memory, beta, step_size, nothing, nothing, most, resolution)
 
     def start(self, query: AnyMeasure, problem: Problem) -> State:
         """The state before the first evaluation."""

@@ -336,7 +336,8 @@ def _run(
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
-    given = tolerances(memory, query, tol)
-    problem = flow.problem(memory, beta, step_size, given, max_steps)
+    tol, goal = tolerances(memory, query, tol)
+    problem = flow.problem(memory, beta, step_size)
+    problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
     end = adjoint.run(flow, flow.start(query, problem), problem)
     return flow.report(end, problem)

@@ -3,30 +3,22 @@ spherical Hellinger–Kantorovich (SHK) gradient flow."""
 
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
-from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
-from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import (
-    Cloud,
     Coupling,
-    Marginals,
     Pair,
-    SelfCoupling,
-    Solver,
 )
 from jdam._entropic.transport import couple
-from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
@@ -35,43 +27,27 @@ from jdam.geometry._clouds import (
     Prepared,
     Pull,
     Solved,
-    Tangent,
     View,
     about,
     place,
     radius_of,
     rounding_of,
-    shortening,
     unit_of,
     without_padding,
 )
+from jdam.geometry._shk import SHKGeometry
 from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
     Bound,
-    Chart,
     Comparison,
-    Geometry,
     Patterns,
     average,
     check_batch_ndim,
 )
 
-#: How much more cautious each further attempt at a weight step is, and how many there are
-#: before the support step is shortened too.
-CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
-#: In units of √ε: the residual that is small enough, as where energies are all rounding, and the
-#: residual at which recall stops.
-RESOLVED = 5e-3, 5e-4
-#: With ρ, the curvature of the energy at an atom is its share of transported mass, which of a light
-#: atom may be any number. From this one on, a step ends at the atom's average target: one of 2 over
-#: the curvature would not lower the energy.
-STABLE = 1.5
-#: Of an atom that is light: its share of the mean weight.
-LIGHT = 0.1
 
-
-class Sinkhorn(Geometry):
+class Sinkhorn(SHKGeometry):
     """D = S_ε, the debiased Sinkhorn divergence with cost ½|x−y|², on point clouds.
 
     S_ε(q, X) = OT_ε(q, X) − ½OT_ε(q, q) − ½OT_ε(X, X) with
@@ -133,17 +109,6 @@ class Sinkhorn(Geometry):
 
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
-
-    epsilon: Float[Array, ""]
-    rho: Float[Array, ""] | None
-    hellinger_scale: Float[Array, ""]
-    tol: float | None = eqx.field(static=True)
-    max_iterations: int = eqx.field(static=True)
-    solver: str = eqx.field(static=True)
-    safeguard: bool = eqx.field(static=True)
-
-    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale")
-    unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
 
     def __init__(
         self,
@@ -279,146 +244,6 @@ class Sinkhorn(Geometry):
         duals = (dual_after_half_iteration, dual_after_some_iterations)
         return first, *(partial(by_dual, dual, self._solver, self._marginals) for dual in duals)
 
-    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
-        if self.safeguard:
-            return self.backtrack(view, pull, step_size, 0)
-        query, rate = view.query, step_size * self.hellinger_scale
-        weights = jax.nn.softmax(safe_log(query.weights) - rate * pull.variation)
-        weights = jnp.where(rate > 0, weights, query.weights)
-        return PointCloud(query.points + step_size * pull.velocity, weights)
-
-    def backtrack(
-        self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
-    ) -> AnyMeasure:
-        """Less reweighting, and only after that a shorter step of the support."""
-        query, log_weights = view.query, safe_log(view.query.weights)
-        length = step_size * shortening(
-            query.weights, pull.variation, step_size * self.hellinger_scale
-        )
-        caution = jnp.asarray(times, step_size.dtype)
-        rate = length * self.hellinger_scale * CAUTION**-caution
-        # The support step is shortened too where weight steps are not to blame.
-        tried = jnp.where(self.hellinger_scale > 0, WEIGHT_ATTEMPTS, 0)
-        length = length * 2.0 ** jnp.minimum(tried - caution, 0)
-        weights = jax.nn.softmax(log_weights - rate * pull.variation)
-        # An atom of weight 0 could never come back.
-        weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
-        # With κ = 0 not even the last digit of a weight changes.
-        moves = (query.weights > 0) & (rate > 0)
-        weights = jnp.where(moves, weights, query.weights)
-        factor = length * self._transported(view, pull)
-        length = length / jnp.where(factor > STABLE, factor, 1)
-        points = query.points + length[..., None] * pull.velocity
-        return PointCloud(self._held(view, pull, points), weights)
-
-    def _held(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
-        """With ρ, light atoms in the box of all atoms and of where patterns take them: their own
-        cloud repels them, of which the energy hardly tells."""
-        if self.rho is None:
-            return points
-        x, weights = view.query.points, view.query.weights
-        mass = self._transported(view, pull)[:, None]
-        targets = x + (pull.velocity - view.force) / jnp.maximum(mass, LIGHT)
-        known = (weights[:, None] > 0) & (mass > LIGHT)
-        among = jnp.concatenate([x, jnp.where(known, targets, x)])
-        on = jnp.concatenate([weights, weights])[:, None] > 0
-        low = jnp.where(on, among, jnp.inf).min(0, keepdims=True)
-        high = jnp.where(on, among, -jnp.inf).max(0, keepdims=True)
-        light = (weights < LIGHT / len(weights))[:, None]
-        return jnp.where(light, jnp.clip(points, low, high), points)
-
-    def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
-        """Σᵢ wᵢ e^(−fᵢ/ρ), the mass that the average plan takes from each atom over its own: 1
-        without ρ."""
-        own = self._marginals.share(view.known.potential)
-        return own if self.rho is None else own - pull.variation / (self.rho + self.epsilon)
-
-    def surely_descends(
-        self, view: AnyView, pull: AnyMeasure, step_size: Array, moved: AnyMeasure
-    ) -> Array:
-        """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 sⱼ|vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
-        − ½(OT_ε(q⁺, q⁺) − OT_ε(q, q)): E is concave in the Sₓ, and the old plans, which transport
-        the share sⱼ of each atom, move along."""
-        velocity, weights = pull.velocity, view.query.weights
-        # Of what Σᵢ wᵢPᵢ transports, atom by atom: its share, and the force on it.
-        share = self._marginals.share(view.known.potential)
-        if self.rho is not None:
-            share = share - pull.variation / (self.rho + self.epsilon)
-        rest = velocity - view.force
-        along = jnp.vecdot(velocity, step_size / 2 * share[:, None] * velocity - rest)
-        centred = view.centred + step_size * velocity
-        known = self._couple_with_itself(centred, weights)
-        bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
-        result: Array = (self.hellinger_scale == 0) & (bound <= 0)
-        return result
-
-    def masses(self, query: AnyMeasure) -> AnyMeasure:
-        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights."""
-        p, kappa = query.weights, self.hellinger_scale
-        reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        return with_leaves(query, jnp.broadcast_to(p[:, None], query.points.shape), reaction)
-
-    def confined(self, measure: AnyMeasure, plain: AnyMeasure) -> AnyMeasure:
-        """Within the box of the plain step's atoms: of light atoms the energy does not tell."""
-        points, on = plain.points, (plain.weights > 0)[:, None]
-        low = jnp.where(on, points, jnp.inf).min(0, keepdims=True)
-        high = jnp.where(on, points, -jnp.inf).max(0, keepdims=True)
-        kept = jnp.where(on, jnp.clip(measure.points, low, high), measure.points)
-        return with_leaves(measure, kept, measure.weights)
-
-    def chart(self, query: AnyMeasure) -> Chart:
-        """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
-        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄)."""
-        weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
-
-        def displaced(tangent: Tangent) -> PointCloud:
-            logits = safe_log(weights) + speed * tangent.reaction
-            moved = jax.nn.softmax(logits, where=weights > 0)
-            # With κ = 0 not even the last digit of a weight changes.
-            held = jnp.where(speed > 0, moved, weights)
-            return PointCloud(query.points + tangent.points, held)
-
-        def slope(view: View, pull: Pull) -> Tangent:
-            p = view.query.weights
-            reaction = speed * p * (pull.variation - jnp.vdot(p, pull.variation))
-            return Tangent(-p[:, None] * pull.velocity, reaction)
-
-        masses = Tangent(jnp.broadcast_to(weights[:, None], query.points.shape), weights)
-        return Chart(masses, displaced, slope)
-
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """The weights if κ = 0, and always those that are 0."""
-        still = super().conserved(measure, tangent)
-        fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
-        return with_leaves(still, still.points, jnp.where(fixed, tangent.weights, 0))
-
-    def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
-        """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
-        return self._residual(view, pull, self.hellinger_scale)
-
-    def residual_with_caution(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
-        """The SHK length of the step with weights at the rate κ' that did not raise the energy,
-        √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F): stiff weights, which only small steps improve, are where they
-        belong while F is not yet constant."""
-        caution = jnp.asarray(times, self.hellinger_scale.dtype)
-        return self._residual(view, pull, self.hellinger_scale * CAUTION ** (-2 * caution))
-
-    def _residual(self, view: View, pull: Pull, rate: Array) -> Array:
-        weights = view.query.weights
-        speed = jnp.vdot(weights, jnp.vecdot(pull.velocity, pull.velocity))
-        centred = pull.variation - jnp.vdot(weights, pull.variation)
-        # √κ F is a velocity; F² may be out of range.
-        reaction = safe_sqrt(rate) * centred
-        return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
-
-    def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
-        """In units of √ε, below which plans do not tell atoms apart, beside the rounding of
-        coordinates: on 48 recalls of outlines, 200 plain steps from where these end move atoms by
-        less than a tenth of it."""
-        rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
-        enough, sought = (size * jnp.sqrt(self.epsilon) for size in RESOLVED)
-        return enough + rounding, sought + rounding
-
     def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
         distance to the origin, where coordinates round."""
@@ -457,22 +282,6 @@ class Sinkhorn(Geometry):
         return f"Sinkhorn({', '.join(settings)})"
 
     @property
-    def max_backtracks(self) -> int:  # type: ignore[override]
-        """None for plain steps, whether or not the energy rises."""
-        return 15 if self.safeguard else 0
-
-    @property
-    def default_acceleration(self) -> int:  # type: ignore[override]
-        """Not for a given ρ: bold steps take strays and light atoms astray, of which the energy
-        hardly tells."""
-        return 5 if self.safeguard and self.rho is None else 0
-
-    @property
-    def default_steps(self) -> int:  # type: ignore[override]
-        """More for a given ρ, where atoms that hardly belong to a pattern move slowly."""
-        return 50 if self.rho is None or not self.safeguard else 150
-
-    @property
     def bounds_pay(self) -> bool:  # type: ignore[override]
         """Not for a given ρ, where D of far patterns hardly differs."""
         return self.rho is None
@@ -481,26 +290,6 @@ class Sinkhorn(Geometry):
     def cost_scale(self) -> float | None:  # type: ignore[override]
         """½ for the balanced divergence; the other does not grow without bounds."""
         return 0.5 if self.rho is None else None
-
-    @property
-    def _tol(self) -> float:
-        if self.tol is not None:
-            return self.tol
-        result: float = float(jnp.finfo(self.epsilon.dtype).eps) ** 0.7
-        return result
-
-    @property
-    def _marginals(self) -> Marginals:
-        return Marginals(self.epsilon, self.rho)
-
-    @property
-    def _solver(self) -> Solver:
-        return Solver(self._tol, self.max_iterations, self.solver)
-
-    def _couple_with_itself(
-        self, points: Array, weights: Array, known: SelfCoupling | None = None
-    ) -> SelfCoupling:
-        return couple_with_itself(self._solver, Cloud(points, weights), self._marginals, known)
 
 
 def _shown(value: Array) -> str:
