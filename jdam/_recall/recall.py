@@ -144,8 +144,19 @@ def recall(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     tol = check_tolerance(memory, tol)
-    settings = (max_steps, search, adjoint, separation, acceleration, save_trace)
-    return _recall_checked(memory, query, beta, step_size, tol, *settings)
+    return _recall_checked(
+        memory,
+        query,
+        beta,
+        step_size,
+        tol,
+        max_steps=max_steps,
+        search=search,
+        adjoint=adjoint,
+        separation=separation,
+        acceleration=acceleration,
+        save_trace=save_trace,
+    )
 
 
 def _recall_checked(
@@ -154,6 +165,7 @@ def _recall_checked(
     beta: Array,
     step_size: Array,
     tol: Array,
+    *,
     max_steps: int | None,
     search: Search | None,
     adjoint: Adjoint,
@@ -174,8 +186,8 @@ def _recall_checked(
     # One program for all numbers of steps up to a power of two.
     length = 1 << (max_steps - 1).bit_length()
     flow = Flow(search, separation, length, save_trace, _accelerated(memory, acceleration))
-    most = jnp.array(max_steps, jnp.int32)
-    found: Recall = _recall(memory, query, beta, step_size, tol, most, flow=flow, adjoint=adjoint)
+    limits = tol, jnp.array(max_steps, jnp.int32)
+    found: Recall = _recall(memory, query, beta, step_size, limits, flow=flow, adjoint=adjoint)
     if length == max_steps or not save_trace:
         return found
     trace = jax.tree.map(lambda leaf: leaf[:max_steps], found.trace)
@@ -315,14 +327,13 @@ def _recall(
     query: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array,
-    max_steps: Array,
+    limits: tuple[Array, Array],
     *,
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
     run = partial(_run, flow=flow, adjoint=adjoint)
-    return in_tiles(run, None, memory, query, beta, step_size, tol, max_steps)
+    return in_tiles(run, None, memory, query, beta, step_size, limits)
 
 
 def _run(
@@ -330,12 +341,12 @@ def _run(
     query: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array,
-    max_steps: Array,
+    limits: tuple[Array, Array],
     *,
     flow: Flow,
     adjoint: Adjoint,
 ) -> Recall:
+    tol, max_steps = limits
     tol, goal = tolerances(memory, query, tol)
     problem = flow.problem(memory, beta, step_size)
     problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
