@@ -113,7 +113,7 @@ def recall(
     - `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
       `max_steps`. If None, eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square
       size of the patterns, W₂(Xᵢ, δ₀). For point clouds, if None, √ε/2000; a residual up to √ε/200
-      counts as converged where the energy no longer falls.
+      (√ε/1000 with ρ) counts as converged where the energy no longer falls.
     - `search`: which patterns each step compares: all of them, `Exhaustive()`, or few, with a proof
       that the others do not matter, `Certified()`. None chooses: of 512 and more full Gaussians,
       mixtures or point clouds (without ρ) few where that is soon proved, else all; the recall is

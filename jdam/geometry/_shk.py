@@ -198,6 +198,8 @@ class SHKGeometry(Geometry):
         less than a tenth of it."""
         rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
         enough, sought = (size * jnp.sqrt(self.epsilon) for size in RESOLVED)
+        if self.rho is not None:  # atoms that slide along others still go far
+            enough = 2 * sought
         return enough + rounding, sought + rounding
 
     @property
