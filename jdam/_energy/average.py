@@ -101,19 +101,19 @@ def _in_one_sweep(
 
 def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """log max πᵢ, and Σ πᵢ in units of that."""
-    prior = relative_prior(memory)
+    prior = relative_prior(memory, memory.log_prior)
     if prior is None:
         count = memory.capacity * (1 if memory.layout is None else memory.layout.parts)
         return jnp.zeros((), memory.dtype), jnp.full((), count, memory.dtype)
     return _top(memory), psum(prior.sum(), memory.layout)
 
 
-def relative_prior(memory: Memory) -> Float[Array, " N"] | None:
-    """πᵢ/max π; None if all are 1."""
-    if memory.log_prior is None:
+def relative_prior(memory: Memory, log_prior: Array | None) -> Float[Array, " B"] | None:
+    """πᵢ/max π of some patterns of the memory, or of all; None if all are 1."""
+    if log_prior is None:
         return None
-    on = memory.log_prior != -jnp.inf
-    return jnp.where(on, jnp.exp(jnp.where(on, memory.log_prior, 0) - _top(memory)), 0)
+    on = log_prior != -jnp.inf
+    return jnp.where(on, jnp.exp(jnp.where(on, log_prior, 0) - _top(memory)), 0)
 
 
 def _top(memory: Memory) -> Float[Array, ""]:
@@ -255,7 +255,8 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block
             leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), **fill)
         return leaf.reshape(count, size, *leaf.shape[1:])
 
-    log_prior, prior = memory.log_prior, relative_prior(memory)
+    log_prior = memory.log_prior
+    prior = relative_prior(memory, log_prior)
     if missing and log_prior is None:
         log_prior, prior = jnp.zeros(num, memory.dtype), jnp.ones(num, memory.dtype)
     if guess is None:

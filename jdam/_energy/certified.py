@@ -254,12 +254,11 @@ def _evaluate_jvp(
         )
         again = evaluate(Settings(), few, query, beta, start._replace(guess=guess))
         nearest = again.nearest._replace(pattern=found.nearest.pattern)
-        kept = found._replace(nearest=nearest)
         again = again._replace(
-            nearest=kept.nearest,
-            relative=kept.relative + again.energy - jax.lax.stop_gradient(again.energy),
-            guess=kept.guess,
-            neglected=kept.neglected,
+            nearest=nearest,
+            relative=found.relative + again.energy - jax.lax.stop_gradient(again.energy),
+            guess=found.guess,
+            neglected=found.neglected,
         )
         return again, picked
 
@@ -367,8 +366,9 @@ def _take(
     memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
 ) -> Block:
     """The patterns at some indices, those that are not on switched off by the prior."""
-    rows = (memory.patterns, memory.prepared, memory.log_prior, relative_prior(memory), guess)
-    patterns, prepared, log_prior, prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
+    rows = (memory.patterns, memory.prepared, memory.log_prior, guess)
+    patterns, prepared, log_prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
+    prior = relative_prior(memory, log_prior)
     if log_prior is None or prior is None:
         log_prior, prior = jnp.zeros(index.shape, memory.dtype), jnp.ones(index.shape, memory.dtype)
     guess = memory.geometry.first_guess(prepared) if guess is None else guess

@@ -14,7 +14,7 @@ from jdam._entropic.cost import Cost, HalfSquaredDistance
 
 #: Exponents of the plan's density that count as infinite: only weights of zero allow them.
 LARGE = 80.0
-#: In units of 2ρ+ε, costs at which no mass is transported.
+#: In units of ρ or 2ρ+ε, costs at which no mass is transported.
 FREE = 100.0
 #: A tolerance of the marginal below which a solver is tight.
 TIGHT = 1e-9

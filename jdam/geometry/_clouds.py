@@ -9,13 +9,11 @@ from jaxtyping import Float
 
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
-from jdam._entropic.problem import Marginals, SelfCoupling
+from jdam._entropic.problem import FREE, Marginals, SelfCoupling
 from jdam._measures.point_cloud import PointCloud
 
 #: In units of √ε, how far out padding may count where it lies.
 FARTHEST = 100.0
-#: In units of ρ, costs at which no mass is transported.
-FREE = 100.0
 #: For a typical cost, of how many atoms of a cloud and pairs of all to take the median.
 MOST_ATOMS, MOST_PAIRS = 512, 2**22
 #: By what factors a step is shortened whose reweighting would not be linear.
