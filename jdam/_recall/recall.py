@@ -6,6 +6,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -186,7 +187,7 @@ def _recall_checked(
     # One program for all numbers of steps up to a power of two.
     length = 1 << (max_steps - 1).bit_length()
     flow = Flow(search, separation, length, save_trace, _accelerated(memory, acceleration))
-    limits = tol, jnp.array(max_steps, jnp.int32)
+    limits = tol, jax.device_put(np.int32(max_steps))
     found: Recall = _recall(memory, query, beta, step_size, limits, flow=flow, adjoint=adjoint)
     if length == max_steps or not save_trace:
         return found
@@ -308,7 +309,8 @@ def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
     """`tol` as a checked scalar ≥ 0, or `DEFAULT`."""
     dtype = working_dtype(memory.dtype)
     if tol is None:
-        return jnp.asarray(DEFAULT, dtype)
+        default: Array = jax.device_put(np.asarray(DEFAULT, dtype))  # which compiles nothing
+        return default
     return checks.nonnegative_scalar("tol", tol, dtype)
 
 
