@@ -57,7 +57,7 @@ def main() -> None:
     queries, beta = jdam.PointCloud(moved), jnp.float32(20)
     total = lambda x, y: jax.vmap(cost)(x, y).sum()  # noqa: E731
     certified = lambda *args: jdam.recall(*args, search=jdam.Certified())  # noqa: E731
-    accelerated = lambda *args: jdam.recall(*args, acceleration=3)  # noqa: E731
+    accelerated = lambda *args: jdam.recall(*args, acceleration=jdam.Anderson())  # noqa: E731
     jax.jit(jnp.sin).lower(points).compile()
     print("| 20 clouds, n = 32, d = 2 | lines of HLO | loops | trace, s | compile, s | × |")
     print("|---|---|---|---|---|---|")
@@ -67,7 +67,7 @@ def main() -> None:
     row("`jdam.recall`", jdam.recall, memory, queries[0], beta, unit=unit)
     row("vmapped", jax.vmap(jdam.recall, EVERY), memory, queries, beta, unit=unit)
     row("with `Certified()`", jax.vmap(certified, EVERY), memory, queries, beta, unit=unit)
-    row("with `acceleration=3`", jax.vmap(accelerated, EVERY), memory, queries, beta, unit=unit)
+    row("with `Anderson()`", jax.vmap(accelerated, EVERY), memory, queries, beta, unit=unit)
     row(
         "its gradient (× that of ott-jax)",
         jax.grad(energy, 1),

@@ -20,13 +20,17 @@ def row(
     name: str, memory: jdam.Memory, queries: object, beta: float, *, tol: float, most: int
 ) -> None:
     plain = None
-    for depth in (0, 3):
+    faster = jdam.TrustRegion() if "clouds" in name else jdam.Anderson()
+    for acceleration in (None, faster):
 
         def run(
-            memory: jdam.Memory, queries: object, beta: jax.Array, depth: int = depth
+            memory: jdam.Memory,
+            queries: object,
+            beta: jax.Array,
+            acceleration: jdam.Acceleration | None = acceleration,
         ) -> object:
             recall = lambda *args: jdam.recall(  # noqa: E731
-                *args, tol=tol, max_steps=most, acceleration=depth
+                *args, tol=tol, max_steps=most, acceleration=acceleration
             )
             return jax.vmap(recall, EVERY)(memory, queries, beta)
 
@@ -35,7 +39,7 @@ def row(
         ended = (np.asarray(found.result.residual) <= tol).mean()
         plain = plain or found
         rise = float((found.result.energy - plain.result.energy).max())
-        label = "plain" if depth == 0 else f"`acceleration={depth}`"
+        label = "plain" if acceleration is None else f"`{acceleration}`"
         print(
             f"| {name} | {label} | {np.median(steps):.0f} | {steps.max()} | {100 * ended:.0f} % | "
             f"{found.seconds / plain.seconds:.2f} | {rise:.0e} | {found.compile:.0f} |"

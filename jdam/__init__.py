@@ -20,7 +20,7 @@ The folders, from the bottom up; each uses only those above it in this list:
     _learning   `parametrize`, `fit`, `descend`
     nn, theory, random, plot, demo
 
-The way of one recall: `_recall/recall.py` checks what is asked, `_recall/flow.py` is the loop of
+The way of one recall: `_recall/recall.py` checks what is asked, `_recall/solver.py` is the loop of
 steps and evaluations, `_energy/average.py` goes through the patterns for an evaluation, and the
 geometry's file, as `geometry/bures.py`, has the formulas: `compare` a query with patterns, `move`
 it. A geometry of one's own is a class with `check` and `compare`: see `jdam.Geometry`.
@@ -63,6 +63,9 @@ from jdam._memory.files import save as save
 from jdam._memory.memory import Memory as Memory
 from jdam._memory.memory import store as store
 from jdam._memory.sharding import shard as shard
+from jdam._recall.acceleration import Acceleration as Acceleration
+from jdam._recall.acceleration import Anderson as Anderson
+from jdam._recall.acceleration import TrustRegion as TrustRegion
 from jdam._recall.adjoint import Adjoint as Adjoint
 from jdam._recall.adjoint import Implicit as Implicit
 from jdam._recall.adjoint import OneStep as OneStep

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, export
 from jaxtyping import Bool
 
-from jdam._core.derivatives import full_precision, jvp, recomputed
+from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
 from jdam._core.mesh import where_it_is
 
@@ -99,7 +99,8 @@ def advance_while(
     """`turn(state, args)` as long as the state is `unfinished`. It has no derivative.
 
     Under `jax.vmap` the elements that are not finished take turns, `at_once` of them at a time, so
-    that none of them waits for the slowest. `flat` as in `in_tiles`.
+    that none of them waits for the slowest. `flat`, and batches that are
+    spread over devices, as in `in_tiles`.
     """
 
     @jax.custom_batching.custom_vmap
@@ -118,10 +119,15 @@ def advance_while(
         elif flat:
             found = _flat(many, _lead(size, tuple(batched), given))
         else:
-            rows, join = _split(batched[1], given[1])
-            pending, advance = (lambda s, row, f=f: f(s, join(row)) for f in (unfinished, turn))
+
+            def in_turns(state: Any, args: Any) -> Any:
+                rows, join = _split(batched[1], args)
+                pending, advance = (lambda s, row, f=f: f(s, join(row)) for f in (unfinished, turn))
+                return _queued(pending, advance, at_once, state, rows)
+
             state = _lead(size, batched[0], given[0])
-            found = _queued(pending, advance, at_once, state, rows)
+            led = jax.tree.map(lambda _: True, batched[0]), batched[1]
+            found = where_it_is(in_turns, led, (state, given[1]))
         return found, jax.tree.map(lambda _: True, found)
 
     advanced: T = one(state, args)
@@ -181,7 +187,7 @@ def _selected(settings: _Settings, wanted: Array, default: T, operand: Any, args
     # A loop of unknown length has no reverse mode; what it computes has.
     function = settings.function
     if settings.at_once is not None:
-        function = recomputed(function)
+        function = jax.checkpoint(function)
     computed = function(operand, args)
     selected: T = jax.tree.map(lambda x, y: jnp.where(wanted, x, y), computed, default)
     return selected

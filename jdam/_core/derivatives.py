@@ -11,8 +11,6 @@ from jax.custom_derivatives import SymbolicZero
 
 #: The name of what is kept rather than found again in the reverse of a scan over blocks.
 ITERATED = "iterated"
-#: The name of what is kept of the steps that were tried, in the reverse of those taken.
-ACCEPTED = "accepted"
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,13 +24,6 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args, **kwargs)
 
     return precise
-
-
-def recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, of which reverse mode keeps only which steps were taken."""
-    policy = jax.checkpoint_policies.save_only_these_names(ACCEPTED)
-    found: Callable[..., Any] = jax.checkpoint(function, policy=policy)
-    return found
 
 
 def jvp(

@@ -13,7 +13,7 @@ from jdam._core.batching import batch_size, compute_where, equal_parts
 from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
 from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, pmin, psum
-from jdam._energy.evaluation import Block, Evaluation, Nearest, Start
+from jdam._energy.evaluation import Block, Evaluation, Nearest
 from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
@@ -21,54 +21,40 @@ from jdam.geometry.protocol import AnyView, Comparison, Geometry, Patterns
 
 
 class Settings(NamedTuple):
-    """What of an evaluation is not traced."""
+    """The static settings of an evaluation."""
 
     separation: Separation = LogSumExp()
     block_size: int | None = None
+    with_pull: bool = True  # else the energy alone
     exact: bool = True
 
 
-def start(memory: Memory, query: AnyMeasure) -> Start:
-    """A start without knowledge: the shapes of what is kept of comparisons, and first guesses."""
-
-    def compare_block(memory: Memory, query: AnyMeasure) -> tuple[AnyMeasure, Array | None]:
-        block = jax.tree.map(lambda leaf: leaf[0], cut_into_blocks(memory, None, None))
-        # As a sweep will compare, so that both are traced once.
-        view = view_of(memory.geometry, query)
-        found = compare(memory.geometry, view, block.patterns, exact=True)
-        return found.pull, found.inliers
-
-    shapes = jax.eval_shape(compare_block, memory, query)
-    pull, inliers = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
-    return Start(pull, inliers, memory.geometry.first_guess(memory.prepared))
-
-
 def evaluate(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any = None
 ) -> Evaluation:
     """The energy and the average of the pulls: from approximate divergences where they are good
-    enough, from exact ones if not."""
+    enough, from exact ones if not. Comparisons start from a guess, None for the patterns' own."""
     if type(settings.separation) is not LogSumExp:  # a subclass may weigh otherwise
-        return _evaluate(settings, memory, query, beta, start)
+        return _evaluate(settings, memory, query, beta, guess)
     doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
     if doubtful is None:
-        return _evaluate(settings, memory, query, beta, start)
+        return _evaluate(settings, memory, query, beta, guess)
 
-    def exactly(query: AnyMeasure, others: tuple[Memory, Array, Start]) -> Evaluation:
-        memory, beta, start = others
-        return _evaluate(settings, memory, query, beta, start)
+    def exactly(query: AnyMeasure, others: tuple[Memory, Array, Any]) -> Evaluation:
+        memory, beta, guess = others
+        return _evaluate(settings, memory, query, beta, guess)
 
     doubtful = psum(doubtful.astype(jnp.int32), memory.layout) > 0  # for one, for all
-    approximate = _evaluate(settings._replace(exact=False), memory, query, beta, start)
-    return compute_where(doubtful, exactly, approximate, query, (memory, beta, start))
+    approximate = _evaluate(settings._replace(exact=False), memory, query, beta, guess)
+    return compute_where(doubtful, exactly, approximate, query, (memory, beta, guess))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> Evaluation:
     streams = type(settings.separation) is LogSumExp
-    return (_in_one_sweep if streams else _in_two_sweeps)(settings, memory, query, beta, start)
+    return (_in_one_sweep if streams else _in_two_sweeps)(settings, memory, query, beta, guess)
 
 
 @partial(_evaluate.defjvp, symbolic_zeros=True)
@@ -82,7 +68,7 @@ def _evaluate_jvp(settings: Settings, primals: tuple[Any, ...], tangents: tuple[
 
 
 def _in_one_sweep(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> Evaluation:
     """By sums that are accumulated pattern after pattern."""
     separation, view = LogSumExp(), view_of(memory.geometry, query)
@@ -91,8 +77,9 @@ def _in_one_sweep(
         return separation.accumulate(sums, found, block, beta), found.guess
 
     sweep = Sweep(accumulate, settings.exact)
-    blocks = cut_into_blocks(memory, settings.block_size, start.guess)
-    nothing = separation.empty(start, memory.dtype)
+    blocks = cut_into_blocks(memory, settings.block_size, guess)
+    first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
+    nothing = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
     sums, guesses = sweep.over(memory, view, blocks, nothing, beta)
     sums = separation.merge(sums, beta, memory.layout)
     guesses = _in_a_row(guesses, memory.capacity)
@@ -122,13 +109,15 @@ def _top(memory: Memory) -> Float[Array, ""]:
 
 
 def _in_two_sweeps(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], start: Start
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> Evaluation:
     """By weights that are known only when all divergences are: a sweep for these, and one for the
     pulls unless one block is all."""
     view, layout, num = view_of(memory.geometry, query), memory.layout, memory.capacity
-    blocks = cut_into_blocks(memory, settings.block_size, start.guess)
-    at_once = start.pull is not None and batch_size(blocks) == 1  # all pulls fit in memory
+    blocks = cut_into_blocks(memory, settings.block_size, guess)
+    first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
+    zero = zero_comparison(memory, view, first)
+    at_once = settings.with_pull and batch_size(blocks) == 1  # all pulls fit in memory
 
     def keep(_: None, found: Comparison, block: Block) -> tuple[None, Comparison]:
         return None, found if at_once else found._replace(pull=None)
@@ -142,16 +131,16 @@ def _in_two_sweeps(
     weights = local_rows(all_weights, num, layout)
     pull = None
     if at_once:
-        pull = jax.tree.map(partial(_add, weights), start.pull, found.pull)
-    elif start.pull is not None:
+        pull = jax.tree.map(partial(_add, weights), zero.pull, found.pull)
+    elif settings.with_pull:
         blocks = cut_into_blocks(memory, settings.block_size, found.guess)
         count, size = blocks.indices.shape
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
-        pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), start.pull)
+        pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), zero.pull)
     unsolved = psum(unsolved_mass(found, weights), layout)
     pattern = heaviest(all_weights, *everything)
     row = pattern - first_index(num, layout)
-    inliers = None if start.inliers is None else found.inliers[jnp.clip(row, 0, num - 1)]
+    inliers = None if zero.inliers is None else found.inliers[jnp.clip(row, 0, num - 1)]
     inliers = of_one_part(inliers, (row >= 0) & (row < num), layout)
     energy = settings.separation.energy(*everything, beta)
     return Evaluation(
@@ -169,6 +158,13 @@ def _in_two_sweeps(
 
 def _add(weights: Float[Array, " B"], total: Array, pulls: Array) -> Array:
     return total + jnp.tensordot(weights, pulls, 1)
+
+
+def zero_comparison(memory: Memory, view: AnyView, patterns: Patterns) -> Comparison:
+    """Zeros in the shapes of a comparison with one pattern."""
+    shapes = jax.eval_shape(compare, memory.geometry, view, patterns)
+    zero: Comparison = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
+    return zero
 
 
 def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:

@@ -19,11 +19,11 @@ from jdam._energy.average import (
     compare,
     evaluate,
     relative_prior,
-    start,
     total_prior,
     view_of,
+    zero_comparison,
 )
-from jdam._energy.evaluation import Block, Evaluation, Start
+from jdam._energy.evaluation import Block, Evaluation
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation, Sums, mass, with_prior
 from jdam._measures.base import AnyMeasure
@@ -103,10 +103,10 @@ class Certified(Search):
         most = by_platform(64, 1024)
         return max(1, min(most, by_platform(2**22, 2**26) // memory.capacity))
 
-    def start(self, memory: Memory, query: AnyMeasure) -> Start:
-        first = start(memory, query)
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(first.guess))
-        return first._replace(guess=None) if _bounds(memory) and numbers > KEPT else first
+    def first_guess(self, memory: Memory) -> Any:
+        guess = super().first_guess(memory)
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(guess))
+        return None if _bounds(memory) and numbers > KEPT else guess
 
     def settled(self, memory: Memory, guess: Any) -> Any:
         # Only of candidates it is known; where there are others, it has to be found again.
@@ -117,21 +117,21 @@ class Certified(Search):
         memory: Memory,
         query: AnyMeasure,
         beta: Array,
-        start: Start,
+        guess: Any,
         *,
         separation: Separation,
     ) -> Evaluation:
         if type(separation) is not LogSumExp:
             raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
         if not _bounds(memory):
-            return evaluate(Settings(), memory, query, beta, start)
-        found = _evaluate(self, memory, query, beta, start)[0]
+            return evaluate(Settings(), memory, query, beta, guess)
+        found = _evaluate(self, memory, query, beta, guess)[0]
         if not self.falls_back(memory):
             return found
         unproved = ~(found.neglected <= self.tol)
         at_once = memory.geometry.batch_sizes(memory.patterns).queries
         args = (memory, query, beta)
-        return compute_where(unproved, _compare_all, found, start, args, at_once=at_once)
+        return compute_where(unproved, _compare_all, found, guess, args, at_once=at_once)
 
     def falls_back(self, memory: Memory) -> bool:
         """Whether to compare all at once where it is not soon proved that few will do: where
@@ -166,8 +166,8 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
     return Certified(tol=1e-12 if memory.dtype == jnp.float64 else 1e-8)
 
 
-def _compare_all(wanted: Start, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
-    return evaluate(Settings(), *args, wanted)
+def _compare_all(guess: Any, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
+    return evaluate(Settings(), *args, guess)
 
 
 def _bounds(memory: Memory) -> tuple[Bound, ...]:
@@ -198,11 +198,11 @@ class _Hunt(NamedTuple):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(
-    search: Certified, memory: Memory, query: AnyMeasure, beta: Array, start: Start
+    search: Certified, memory: Memory, query: AnyMeasure, beta: Array, guess: Any
 ) -> tuple[Evaluation, Int[Array, " C"]]:
     """The average over the candidates, with what the others can weigh, and the candidates."""
     view = view_of(memory.geometry, query)
-    hunt = _hunt(search, memory, view, beta, start)
+    hunt = _hunt(search, memory, view, beta, guess, with_pull=True)
     whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
     out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
@@ -210,18 +210,27 @@ def _evaluate(
     return found._replace(neglected=neglected), hunt.picked.reshape(-1)
 
 
-def _hunt(search: Certified, memory: Memory, view: AnyView, beta: Array, wanted: Start) -> _Hunt:
+def _hunt(
+    search: Certified,
+    memory: Memory,
+    view: AnyView,
+    beta: Array,
+    guess: Any,
+    *,
+    with_pull: bool,
+) -> _Hunt:
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = memory.capacity, memory.layout
     size, turns = search.sizes(memory)
+    first = _take(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
     start = _Hunt(
         floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
-        sums=LogSumExp().empty(wanted, memory.dtype),
+        sums=LogSumExp().empty(zero_comparison(memory, view, first), with_pull),
         others=None,
         picked=jnp.full((turns, size), -1, jnp.int32),
         turns=jnp.array(0, jnp.int32),
-        guess=wanted.guess,
+        guess=guess,
     )
     args = (memory, view, beta)
     if layout is not None:  # what all devices know at first is learnt outside of the loop
@@ -240,7 +249,7 @@ def _evaluate_jvp(
 ) -> tuple[Any, ...]:
     found, picked = _evaluate(search, *primals)
 
-    def average(memory: Memory, query: AnyMeasure, beta: Array, start: Start) -> tuple[Any, ...]:
+    def average(memory: Memory, query: AnyMeasure, beta: Array, guess: Any) -> tuple[Any, ...]:
         part = _take(memory, picked, picked >= 0, found.guess)
         measures, prepared, guess = part.patterns
         if found.guess is not None:
@@ -252,7 +261,7 @@ def _evaluate_jvp(
             prepared=prepared,
             fingerprint=None,  # the whole memory's was looked at
         )
-        again = evaluate(Settings(), few, query, beta, start._replace(guess=guess))
+        again = evaluate(Settings(), few, query, beta, guess)
         nearest = again.nearest._replace(pattern=found.nearest.pattern)
         again = again._replace(
             nearest=nearest,
@@ -390,7 +399,7 @@ class Explored(NamedTuple):
 def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
     view = view_of(memory.geometry, query)
-    hunt = _hunt(search, memory, view, beta, Start())
+    hunt = _hunt(search, memory, view, beta, None, with_pull=False)
     sums = hunt.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
     return Explored(sums.nearest.pattern, sums.lowest, energy, hunt.floor)

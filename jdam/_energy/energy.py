@@ -12,7 +12,6 @@ from jdam._core.batching import in_tiles
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import all_rows
 from jdam._energy.average import Settings, compare_all, evaluate
-from jdam._energy.evaluation import Start
 from jdam._energy.separation import LogSumExp, Separation, heaviest
 from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure, any_of
@@ -79,7 +78,7 @@ def _energy(
     memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
 ) -> Float[Array, ""]:
     def at(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
-        return evaluate(Settings(separation), memory, query, beta, Start()).energy
+        return evaluate(Settings(separation, with_pull=False), memory, query, beta).energy
 
     return in_tiles(at, queries_at_once(memory), memory, query, beta)
 

@@ -1,4 +1,4 @@
-"""What a query learns from the patterns, and the blocks in which it is shown them."""
+"""The result of one evaluation of the energy, and the blocks of patterns it is summed over."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from jdam.geometry.protocol import AnyView, Patterns
 
 
 class Nearest(NamedTuple):
-    """The heaviest pattern, and what comparing with it told."""
+    """The heaviest pattern."""
 
     pattern: Int[Array, ""]  # its index
     divergence: Float[Array, ""]
@@ -18,7 +18,7 @@ class Nearest(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """The energy at a query and the average of the pulls, w being the weights of the separation."""
+    """The energy at a query and the average of the pulls; w are the weights of the separation."""
 
     view: AnyView  # of the query, as `Geometry.move` wants it
     energy: Float[Array, ""]  # E(ξ)
@@ -29,14 +29,6 @@ class Evaluation(NamedTuple):
     unsolved: Float[Array, ""]  # weight of the patterns whose comparison missed its tolerance
     neglected: Float[Array, ""]  # bound on the Gibbs mass of the patterns that were left out
     guess: Any  # to start the next evaluation from
-
-
-class Start(NamedTuple):
-    """What an evaluation starts from."""
-
-    pull: AnyMeasure = None  # zeros in the shape of a pull; None if no pull is wanted
-    inliers: Float[Array, " n"] | None = None  # zeros, if a comparison tells of them
-    guess: Any = None  # of an evaluation close by; None for the patterns' own
 
 
 class Block(NamedTuple):

@@ -8,8 +8,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core import checks
-from jdam._energy.average import Settings, evaluate, start
-from jdam._energy.evaluation import Evaluation, Start
+from jdam._energy.average import Settings, evaluate
+from jdam._energy.evaluation import Evaluation
 from jdam._energy.separation import Separation
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
@@ -33,15 +33,15 @@ class Search(ABC):
         memory: Memory,
         query: AnyMeasure,
         beta: Float[Array, ""],
-        start: Start,
+        guess: Any,
         *,
         separation: Separation,
     ) -> Evaluation:
         """The energy, the average of the pulls, and a bound on the Gibbs mass left out of both."""
 
-    def start(self, memory: Memory, query: AnyMeasure) -> Start:
-        """The start of a first evaluation; later ones start from those before."""
-        return start(memory, query)
+    def first_guess(self, memory: Memory) -> Any:
+        """The guess of a first evaluation; later ones start from those before."""
+        return memory.geometry.first_guess(memory.prepared)
 
     def settled(self, memory: Memory, guess: Any) -> Any:
         """The guess of an evaluation, for derivatives of the same once more."""
@@ -77,8 +77,8 @@ class Exhaustive(Search):
         memory: Memory,
         query: AnyMeasure,
         beta: Array,
-        start: Start,
+        guess: Any,
         *,
         separation: Separation,
     ) -> Evaluation:
-        return evaluate(Settings(separation, self.block_size), memory, query, beta, start)
+        return evaluate(Settings(separation, self.block_size), memory, query, beta, guess)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import repeat
 from jdam._core.mesh import Layout, of_one_part, pmin, psum
-from jdam._energy.evaluation import Block, Evaluation, Nearest, Start
+from jdam._energy.evaluation import Block, Evaluation, Nearest
 from jdam._measures.base import AnyMeasure
 from jdam.geometry.protocol import AnyView, Comparison
 
@@ -63,11 +63,12 @@ class LogSumExp(Separation):
         masses = mass(shifted - jax.lax.stop_gradient(shifted.min()), beta)
         return masses / masses.sum()
 
-    def empty(self, start: Start, dtype: jnp.dtype) -> "Sums":
-        """The sums over no pattern."""
-        nothing, lowest = jnp.zeros((), dtype), jnp.full((), jnp.inf, dtype)
-        nearest = Nearest(jnp.zeros((), jnp.int32), nothing, start.inliers)
-        return Sums(lowest, lowest, nearest, nothing, nothing, nothing, start.pull, nothing)
+    def empty(self, zero: Comparison, with_pull: bool) -> "Sums":
+        """The sums over no pattern, in the shapes of a comparison with one."""
+        nothing, lowest = zero.divergence, jnp.full_like(zero.divergence, jnp.inf)
+        nearest = Nearest(jnp.zeros((), jnp.int32), nothing, zero.inliers if with_pull else None)
+        pull = zero.pull if with_pull else None
+        return Sums(lowest, lowest, nearest, nothing, nothing, nothing, pull, nothing)
 
     def accumulate(self, sums: "Sums", found: Comparison, block: Block, beta: Array) -> "Sums":
         """The sums with some more patterns, relative to the lowest of all so far (online

@@ -33,9 +33,9 @@ from jdam._learning.parametrize import (
 )
 from jdam._measures.base import AnyMeasure, from_free, to_free
 from jdam._memory.memory import Memory, store
-from jdam._recall.flow import End, Flow
 from jdam._recall.recall import check_tolerance, recall, tolerances
 from jdam._recall.result import Recall
+from jdam._recall.solver import Solver
 
 #: (memory, β, query, target) ↦ how wrong the memory is about one query.
 Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
@@ -258,9 +258,9 @@ def _descend(
     start = (free, optimizer.init(free))
     (free, _), _ = scan(turn, start, None, memory, query, beta, length=num_steps)
     measure = from_free(query, free)
-    flow = Flow(Exhaustive(), separation)
+    solver = Solver(Exhaustive(), separation)
     tol, goal = tolerances(memory, query, tol)
-    problem = flow.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol, goal=goal)
-    state = flow.advance(flow.start(measure, problem), problem)  # the first turn only evaluates
+    problem = solver.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol, goal=goal)
+    state = solver.run(measure, problem)  # of no steps: it evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
-    return flow.report(End(state, None), problem)
+    return solver.report(state, problem)

@@ -46,8 +46,9 @@ class Memory(eqx.Module):
 
     What geometries compute of patterns once (`prepared`) belongs to these patterns and this
     geometry. Where they were changed behind its back, by `eqx.tree_at` or an optimizer's updates,
-    it is not used but counts as NaN, which a recall reports as `Status.NONFINITE`. To learn a
-    memory outside of `jdam.fit`, use `jdam.parametrize`.
+    as the first and last numbers of each pattern tell, it is not used but counts as NaN, which a
+    recall reports as `Status.NONFINITE`. To learn a memory outside of `jdam.fit`, use
+    `jdam.parametrize`.
     """
 
     patterns: AnyMeasure

@@ -1,4 +1,4 @@
-"""Bolder steps than that of recall, tried first and taken where the energy does not rise."""
+"""Steps that a recall tries before the plain one, and takes where the energy does not rise."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,94 +11,92 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Bool, Float, Int
 
+from jdam._core import checks
 from jdam._core.lapack import cholesky, solve_lower
 from jdam._measures.base import AnyMeasure, from_free, to_free
 from jdam._recall.trust_region import Quadratic, minimise
 
 if TYPE_CHECKING:
-    from jdam._recall.flow import Flow, Problem, State
+    from jdam._recall.solver import Problem, Solver, State
 
-#: A trust region is shrunk where energy falls by less than this share of what was expected, and
-#: grows where it falls by more than that.
+#: The trust region shrinks where the energy falls by less than the share POOR of what the model
+#: expects, and grows where it falls by more than the share GOOD.
 POOR, GOOD = 0.25, 0.75
 #: By what factors.
 SHRINK, GROW = 0.25, 3.0
-#: Conjugate gradients keep no basis, so that a dimension is cheaper than a step that is kept.
-PRODUCTS = 8
 
 
-class Proposal(NamedTuple):
-    """A measure to try, and what to learn from how it fares."""
-
-    measure: AnyMeasure
-    expected: Float[Array, ""]  # by how much the energy should fall
-    kept: Any
-
-
-@dataclass(frozen=True)
 class Acceleration(ABC):
-    """How to propose a step, in a space of at most `depth` dimensions beside the plain step. What
-    it keeps from step to step is a part of the recall's state."""
-
-    depth: int
+    """How to propose steps: settings alone. The history is a part of the recall's state."""
 
     @abstractmethod
     def start(self, measure: AnyMeasure, zero: Float[Array, ""]) -> Any:
-        """What is kept before the first step."""
+        """The history before the first step."""
 
     @abstractmethod
-    def propose(self, flow: "Flow", state: "State", problem: "Problem") -> Proposal:
-        """What to try from an evaluated state."""
+    def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
+        """The measure to try instead of the plain step `state.candidate`, and the history."""
 
     @abstractmethod
-    def learn(self, proposal: Proposal, gain: Float[Array, ""], accepted: Bool[Array, ""]) -> Any:
-        """What to keep, the energy having fallen by at most `gain`."""
+    def update(self, history: Any, gain: Float[Array, ""], accepted: Bool[Array, ""]) -> Any:
+        """The history after a proposal was tried, at which the energy fell by at most `gain`."""
 
 
 class History(NamedTuple):
-    """Plain steps of late: what they led to, in free coordinates, and their changes of these."""
+    """The last plain steps, in free coordinates."""
 
     ends: Float[Array, "k z"]
     changes: Float[Array, "k z"]
-    length: Int[Array, ""]  # how many of them there are yet
+    length: Int[Array, ""]  # how many of the rows are in use
 
 
 @dataclass(frozen=True)
 class Anderson(Acceleration):
-    """The affine combination Σ αⱼ Φ(ξⱼ) of the last steps for which Σ αⱼ (Φ(ξⱼ) − ξⱼ) is least, in
-    free coordinates (Anderson, J. ACM 12, 1965; Walker and Ni, SIAM J. Numer. Anal. 49, 2011).
+    """The affine combination Σ αⱼ Φ(ξⱼ) of the last steps for which |Σ αⱼ (Φ(ξⱼ) − ξⱼ)| is least,
+    in free coordinates (Anderson, J. ACM 12, 1965; Walker and Ni, SIAM J. Numer. Anal. 49, 2011).
 
-    For factors these respect rotations: Φ(LQ) = Φ(L)Q, and every step keeps to the Q of the one
-    before. The first steps, so many, are plain."""
+    It costs no evaluation. For factors of covariances the combination respects rotations:
+    Φ(LQ) = Φ(L)Q, and every step keeps to the Q of the one before.
 
-    after: int = 0
+    **Arguments:**
+
+    - `depth` ≥ 1: how many steps are combined.
+    - `delay` ≥ 0: how many plain steps come first.
+
+    **Raises:** `TypeError` or `ValueError` for other arguments.
+    """
+
+    depth: int = 3
+    delay: int = 0
+
+    def __post_init__(self) -> None:
+        checks.positive_int("depth", self.depth)
+        checks.int_at_least(0, "delay", self.delay)
 
     def start(self, measure: AnyMeasure, zero: Array) -> History:
         flat, _ = ravel_pytree(to_free(measure))
         none = jnp.zeros((self.depth, flat.size), flat.dtype)
         return History(none, none, jnp.array(0, jnp.int32))
 
-    def propose(self, flow: "Flow", state: "State", problem: "Problem") -> Proposal:
-        old: History = state.kept
-        plain = flow.move(state.measure, state.evaluation, problem, state.backtracks)
+    def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
+        old: History = state.history
+        plain, geometry = state.candidate, problem.memory.geometry
         free = to_free(plain)
         end, unravel = ravel_pytree(free)
         change = end - ravel_pytree(to_free(state.measure))[0]
-        held = jnp.arange(self.depth, dtype=jnp.int32) < old.length
-        held &= state.num_steps >= self.after
-        differences = jnp.where(held[:, None], change[None] - old.changes, 0)
-        geometry = problem.memory.geometry
-        masses = geometry.masses(state.measure)
-        if masses is None:
-            mix = _least_squares(differences, change)
-        else:  # in coordinates of one unit
-            roots = jnp.sqrt(jax.lax.stop_gradient(ravel_pytree(masses)[0]))
-            mix = _least_squares(roots[None] * differences, roots * change)
-        combined = unravel(end - mix @ jnp.where(held[:, None], end[None] - old.ends, 0))
+        used = jnp.arange(self.depth, dtype=jnp.int32) < old.length
+        used &= state.num_steps >= self.delay
+        differences = jnp.where(used[:, None], change[None] - old.changes, 0)
+        masses = geometry.masses(state.evaluation.view, state.evaluation.pull)
+        flat = jnp.ones_like(end) if masses is None else ravel_pytree(masses)[0]
+        roots = jnp.sqrt(jax.lax.stop_gradient(flat))  # in coordinates of one unit
+        mix = _least_squares(roots[None] * differences, roots * change)
+        combined = end - mix @ jnp.where(used[:, None], end[None] - old.ends, 0)
+        combined = unravel(jnp.where(roots > 0, combined, end))
         # Where nothing changes, not even the last digit does.
         measure = jax.tree.map(
             lambda new, old, moved, kept: jnp.where(moved == kept, old, new),
-            geometry.confined(from_free(plain, combined), plain),
+            from_free(plain, combined),
             plain,
             combined,
             free,
@@ -108,11 +106,10 @@ class Anderson(Acceleration):
             jnp.roll(old.changes, 1, 0).at[0].set(change),
             jnp.minimum(old.length + 1, self.depth),
         )
-        return Proposal(measure, jnp.zeros_like(problem.beta), history)
+        return measure, history
 
-    def learn(self, proposal: Proposal, gain: Array, accepted: Array) -> History:
+    def update(self, history: History, gain: Array, accepted: Array) -> History:
         """Steps from before one that failed say nothing of what comes."""
-        history: History = proposal.kept
         return history._replace(length=jnp.where(accepted, history.length, 1))
 
 
@@ -138,36 +135,63 @@ def _least_squares(rows: Float[Array, "k z"], target: Float[Array, " z"]) -> Flo
     return inverse * found
 
 
-class Newton(Acceleration):
-    """A Newton step, by at most 8 conjugate gradients for each of `depth`, within a region in which
-    the energy is nearly quadratic (Steihaug, SIAM J. Numer. Anal. 20, 1983). Its own derivatives
-    would be third ones of the energy: there are none."""
+class Region(NamedTuple):
+    """A trust region, and the last step in it."""
 
-    def start(self, measure: AnyMeasure, zero: Array) -> Array:
-        return zero
+    radius: Float[Array, ""]  # 0 before the first step
+    length: Float[Array, ""]
+    expected: Float[Array, ""]  # by how much the energy should fall
 
-    def propose(self, flow: "Flow", state: "State", problem: "Problem") -> Proposal:
-        return _newton_step(self, flow, state, problem)
 
-    def learn(self, proposal: Proposal, gain: Array, accepted: Array) -> Array:
-        radius, length = proposal.kept
-        poor = ~accepted | ~(gain >= POOR * proposal.expected)
-        bold = (gain >= GOOD * proposal.expected) & (length >= 0.99 * radius)
-        grown = jnp.where(bold, GROW * radius, radius)
-        return jnp.where(poor, SHRINK * length, grown)
+@dataclass(frozen=True)
+class TrustRegion(Acceleration):
+    """A Newton step within a region in which the energy is nearly quadratic, by conjugate gradients
+    (Steihaug, SIAM J. Numer. Anal. 20, 1983).
+
+    For point clouds whose atoms are to be placed exactly. A product with the second derivative
+    costs about as much as two evaluations. Its own derivatives would be third ones of the energy:
+    recall is differentiated with it by `Implicit` and `OneStep` only.
+
+    **Arguments:**
+
+    - `max_products` ≥ 1: how many products with the second derivative a step may take.
+
+    **Raises:** `TypeError` or `ValueError` for other arguments; `recall` raises `ValueError` for it
+    with a geometry that has no `chart`.
+    """
+
+    max_products: int = 24
+
+    def __post_init__(self) -> None:
+        checks.positive_int("max_products", self.max_products)
+
+    def start(self, measure: AnyMeasure, zero: Array) -> Region:
+        nothing = jnp.zeros_like(zero)
+        return Region(nothing, nothing, nothing)
+
+    def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
+        return _newton_step(self, solver, state, problem)
+
+    def update(self, history: Region, gain: Array, accepted: Array) -> Region:
+        radius, length, expected = history
+        poor = ~accepted | ~(gain >= POOR * expected)
+        good = (gain >= GOOD * expected) & (length >= 0.99 * radius)
+        grown = jnp.where(good, GROW * radius, radius)
+        return history._replace(radius=jnp.where(poor, SHRINK * length, grown))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _newton_step(newton: Newton, flow: "Flow", state: "State", problem: "Problem") -> Proposal:
+def _newton_step(
+    settings: TrustRegion, solver: "Solver", state: "State", problem: "Problem"
+) -> tuple[AnyMeasure, Region]:
     chart = problem.memory.geometry.chart(state.measure)
-    assert chart is not None  # or Anderson's steps would have been chosen
-    radius = jnp.where(state.kept > 0, state.kept, state.residual)
-    radius = jnp.where(state.evaluated, radius, 0)  # a first proposal is not looked at
-    start = state.start_from()
-    start = start._replace(guess=flow.search.settled(problem.memory, start.guess))
+    assert chart is not None  # or the recall would have raised
+    radius = jnp.where(state.history.radius > 0, state.history.radius, state.residual)
+    radius = jnp.where(solver.unfinished(state, problem), radius, 0)
+    guess = solver.search.settled(problem.memory, state.evaluation.guess)
 
     def slope(tangent: Any) -> Any:
-        found = flow.evaluate(chart.displaced(tangent), problem, start)
+        found = solver.evaluate(chart.displaced(tangent), problem, guess)
         return chart.slope(found.view, found.pull)
 
     still = jax.tree.map(jnp.zeros_like, chart.masses)
@@ -178,14 +202,14 @@ def _newton_step(newton: Newton, flow: "Flow", state: "State", problem: "Problem
         lambda tangent: ravel_pytree(curvature(unravel(tangent)))[0],
         ravel_pytree(chart.masses)[0],
     )
-    found = minimise(model, radius, PRODUCTS * newton.depth)
+    found = minimise(model, radius, settings.max_products)
     measure = chart.displaced(unravel(found.step))
-    return Proposal(measure, found.decrease, (radius, found.length))
+    return measure, Region(radius, found.length, found.decrease)
 
 
 @_newton_step.defjvp
 def _newton_step_jvp(*_: Any) -> Any:
     raise ValueError(
-        "Newton steps, as acceleration takes them here, have no derivatives of their own: recall "
-        "with adjoint=jdam.Implicit() or jdam.OneStep(), or without acceleration"
+        "jdam.TrustRegion steps have no derivatives of their own: recall with "
+        "adjoint=jdam.Implicit() or jdam.OneStep(), or with another acceleration"
     )

@@ -13,8 +13,9 @@ from jax.flatten_util import ravel_pytree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.gmres import gmres
+from jdam._energy.evaluation import Evaluation
 from jdam._measures.base import AnyMeasure
-from jdam._recall.flow import End, Flow, Problem, State
+from jdam._recall.solver import Problem, Solver, State
 
 #: A linear map of tangents of a measure.
 LinearMap: TypeAlias = Callable[[AnyMeasure], AnyMeasure]
@@ -24,8 +25,8 @@ class Adjoint(ABC):
     """How to differentiate a recall: a frozen dataclass."""
 
     @abstractmethod
-    def run(self, flow: Flow, state: State, problem: Problem) -> End:
-        """`flow.run(state, problem)`, with derivatives."""
+    def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+        """The last state of a recall, with derivatives."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Unrolled(Adjoint):
     derivative of what `recall` returned, converged or not.
     """
 
-    def run(self, flow: Flow, state: State, problem: Problem) -> End:
-        return flow.run(state, problem)
+    def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+        return solver.run(query, problem)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Implicit(Adjoint):
         if self.tol is not None and (isinstance(self.tol, bool) or not self.tol > 0):
             raise ValueError(f"tol must be None or > 0; got {self.tol!r}")
 
-    def run(self, flow: Flow, state: State, problem: Problem) -> End:
-        return _at_fixed_point(self._solve, flow, state, problem)
+    def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+        return _at_fixed_point(self._solve, solver, query, problem)
 
     def _solve(
         self, contraction: LinearMap, conserved: LinearMap, direct: AnyMeasure, start: AnyMeasure
@@ -101,8 +102,8 @@ class OneStep(Adjoint):
     arXiv:2305.13768).
     """
 
-    def run(self, flow: Flow, state: State, problem: Problem) -> End:
-        return _at_fixed_point(_directly, flow, state, problem)
+    def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+        return _at_fixed_point(_directly, solver, query, problem)
 
 
 def _directly(
@@ -113,28 +114,38 @@ def _directly(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _at_fixed_point(
-    solve: Callable[..., AnyMeasure], flow: Flow, state: State, problem: Problem
-) -> End:
-    return flow.run(state, problem)
+    solve: Callable[..., AnyMeasure], solver: Solver, query: AnyMeasure, problem: Problem
+) -> State:
+    return solver.descend(solver.start(query, problem), problem)
 
 
 @_at_fixed_point.defjvp
 @full_precision
 def _at_fixed_point_jvp(
     solve: Callable[..., AnyMeasure],
-    flow: Flow,
+    solver: Solver,
     primals: tuple[Any, ...],
     tangents: tuple[Any, ...],
-) -> tuple[End, End]:
-    end = _at_fixed_point(solve, flow, *primals)
-    (_, problem), (dstart, dproblem) = primals, tangents
-    measure = end.state.measure
+) -> tuple[State, State]:
+    end = _at_fixed_point(solve, solver, *primals)
+    (_, problem), (dquery, dproblem) = primals, tangents
+    measure = end.measure
+    guess = solver.search.settled(problem.memory, end.evaluation.guess)
 
-    _, contraction = jax.linearize(lambda measure: flow.step(measure, problem), measure)
-    direct = jax.jvp(partial(flow.step, measure), (problem,), (dproblem,))[1]
+    def evaluate(measure: AnyMeasure, problem: Problem) -> Evaluation:
+        found: Evaluation = solver.evaluate(measure, problem, guess)
+        return found
+
+    def step(measure: AnyMeasure, problem: Problem) -> AnyMeasure:
+        return solver.move(measure, evaluate(measure, problem), problem)
+
+    _, contraction = jax.linearize(lambda measure: step(measure, problem), measure)
+    direct = jax.jvp(partial(step, measure), (problem,), (dproblem,))[1]
     conserved = partial(problem.memory.geometry.conserved, measure)
-    dmeasure = solve(contraction, conserved, direct, dstart.measure)
-    settle = partial(flow.settle, end.state)
-    _, dstate = jax.jvp(settle, (measure, problem), (dmeasure, dproblem))
-    _, dtrace = jax.jvp(lambda: end.trace, (), ())
-    return end, End(dstate, dtrace)
+    dmeasure = solve(contraction, conserved, direct, dquery)
+
+    def settle(measure: AnyMeasure, problem: Problem) -> State:
+        found = evaluate(measure, problem)._replace(guess=end.evaluation.guess)
+        return end._replace(measure=measure, evaluation=found)
+
+    return end, jax.jvp(settle, (measure, problem), (dmeasure, dproblem))[1]

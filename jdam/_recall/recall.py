@@ -13,22 +13,22 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
-from jdam._core.batching import in_tiles, map_in_chunks
+from jdam._core.batching import map_in_chunks
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import where_it_is
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.certified import choose
-from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, queries_at_once
+from jdam._energy.energy import fit_queries, fit_query, inverse_temperature
 from jdam._energy.pairs import TILES
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam._recall.acceleration import Acceleration, Anderson, Newton
+from jdam._recall.acceleration import Acceleration, Anderson, TrustRegion
 from jdam._recall.adjoint import Adjoint, Unrolled
-from jdam._recall.flow import Flow
 from jdam._recall.result import Recall
+from jdam._recall.solver import Solver
 from jdam.geometry.protocol import Geometry
 
 #: How many plain steps come first where acceleration is chosen: short recalls are steps repeated.
@@ -64,23 +64,18 @@ def step(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     check_separation(separation)
-    flow = Flow(Exhaustive(), separation)
-    return _step(memory, query, beta, step_size, flow=flow)
+    # Where it is proved that full steps never raise the energy, there is nothing to check.
+    attempts = 1 if memory.geometry.max_backtracks else 0
+    solver = Solver(Exhaustive(), separation, attempts)
+    return _step(memory, query, beta, step_size, solver=solver)
 
 
-@compiled(static=("flow",))
+@compiled(static=("solver",))
 def _step(
-    memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, flow: Flow
+    memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, solver: Solver
 ) -> AnyMeasure:
-    return in_tiles(
-        partial(_descend, flow), queries_at_once(memory), memory, query, beta, step_size
-    )
-
-
-def _descend(
-    flow: Flow, memory: Memory, query: AnyMeasure, beta: Array, step_size: Array
-) -> AnyMeasure:
-    return flow.descend(query, flow.problem(memory, beta, step_size))
+    end = solver.run(query, solver.problem(memory, beta, step_size))
+    return end.measure if solver.max_steps else end.candidate
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -98,7 +93,7 @@ def recall(
     search: Search | None = None,
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
-    acceleration: int | None = None,
+    acceleration: Acceleration | str | None = "auto",
     save_trace: bool = False,
 ) -> Recall:
     """Steps from the query until a fixed point: what the memory holds nearest to it.
@@ -121,14 +116,12 @@ def recall(
       that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
     - `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`.
     - `separation`: the shape of the energy.
-    - `acceleration`: 0 takes plain steps. With k > 0 a bolder step is tried before each and taken
-      where the energy does not rise: for point clouds a Newton step within a trust region, by at
-      most 8k products with the second derivative; for others the best combination of the last k
-      steps (Anderson acceleration), which costs nothing. None takes plain steps, and for point
-      clouds without ρ Anderson acceleration with k = 5 after the first eight. Fixed points are the
-      same. Where basins meet a query may end in another, of no higher energy. 3 is good where plain
-      steps are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to be
-      placed exactly.
+    - `acceleration`: what is tried before each plain step, and taken where the energy does not
+      rise: `Anderson(depth)` combines the last steps, which costs nothing; `TrustRegion()` takes
+      Newton steps, for point clouds; None nothing. "auto" is None, and for point clouds without ρ
+      `Anderson(5)` after eight plain steps. Fixed points are the same. Where basins meet a query
+      may end in another, of no higher energy. `Anderson(3)` is good where plain steps are many:
+      Gaussians near the β at which patterns merge, and clouds whose atoms are to be placed exactly.
     - `save_trace`: keep energy, residual and measure after each step.
 
     Changing β, step size, tol or values of the same shape does not recompile, nor does `max_steps`
@@ -138,8 +131,8 @@ def recall(
     recalls a batch; it ends when its last query does, and a query that fails says so in its
     own status without touching the others.
 
-    **Raises:** as `step`, and for arguments that are not of these kinds. With `acceleration` > 0,
-    clouds have derivatives by `Implicit()` and `OneStep()` only: `ValueError` by `Unrolled()`.
+    **Raises:** as `step`, and for arguments that are not of these kinds; `ValueError` for the
+    derivative of `TrustRegion()` steps by `Unrolled()`.
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
@@ -171,7 +164,7 @@ def _recall_checked(
     search: Search | None,
     adjoint: Adjoint,
     separation: Separation,
-    acceleration: int | None,
+    acceleration: Acceleration | str | None,
     save_trace: bool,
 ) -> Recall:
     max_steps = memory.geometry.default_steps if max_steps is None else max_steps
@@ -186,9 +179,10 @@ def _recall_checked(
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
     # One program for all numbers of steps up to a power of two.
     length = 1 << (max_steps - 1).bit_length()
-    flow = Flow(search, separation, length, save_trace, _accelerated(memory, acceleration))
+    acceleration = _accelerated(memory, acceleration)
+    solver = Solver(search, separation, length, acceleration, save_trace)
     limits = tol, jax.device_put(np.int32(max_steps))
-    found: Recall = _recall(memory, query, beta, step_size, limits, flow=flow, adjoint=adjoint)
+    found: Recall = _recall(memory, query, beta, step_size, limits, solver=solver, adjoint=adjoint)
     if length == max_steps or not save_trace:
         return found
     trace = jax.tree.map(lambda leaf: leaf[:max_steps], found.trace)
@@ -196,16 +190,23 @@ def _recall_checked(
     return shorter
 
 
-def _accelerated(memory: Memory, depth: Any) -> Acceleration | None:
-    """Newton steps where the geometry has coordinates for them, Anderson's where not."""
-    if depth is None:
+def _accelerated(memory: Memory, acceleration: Any) -> Acceleration | None:
+    """The acceleration asked for, or the geometry's own."""
+    if isinstance(acceleration, str) and acceleration == "auto":
         depth = memory.geometry.default_acceleration
-        return Anderson(depth, after=PLAIN) if depth else None
-    depth = checks.int_at_least(0, "acceleration", depth)
-    if depth == 0:
-        return None
+        return Anderson(depth, delay=PLAIN) if depth else None
+    if acceleration is not None and not isinstance(acceleration, Acceleration):
+        raise TypeError(
+            "acceleration must be jdam.Anderson(), jdam.TrustRegion(), None or 'auto'; "
+            f"got {acceleration!r}"
+        )
     has_chart = type(memory.geometry).chart is not Geometry.chart
-    return Newton(depth) if has_chart else Anderson(depth)
+    if isinstance(acceleration, TrustRegion) and not has_chart:
+        raise ValueError(
+            f"acceleration=jdam.TrustRegion() needs a geometry with a chart, as jdam.Sinkhorn; got "
+            f"{memory.geometry}: jdam.Anderson() suits all"
+        )
+    return acceleration
 
 
 def recall_batch(
@@ -220,7 +221,7 @@ def recall_batch(
     search: Search | None = None,
     adjoint: Adjoint = Unrolled(),
     separation: Separation = LogSumExp(),
-    acceleration: int | None = None,
+    acceleration: Acceleration | str | None = "auto",
     save_trace: bool = False,
     progress: bool | None = None,
 ) -> Recall:
@@ -323,7 +324,7 @@ def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Ar
     return enough, sought
 
 
-@compiled(static=("flow", "adjoint"))
+@compiled(static=("solver", "adjoint"))
 def _recall(
     memory: Memory,
     query: AnyMeasure,
@@ -331,26 +332,11 @@ def _recall(
     step_size: Array,
     limits: tuple[Array, Array],
     *,
-    flow: Flow,
-    adjoint: Adjoint,
-) -> Recall:
-    run = partial(_run, flow=flow, adjoint=adjoint)
-    return in_tiles(run, None, memory, query, beta, step_size, limits)
-
-
-def _run(
-    memory: Memory,
-    query: AnyMeasure,
-    beta: Array,
-    step_size: Array,
-    limits: tuple[Array, Array],
-    *,
-    flow: Flow,
+    solver: Solver,
     adjoint: Adjoint,
 ) -> Recall:
     tol, max_steps = limits
     tol, goal = tolerances(memory, query, tol)
-    problem = flow.problem(memory, beta, step_size)
+    problem = solver.problem(memory, beta, step_size)
     problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
-    end = adjoint.run(flow, flow.start(query, problem), problem)
-    return flow.report(end, problem)
+    return solver.report(adjoint.run(solver, query, problem), problem)

@@ -45,14 +45,6 @@ class View(NamedTuple):
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
 
 
-class Footing(NamedTuple):
-    """Of a view, what a step needs."""
-
-    query: PointCloud
-    known: SelfCoupling
-    force: Float[Array, "n d"]
-
-
 class Pull(NamedTuple):
     """What a pattern asks of each atom: a velocity, and to weigh less by its first variation."""
 

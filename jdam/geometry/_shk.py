@@ -114,38 +114,14 @@ class SHKGeometry(Geometry):
         own = self._marginals.share(view.known.potential)
         return own if self.rho is None else own - pull.variation / (self.rho + self.epsilon)
 
-    def surely_descends(
-        self, view: AnyView, pull: AnyMeasure, step_size: Array, moved: AnyMeasure
-    ) -> Array:
-        """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 sⱼ|vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
-        − ½(OT_ε(q⁺, q⁺) − OT_ε(q, q)): E is concave in the Sₓ, and the old plans, which transport
-        the share sⱼ of each atom, move along."""
-        velocity, weights = pull.velocity, view.query.weights
-        # Of what Σᵢ wᵢPᵢ transports, atom by atom: its share, and the force on it.
-        share = self._marginals.share(view.known.potential)
-        if self.rho is not None:
-            share = share - pull.variation / (self.rho + self.epsilon)
-        rest = velocity - view.force
-        along = jnp.vecdot(velocity, step_size / 2 * share[:, None] * velocity - rest)
-        centred = view.centred + step_size * velocity
-        known = self._couple_with_itself(centred, weights)
-        bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
-        result: Array = (self.hellinger_scale == 0) & (bound <= 0)
-        return result
-
-    def masses(self, query: AnyMeasure) -> AnyMeasure:
-        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights."""
-        p, kappa = query.weights, self.hellinger_scale
+    def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
+        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights; 0 for atoms
+        that carry little of the plans, of which the energy hardly tells where they are."""
+        query, kappa = view.query, self.hellinger_scale
+        p = query.weights * jnp.minimum(self._transported(view, pull), 1)
+        p = jnp.where(p > LIGHT / len(p), p, 0)
         reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
         return with_leaves(query, jnp.broadcast_to(p[:, None], query.points.shape), reaction)
-
-    def confined(self, measure: AnyMeasure, plain: AnyMeasure) -> AnyMeasure:
-        """Within the box of the plain step's atoms: of light atoms the energy does not tell."""
-        points, on = plain.points, (plain.weights > 0)[:, None]
-        low = jnp.where(on, points, jnp.inf).min(0, keepdims=True)
-        high = jnp.where(on, points, -jnp.inf).max(0, keepdims=True)
-        kept = jnp.where(on, jnp.clip(measure.points, low, high), measure.points)
-        return with_leaves(measure, kept, measure.weights)
 
     def chart(self, query: AnyMeasure) -> Chart:
         """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have

@@ -127,23 +127,11 @@ class Geometry(eqx.Module):
         each time. Override it where something else than the length is to blame."""
         return self.move(view, pull, step_size * 0.5 ** jnp.asarray(times, step_size.dtype))
 
-    def surely_descends(
-        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], moved: AnyMeasure
-    ) -> Bool[Array, ""]:
-        """Whether it is proved that the first attempt, `moved`, does not raise the energy: saves
-        `jdam.step` a second comparison."""
-        return jnp.array(self.max_backtracks == 0)
-
-    def masses(self, query: AnyMeasure) -> AnyMeasure | None:
+    def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
         """The m of the squared length Σ mⱼsⱼ² of a change s of `Measure.to_free` coordinates, by
-        which `acceleration` combines steps; None for 1. Override it where coordinates differ in
-        units."""
+        which `Anderson` combines steps; None for 1. Coordinates of mass 0 take plain steps.
+        Override it where coordinates differ in units, or hardly matter to the energy."""
         return None
-
-    def confined(self, measure: AnyMeasure, plain: AnyMeasure) -> AnyMeasure:
-        """A measure that `acceleration` proposes, kept near the end of the plain step where a bold
-        one could go astray unnoticed."""
-        return measure
 
     def chart(self, query: AnyMeasure) -> Chart | None:
         """Coordinates for the Newton steps that `acceleration` then takes; without them it combines
@@ -221,11 +209,6 @@ class Geometry(eqx.Module):
     def view(self, query: AnyMeasure) -> AnyView:
         """What `compare`, `move` and `residual` need of the query, computed once an evaluation."""
         return query
-
-    def kept(self, view: AnyView) -> AnyView:
-        """Of a view, what `move` and `backtrack` need: recall keeps it from step to step. Override
-        it where views hold much else."""
-        return view
 
     # ------------------------------------------------------------- speed
 

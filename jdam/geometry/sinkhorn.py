@@ -23,7 +23,6 @@ from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
-    Footing,
     Prepared,
     Pull,
     Solved,
@@ -199,9 +198,6 @@ class Sinkhorn(SHKGeometry):
         share = self._marginals.share(known.potential)
         assert known.gradient is not None  # it is dropped of patterns only
         return View(query, centre, centred, known, share[:, None] * known.gradient)
-
-    def kept(self, view: AnyView) -> AnyView:
-        return Footing(view.query, view.known, view.force)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights

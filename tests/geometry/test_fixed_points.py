@@ -39,7 +39,7 @@ def test_as_advised(rng, rho, kappa):
         parts = shapes[:, :16] + 0.02 * rng.normal(size=(NUM, 16, 2))
         cues = np.concatenate([parts, rng.uniform(-2, 2, size=(NUM, 3, 2))], 1)
     recall = jax.jit(lambda queries: jax.vmap(lambda q: jdam.recall(memory, q, beta))(queries))
-    plain = partial(jdam.recall, max_steps=200, tol=0, acceleration=0)
+    plain = partial(jdam.recall, max_steps=200, tol=0, acceleration=None)
     more = jax.jit(lambda queries: jax.vmap(lambda q: plain(memory, q, beta))(queries))
     found = recall(jdam.PointCloud(cues.astype("f4")))
     ended = np.isin(found.status, (jdam.Status.CONVERGED, jdam.Status.MIXTURE))

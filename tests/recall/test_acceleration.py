@@ -15,7 +15,8 @@ def test_ends_where_plain_steps_end(rng, kind):
     memory, query = problem(rng, kind)
     beta = 3.0
     plain = jdam.recall(memory, query, beta, max_steps=600, tol=1e-6)
-    fast = jdam.recall(memory, query, beta, max_steps=600, tol=1e-6, acceleration=2)
+    faster = jdam.TrustRegion(16) if kind == "clouds" else jdam.Anderson(2)
+    fast = jdam.recall(memory, query, beta, max_steps=600, tol=1e-6, acceleration=faster)
     assert int(fast.status) == int(plain.status)
     assert fast.residual <= 1e-6
     assert int(fast.nearest) == int(plain.nearest)
@@ -36,8 +37,8 @@ def near_the_transition(rng, dtype=np.float64):
 def test_gaussians_near_the_transition(rng):
     memory, queries, beta = near_the_transition(rng)
     plain, fast = (
-        jdam.recall_batch(memory, queries, beta, max_steps=400, tol=1e-9, acceleration=k)
-        for k in (0, 3)
+        jdam.recall_batch(memory, queries, beta, max_steps=400, tol=1e-9, acceleration=acceleration)
+        for acceleration in (None, jdam.Anderson())
     )
     assert (fast.status == plain.status).all()
     assert (fast.energy <= plain.energy + 1e-12).all()
@@ -48,7 +49,7 @@ def test_gaussians_near_the_transition(rng):
 
 def test_energies_never_rise_and_a_batch_is_its_queries(rng):
     memory, queries, beta = near_the_transition(rng)
-    kwargs = {"max_steps": 30, "tol": 1e-9, "acceleration": 3, "save_trace": True}
+    kwargs = {"max_steps": 30, "tol": 1e-9, "acceleration": jdam.Anderson(), "save_trace": True}
     batch = jax.vmap(lambda q: jdam.recall(memory, q, beta, **kwargs))(queries)
     assert (np.diff(batch.trace.energy, axis=1) <= 1e-13).all()
     for i in (0, 7):
@@ -62,14 +63,16 @@ def test_rotating_a_factor_changes_nothing(rng):
     query = queries[3]
     turn = np.linalg.qr(rng.normal(size=(4, 4)))[0]
     turned = jdam.Gaussian(query.mean, query.factor @ turn)
-    first, second = (jdam.recall(memory, q, beta, acceleration=3) for q in (query, turned))
+    first, second = (
+        jdam.recall(memory, q, beta, acceleration=jdam.Anderson()) for q in (query, turned)
+    )
     assert int(first.num_steps) == int(second.num_steps)
     alike(first.measure, second.measure, rtol=1e-9, atol=1e-11)
 
 
 def test_single_precision(rng):
     memory, queries, beta = near_the_transition(rng, np.float32)
-    fast = jdam.recall_batch(memory, queries, beta, max_steps=100, acceleration=3)
+    fast = jdam.recall_batch(memory, queries, beta, max_steps=100, acceleration=jdam.Anderson())
     assert fast.measure.mean.dtype == fast.energy.dtype == jnp.float32
     assert np.isin(fast.status, (jdam.Status.CONVERGED, jdam.Status.MIXTURE)).all()
 
@@ -79,7 +82,13 @@ def test_derivatives_of_gaussians(rng):
 
     def loss(beta, adjoint):
         found = jdam.recall(
-            memory, queries[3], beta, max_steps=40, tol=1e-11, acceleration=3, adjoint=adjoint
+            memory,
+            queries[3],
+            beta,
+            max_steps=40,
+            tol=1e-11,
+            acceleration=jdam.Anderson(),
+            adjoint=adjoint,
         )
         return jnp.sum(found.measure.mean**2) + jnp.trace(found.measure.covariance)
 
@@ -103,12 +112,12 @@ def test_clouds(stiff, kappa):
     patterns, queries = stiff
     memory = jdam.store(patterns, jdam.Sinkhorn(0.2, hellinger_scale=kappa))
 
-    def run(depth, most):
+    def run(acceleration, most):
         return jdam.recall_batch(
-            memory, queries, 30.0, tol=1e-6, max_steps=most, acceleration=depth
+            memory, queries, 30.0, tol=1e-6, max_steps=most, acceleration=acceleration
         )
 
-    plain, fast = run(0, 600), run(3, 200)
+    plain, fast = run(None, 600), run(jdam.TrustRegion(), 200)
     assert (fast.status == jdam.Status.CONVERGED).all()
     assert (fast.nearest == plain.nearest).all()
     assert (fast.energy <= plain.energy + 1e-12).all()
@@ -122,32 +131,44 @@ def test_clouds(stiff, kappa):
 def test_derivatives_of_clouds_are_implicit(stiff):
     patterns, queries = stiff
 
-    def loss(epsilon, adjoint, depth):
+    def loss(epsilon, adjoint):
         changed = jdam.store(patterns, jdam.Sinkhorn(epsilon))
         found = jdam.recall(
-            changed, queries[0], 3.0, tol=1e-9, max_steps=60, acceleration=depth, adjoint=adjoint
+            changed,
+            queries[0],
+            3.0,
+            tol=1e-9,
+            max_steps=60,
+            adjoint=adjoint,
+            acceleration=jdam.TrustRegion(8),
         )
         return found.energy
 
     with pytest.raises(ValueError, match=r"adjoint=jdam\.Implicit\(\)"):
-        jax.grad(loss)(0.2, jdam.Unrolled(), 1)
-    slope = jax.grad(loss)(0.2, jdam.OneStep(), 1)
+        jax.grad(loss)(0.2, jdam.Unrolled())
+    slope = jax.grad(loss)(0.2, jdam.OneStep())
     h = 1e-5
-    numeric = (loss(0.2 + h, jdam.OneStep(), 1) - loss(0.2 - h, jdam.OneStep(), 1)) / (2 * h)
+    numeric = (loss(0.2 + h, jdam.OneStep()) - loss(0.2 - h, jdam.OneStep())) / (2 * h)
     np.testing.assert_allclose(slope, numeric, rtol=1e-4)  # an envelope: dE/dξ is 0
 
 
-@pytest.mark.parametrize(
-    ("depth", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError), ("3", TypeError)]
-)
-def test_arguments(rng, depth, error):
+def test_arguments(rng):
     memory, query = problem(rng, "euclidean")
-    with pytest.raises(error, match="acceleration must be"):
-        jdam.recall(memory, query, 1.0, acceleration=depth)
+    for wrong in (3, True, "fast"):
+        with pytest.raises(TypeError, match="acceleration must be jdam.Anderson"):
+            jdam.recall(memory, query, 1.0, acceleration=wrong)
+    with pytest.raises(ValueError, match="needs a geometry with a chart"):
+        jdam.recall(memory, query, 1.0, acceleration=jdam.TrustRegion())
+    with pytest.raises(ValueError, match="depth must be ≥ 1"):
+        jdam.Anderson(0)
+    with pytest.raises(TypeError, match="delay must be an int"):
+        jdam.Anderson(3, delay=1.5)
+    with pytest.raises(ValueError, match="max_products must be ≥ 1"):
+        jdam.TrustRegion(0)
 
 
 def test_kinds_choose(rng):
-    """Clouds take Newton steps; what comes from outside needs no more than it has."""
+    """Newton steps are for clouds; what comes from outside needs no more than it has."""
     chart = jdam.Geometry.chart
     charted = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).chart is not chart}
     assert charted == {"clouds"}

@@ -73,9 +73,8 @@ def test_energies_keep_their_digits_as_beta_vanishes(rng):
     memory = jdam.store(points, log_prior=rng.normal(size=5))
     query, beta = rng.normal(size=3), 1e-10
     from jdam._energy.average import Settings, evaluate
-    from jdam._energy.evaluation import Start
 
-    found = evaluate(Settings(), memory, query, jax.numpy.asarray(beta), Start())
+    found = evaluate(Settings(), memory, query, jax.numpy.asarray(beta))
     prior = np.exp(memory.log_prior)
     mean = prior @ np.square(points - query).sum(1) / prior.sum()
     np.testing.assert_allclose(found.relative, mean, rtol=1e-9)
