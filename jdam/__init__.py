@@ -33,11 +33,15 @@ from jdam import nn as nn
 from jdam import plot as plot
 from jdam import random as random
 from jdam import theory as theory
+from jdam._cite import cite as cite
+from jdam._energy.calibration import Calibration as Calibration
+from jdam._energy.calibration import calibrate as calibrate
 from jdam._energy.certified import Certified as Certified
 from jdam._energy.choosing import suggest_beta as suggest_beta
 from jdam._energy.energy import divergences as divergences
 from jdam._energy.energy import energy as energy
 from jdam._energy.energy import gibbs_weights as gibbs_weights
+from jdam._energy.nearest import nearest as nearest
 from jdam._energy.pairs import pairwise as pairwise
 from jdam._energy.search import Exhaustive as Exhaustive
 from jdam._energy.search import Search as Search
@@ -45,6 +49,7 @@ from jdam._energy.separation import Entmax as Entmax
 from jdam._energy.separation import Epanechnikov as Epanechnikov
 from jdam._energy.separation import LogSumExp as LogSumExp
 from jdam._energy.separation import Separation as Separation
+from jdam._learning.denoising import denoising_beta as denoising_beta
 from jdam._learning.fit import Fit as Fit
 from jdam._learning.fit import FitState as FitState
 from jdam._learning.fit import Learner as Learner

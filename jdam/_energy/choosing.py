@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -26,6 +27,8 @@ ALL, SAMPLE = 256, 24
 #: A mean of −log w below which a larger β is not likelier in any way that matters.
 CERTAIN = 1e-4
 HALVINGS = 50
+#: In which range to look for log β, in units of the median gap.
+SPAN = -16, 40
 
 logger = logging.getLogger("jdam")
 
@@ -35,6 +38,8 @@ def suggest_beta(
     queries: AnyMeasure | None = None,
     targets: ArrayLike | None = None,
     *,
+    labels: ArrayLike | None = None,
+    pattern_labels: ArrayLike | None = None,
     progress: bool | None = None,
 ) -> Float[Array, ""]:
     """A β to recall with, in the inverse units of D: it follows the unit of length.
@@ -54,26 +59,33 @@ def suggest_beta(
       probabilities. Where a larger β is always likelier, as all queries are nearest to their
       targets, the first at which the mean of −log w is 10⁻⁴. Where targets are often not the
       nearest it is small, and recall may mix patterns: the second way makes it decide.
+    - **With queries and labels**, the classes that they belong to, the likeliest for classes: the
+      same with w summed over all patterns of a class.
 
     The reason of the value is logged at level DEBUG by the logger "jdam". Patterns that coincide
     are not told apart at any β, and count as one. All queries are compared with all patterns:
     outside of `jax.jit` part by part, and Ctrl-C stops that.
 
     **Arguments:** a `memory`; `queries` with one batch axis (Q,), or a list; `targets` (Q,), ints;
-    `progress`: a bar, as of `pairwise`.
+    `labels` (Q,), ints or strings; `pattern_labels` (N,), the class of each pattern, which labels
+    need; `progress`: a bar, as of `pairwise`.
 
     **Returns:** a scalar > 0; where all patterns are the same, 1 over the mean square of their
     size.
 
     **Raises:** as `pairwise`; `TypeError`, `ValueError` or `IndexError` for targets that are no
-    indices of patterns or without queries.
+    indices of patterns, labels of no pattern, both, or either without queries.
     """
     check_memory(memory)
+    if labels is not None:
+        if targets is not None:
+            raise ValueError("targets and labels say the same in two ways: give one of them")
+        targets, pattern_labels = labels, _labels_of(memory, pattern_labels)
     progress = check_progress(progress)
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if queries is None:
         if targets is not None:
-            raise ValueError("targets need queries, whose patterns they are; got none")
+            raise ValueError("targets or labels need queries, whose they are; got none")
         asked, who = memory[_sample(len(memory), log_prior)], "patterns"
     else:
         asked, who = fit_queries(memory, queries), "queries"
@@ -87,14 +99,22 @@ def suggest_beta(
         beta = _apart(divergences, log_prior)
         reason = f"tells 95 % of {len(divergences)} {who} apart"
     else:
-        indices = _targets(memory, log_prior, targets, len(divergences))
-        beta, reason = _likeliest(divergences, log_prior, indices), "is the likeliest for targets"
+        owner, classes = owners(memory, targets, pattern_labels, len(divergences))
+        beta = _likeliest(divergences, log_prior, owner, classes)
+        reason = "is the likeliest for " + ("targets" if classes is None else "labels")
     scale, _ = memory.units_of_patterns()
     beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
     if checks.is_concrete(beta):
         wait(beta)
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
     return beta
+
+
+def _labels_of(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
+    """The classes of the patterns, where they are not given."""
+    if pattern_labels is None:
+        raise ValueError("labels need pattern_labels, the class of each pattern; got none")
+    return pattern_labels
 
 
 def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:
@@ -110,14 +130,37 @@ def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:
     return chosen
 
 
-def _targets(
-    memory: Memory, log_prior: Float[Array, " N"], targets: ArrayLike, num: int
-) -> Int[Array, " Q"]:
+def owners(
+    memory: Memory, targets: ArrayLike, pattern_labels: ArrayLike | None, num: int
+) -> tuple[Int[Array, " Q"], Int[Array, " N"] | None]:
+    """The pattern that each of `num` queries belongs to, and no classes; or where `pattern_labels`
+    are given and targets are labels, a pattern of its class, and the classes by number."""
+    if pattern_labels is None:
+        return _indices(memory, targets, num), None
+    labels, wanted = np.asarray(pattern_labels), np.asarray(targets)
+    if labels.shape != (len(memory),):
+        raise ValueError(
+            f"pattern_labels must have shape (N,) = ({len(memory)},); got {labels.shape}"
+        )
+    if wanted.shape != (num,):
+        raise ValueError(f"labels must have shape (Q,) = ({num},); got {wanted.shape}")
+    names, first, classes = np.unique(labels, return_index=True, return_inverse=True)
+    place = np.searchsorted(names, wanted).clip(max=len(names) - 1)
+    unknown = wanted[names[place] != wanted]
+    if unknown.size:
+        raise ValueError(f"labels must be among those of the patterns; got {unknown[0]}")
+    free = memory.capacity - len(memory)
+    classes = np.concatenate([classes, np.full(free, classes[-1])])
+    return jnp.asarray(first[place], jnp.int32), jnp.asarray(classes, jnp.int32)
+
+
+def _indices(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
     indices = jnp.asarray(targets)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"targets must be integers; got {indices.dtype}")
     if indices.shape != (num,):
         raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
+    log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if checks.is_concrete(indices, log_prior):
         found, num = np.unique(np.asarray(indices)), length_or_capacity(memory)
         for i in found[[0, -1]]:
@@ -153,30 +196,43 @@ def _apart(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> F
 
 @compiled()
 def _likeliest(
-    divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"], targets: Int[Array, " Q"]
+    divergences: Float[Array, "Q N"],
+    log_prior: Float[Array, " N"],
+    targets: Int[Array, " Q"],
+    classes: Int[Array, " N"] | None,
 ) -> Float[Array, ""]:
     """NaN likewise."""
     gaps, odds, rivals = _gaps(divergences, log_prior)
     unit = jnp.nanmedian(jnp.where(rivals, gaps, jnp.nan))
     gaps, rows = gaps / jnp.where(unit > 0, unit, 1), jnp.arange(len(gaps), dtype=jnp.int32)
-    own = gaps[rows, targets]
-    # What coincides with the target is it.
-    same = jnp.abs(gaps - own[:, None]) <= _tie(gaps)
-    likely = jnp.where(same, odds, 0).sum(1)
+    if classes is None:  # what coincides with the target is it
+        own = jnp.abs(gaps - gaps[rows, targets][:, None]) <= _tie(gaps)
+    else:
+        own = classes[None] == classes[targets][:, None]
+    log_odds = jnp.where(odds > 0, jnp.log(jnp.where(odds > 0, odds, 1)), -jnp.inf)
+
+    def loss_and_slope(log_beta: Array) -> tuple[Array, Array]:
+        """The mean of −log Σ w over the class, and its derivative in β."""
+        logits = log_odds - jnp.exp(log_beta) * gaps
+        total, part = (jax.nn.logsumexp(logits, 1, where=where) for where in (odds > 0, own))
+        mean, of_class = (
+            (jax.nn.softmax(logits, 1, where=where) * gaps).sum(1) for where in (odds > 0, own)
+        )
+        return (total - part).mean(), (of_class - mean).mean()
+
+    # The loss is convex in β where classes are single patterns, else it may have several minima.
+    grid = jnp.arange(*SPAN, dtype=gaps.dtype)
+    losses = jax.lax.map(lambda log_beta: loss_and_slope(log_beta)[0], grid)
+    best = grid[jnp.argmax(losses <= jnp.maximum(jnp.nanmin(losses), CERTAIN))]
 
     def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
         middle = (low + high) / 2
-        beta = jnp.exp(middle)
-        masses = odds * jnp.exp(-beta * gaps)
-        total = masses.sum(1)
-        loss = (beta * own - jnp.log(likely / total)).mean()
-        slope = (own - (masses * gaps).sum(1) / total).mean()
+        loss, slope = loss_and_slope(middle)
         more = (slope < 0) & (loss > CERTAIN)
         return jnp.where(more, middle, low), jnp.where(more, high, middle)
 
-    ends = jnp.full_like(unit, -16), jnp.full_like(unit, 40)
-    low, high = repeat(HALVINGS, halve, ends, gaps)
+    low, high = repeat(HALVINGS, halve, (best - 1, best + 1), gaps)
     result: Array = jnp.exp((low + high) / 2) / unit
     return result
 

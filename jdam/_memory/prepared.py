@@ -121,4 +121,4 @@ def _digest(numbers: Float[Array, "N k"]) -> UInt[Array, " N"]:
     words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(numbers), -1)
     words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)
     odd = 2 * jnp.arange(words.shape[1], dtype=jnp.uint32) + jnp.uint32(0x9E3779B1)
-    return jnp.sum((words ^ (words >> 13)) * odd, axis=1, dtype=jnp.uint32)
+    return jnp.sum((words ^ (words >> 13)) * odd[None], axis=1, dtype=jnp.uint32)

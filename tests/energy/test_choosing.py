@@ -157,7 +157,7 @@ def test_it_says_why(rng, caplog):
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        (lambda q: (None, [0]), ValueError, "targets need queries"),
+        (lambda q: (None, [0]), ValueError, "targets or labels need queries"),
         (lambda q: (q, [0]), ValueError, r"targets must have shape \(Q,\) = \(24,\); got \(1,\)"),
         (lambda q: (q, [0.5] * 24), TypeError, "targets must be integers"),
         (lambda q: (q, [12] * 24), IndexError, "index 12 is out of range"),
@@ -215,3 +215,34 @@ def test_it_shows_its_progress(rng, monkeypatch, capsys):
     assert "suggest_beta: 100%" in capsys.readouterr().err
     jdam.suggest_beta(memory)
     assert capsys.readouterr().err == ""
+
+
+def test_the_likeliest_for_labels(rng):
+    """A β at which the mean of −log Σ w over the class is least."""
+    points = rng.normal(size=(12, 2))
+    names = np.array(["north", "south"])[(points[:, 1] < 0).astype(int)]
+    memory = jdam.store(points)
+    queries = rng.normal(size=(30, 2))
+    labels = np.array(["north", "south"])[
+        (queries[:, 1] + 0.5 * rng.normal(size=30) < 0).astype(int)
+    ]
+    beta = float(jdam.suggest_beta(memory, queries, labels=labels, pattern_labels=names))
+
+    def loss(beta):
+        weights = np.asarray(jax.vmap(lambda q: jdam.gibbs_weights(memory, q, beta))(queries))
+        return -np.log((weights * (names[None] == labels[:, None])).sum(1)).mean()
+
+    assert loss(beta) <= min(loss(beta * factor) for factor in np.logspace(-2, 2, 41)) + 1e-9
+
+
+def test_labels_are_checked(rng):
+    memory = jdam.store(rng.normal(size=(3, 2)))
+    queries = rng.normal(size=(2, 2))
+    with pytest.raises(ValueError, match="labels need pattern_labels"):
+        jdam.suggest_beta(memory, queries, labels=[0, 1])
+    with pytest.raises(ValueError, match="give one of them"):
+        jdam.suggest_beta(memory, queries, [0, 1], labels=[0, 1], pattern_labels=[0, 1, 1])
+    with pytest.raises(ValueError, match="labels must be among those of the patterns; got 2"):
+        jdam.suggest_beta(memory, queries, labels=[0, 2], pattern_labels=[0, 1, 1])
+    with pytest.raises(ValueError, match="targets or labels need queries"):
+        jdam.suggest_beta(memory, labels=[0, 1], pattern_labels=[0, 1, 1])
