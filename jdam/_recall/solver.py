@@ -32,7 +32,7 @@ class Problem(NamedTuple):
     memory: Memory
     beta: Float[Array, ""]
     step_size: Float[Array, ""]
-    tol: Float[Array, ""]  # the residual that counts as converged
+    tol: Float[Array, ""]  # the residual that counts as converged where the energy stagnates
     goal: Float[Array, ""]  # the residual at which to stop
     max_steps: Int[Array, ""]
     energy_resolution: Float[Array, ""]  # changes of energy below this are rounding
@@ -275,7 +275,8 @@ class Solver:
 
     def report(self, state: State, problem: Problem) -> Recall:
         """The `Recall`, with its status, of the last state."""
-        found, tol = state.evaluation, problem.tol
+        found = state.evaluation
+        tol = jnp.where(state.stagnated, problem.tol, problem.goal)
         valid = jnp.isfinite(tol) & (problem.step_size > 0) & ~jnp.isnan(found.neglected)
         out_of_reach = (found.weight == 0) & (found.energy == jnp.inf)
         finite = (jnp.isfinite(found.energy) | out_of_reach) & jnp.isfinite(state.residual)

@@ -173,10 +173,8 @@ class SHKGeometry(Geometry):
         coordinates: on 48 recalls of outlines, 200 plain steps from where these end move atoms by
         less than a tenth of it."""
         rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
-        enough, sought = (size * jnp.sqrt(self.epsilon) for size in RESOLVED)
-        if self.rho is not None:  # atoms that slide along others still go far
-            enough = 2 * sought
-        return enough + rounding, sought + rounding
+        enough, sought = (size * jnp.sqrt(self.epsilon) + rounding for size in RESOLVED)
+        return enough, sought
 
     @property
     def max_backtracks(self) -> int:  # type: ignore[override]
@@ -185,14 +183,12 @@ class SHKGeometry(Geometry):
 
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
-        """Not for a given ρ: bold steps take strays and light atoms astray, of which the energy
-        hardly tells."""
-        return 5 if self.safeguard and self.rho is None else 0
+        return 5 if self.safeguard else 0
 
     @property
     def default_steps(self) -> int:  # type: ignore[override]
         """More for a given ρ, where atoms that hardly belong to a pattern move slowly."""
-        return 50 if self.rho is None or not self.safeguard else 150
+        return 50 if self.rho is None or not self.safeguard else 200
 
     @property
     def _tol(self) -> float:
