@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from pathlib import Path
 
 import jaxlib.version
 
@@ -12,6 +13,10 @@ FLAGS = "--xla_backend_optimization_level=0"
 if jaxlib.version.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Programs are compiled once for all workers, processes that tests start, and later runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build/xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import numpy as np
@@ -32,11 +37,21 @@ settings.load_profile("jdam")
 gc.set_threshold(100_000, 50, 100)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of one kind run in one worker, where they share programs; others do by module."""
+    for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            item.add_marker(pytest.mark.xdist_group(parameters.get("kind", item.path.stem)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """A process may map only so much memory, and each compiled program takes some."""
+    """A process may map only so many pieces of memory, and each compiled program takes some."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture
