@@ -26,6 +26,16 @@ KINDS = {
 }
 #: Those whose D vanishes between equals only, and whose full steps end at patterns.
 METRIC = ["gaussian", "low rank", "diagonal", "euclidean"]
+
+
+def only_full(*values):
+    """Parameters of the full tier."""
+    return [
+        pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.full)
+        for value in values
+    ]
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
 #: Of weights that sum to 1.
 WEIGHTED = ["mixtures", "clouds"]

@@ -92,6 +92,7 @@ def padded(rng):
     return jdam.store(jdam.PointCloud.from_ragged(ragged), jdam.Sinkhorn(0.5), capacity=4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("learn", [("patterns", "beta"), ("patterns", "prior"), ()])
 @pytest.mark.parametrize("kind", ["gaussians", "padded clouds"])
 def test_copies_can_be_averaged_and_stacked_and_compile_nothing(rng, kind, learn):
@@ -129,6 +130,7 @@ def test_copies_can_be_averaged_and_stacked_and_compile_nothing(rng, kind, learn
     assert jax.tree.structure(skeleton) == jax.tree.structure(layer)
 
 
+@pytest.mark.full
 def test_layers_of_other_patterns_can_be_stacked(rng):
     """For these are learned: only what is not must be the same."""
     memory, queries, _ = setting(rng, "gaussians")

@@ -47,6 +47,7 @@ def test_recall_is_that_of_exhaustive(rng, name):
     assert (found.neglected[-2:] == 0).all()  # all were
 
 
+@pytest.mark.full
 def test_derivatives_are_those_of_exhaustive(rng):
     memory, queries = problem(rng, "Gaussians")
 
@@ -79,6 +80,7 @@ def test_what_is_chosen(rng):
     assert chosen(jdam.store(points, jdam.Sinkhorn(0.1, rho=1.0))) == "Exhaustive"
 
 
+@pytest.mark.full
 def test_clouds_keep_potentials(rng):
     """From step to step, and in derivatives, where there is room for them."""
     centres = 3 * rng.normal(size=(24, 1, 2))

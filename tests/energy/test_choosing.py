@@ -47,6 +47,7 @@ def test_recall_is_right_as_often_as_the_nearest_neighbour(rng, kind):
         assert (found == targets).mean() >= (nearest == targets).mean() - 0.05
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MAKES)
 @pytest.mark.parametrize("unit", [1e-5, 1e5])
 def test_it_follows_the_unit_of_length(kind, unit):
@@ -69,6 +70,7 @@ def test_what_it_promises(rng):
         assert (weights.max(1) >= 0.99).mean() < 0.9
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("off", [0.3, 1.5])
 def test_the_likeliest(rng, off):
     memory, queries, targets = setting(rng, "gaussians", off=off)
@@ -86,6 +88,7 @@ def test_the_likeliest(rng, off):
         np.testing.assert_allclose(found, np.exp(best.x), rtol=1e-4)
 
 
+@pytest.mark.full
 def test_it_never_fails(rng):
     patterns = vectors(rng, 6, 2)
     same = jdam.store(jnp.ones((4, 2)))
@@ -113,6 +116,7 @@ def test_it_never_fails(rng):
         )
 
 
+@pytest.mark.full
 def test_duplicates_and_patterns_that_are_off(rng):
     patterns = vectors(rng, 8, 2)
     memory = jdam.store(patterns)
@@ -176,6 +180,7 @@ def test_bad_arguments_are_named(rng, args, error, message):
         jdam.suggest_beta(memory.patterns)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num", [256, 257, 3000])
 def test_few_stand_for_many(rng, monkeypatch, num):
     """All of up to 256, of more 24, the same ones each time, compared with all."""
@@ -199,6 +204,7 @@ def test_few_stand_for_many(rng, monkeypatch, num):
     assert 0.75 < told_apart <= 1 if num > 256 else 0.93 < told_apart < 0.97
 
 
+@pytest.mark.full
 def test_those_asked_are_spread_and_on():
     prior = np.where(np.arange(2400) % 2 == 0, 0.0, -np.inf)
     chosen = choosing._sample(2400, jnp.asarray(prior))

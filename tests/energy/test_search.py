@@ -83,6 +83,7 @@ def test_bounds_are_below(kind, rng, dtype):
     assert excess.max() < 1e-10, np.argwhere(excess > 1e-10)
 
 
+@pytest.mark.full
 def test_bounds_at_coincidence_and_of_nothing(rng):
     # The query is a pattern, so that the bound must not be above 0; Diracs have no covariance.
     factor = np.concatenate([rng.normal(size=(3, DIM, DIM)), np.zeros((2, DIM, DIM))])
@@ -94,6 +95,7 @@ def test_bounds_at_coincidence_and_of_nothing(rng):
         np.testing.assert_allclose(bounds[3, :, i], np.sum(factor[i] ** 2), rtol=1e-10)
 
 
+@pytest.mark.full
 def test_closer_bounds_are_closer(rng):
     memory, queries = problem(KINDS["Gaussians alike"], rng)
     first, second, third = np.moveaxis(np.asarray(bounds_of_all(memory, queries)), 1, 0)
@@ -124,6 +126,7 @@ def evaluated(search, memory, queries, beta):
 weigh = jax.jit(jax.vmap(jdam.gibbs_weights, (None, 0, None)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "prior"), [(name, True) for name in KINDS] + [("Gaussians", False), ("vectors", False)]
 )
@@ -168,6 +171,7 @@ def test_certified_is_exhaustive(kind, rng):
             np.testing.assert_allclose(one, other, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("name", "adjoint"),
     [
@@ -197,6 +201,7 @@ def test_derivatives(name, adjoint, rng):
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.full
 def test_diffuse_mass_is_not_certified(rng):
     memory = jdam.store(gaussians(rng, NUM, DIM))
     search = jdam.Certified(4, max_candidates=8)
@@ -213,6 +218,7 @@ def test_few_patterns(rng):
     assert found.nearest == 1
 
 
+@pytest.mark.full
 def test_one_bad_query_among_many(rng):
     memory, queries = problem(KINDS["Gaussians"], rng)
     spoiled = jax.tree.map(lambda leaf: leaf.at[2].set(jnp.nan), queries)
@@ -268,6 +274,7 @@ class Patient(jdam.Euclidean):
         return tuple(partial(a_share, level) for level in range(4))
 
 
+@pytest.mark.full
 def test_any_number_of_levels(rng):
     patterns = vectors(rng, 300, 3)
     query = patterns[0] + 0.1

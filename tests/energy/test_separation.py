@@ -57,6 +57,7 @@ def test_sparsemax_is_the_projection_onto_the_simplex(rng):
     np.testing.assert_allclose(found, expected, atol=1e-14)
 
 
+@pytest.mark.full
 def test_entmax_tends_to_the_log_sum_exp(rng):
     distances = jnp.asarray(rng.uniform(0, 2, size=6))
     limit, near_it = jdam.LogSumExp(), jdam.Entmax(1.0001)
@@ -93,6 +94,7 @@ def test_slopes_are_weights(rng, separation):
         check_derivatives(function, point, order=2, rtol=1e-6, eps=1e-6)
 
 
+@pytest.mark.full
 @sparse
 @exact_kinds
 def test_a_margin_makes_recall_exact(rng, kind, separation):
@@ -114,6 +116,7 @@ def test_a_margin_makes_recall_exact(rng, kind, separation):
 FALLING = ("gaussian", "diagonal", "entropic, low rank", "euclidean", "dot product", "clouds")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "separation"),
     [(k, s) for k in FALLING for s in SEPARATIONS if k != "clouds" or s in SEPARATIONS[1::2]],
@@ -135,6 +138,7 @@ def test_energy_falls_along_recall(rng, kind, separation):
     assert float(weights[int(result.nearest)]) == float(weights.max())
 
 
+@pytest.mark.full
 @every_separation
 def test_blocks_change_nothing(rng, separation):
     memory, query = problem(rng, "gaussian")
@@ -170,6 +174,7 @@ def test_out_of_reach_is_said(rng):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("separation", SEPARATIONS[1:], ids=str)
 def test_patterns_are_switched_off(rng, separation):
     prior = np.array([0, -np.inf, 0.5, -1, 0, 0, 0])
@@ -190,6 +195,7 @@ def test_patterns_are_switched_off(rng, separation):
         np.testing.assert_allclose(slope, other, rtol=1e-9)
 
 
+@pytest.mark.full
 @every_separation
 @pytest.mark.parametrize("kind", ["gaussian", "diagonal", "dot product"])
 def test_transformations(rng, kind, separation):

@@ -10,6 +10,8 @@ import pytest
 import jdam
 from tests.helpers import entropic_transport, sinkhorn_divergence
 
+pytestmark = pytest.mark.full
+
 
 @jax.jit
 def compare(memory, query):

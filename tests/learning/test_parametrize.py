@@ -28,6 +28,7 @@ def test_there_and_back(rng, kind):
         assert np.isfinite(leaf).all()
 
 
+@pytest.mark.full
 @every_kind
 def test_any_values_are_a_memory(rng, kind):
     memory, query = problem(rng, kind)
@@ -44,6 +45,7 @@ def test_any_values_are_a_memory(rng, kind):
     close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_a_memory_of_clouds_learns_by_plain_adam(rng):
     """Sixty steps, points, weights and ε; what comes out is as if it had been stored."""
     ragged = [rng.normal(size=(n, 2)).astype("f4") for n in (4, 6, 5)]
@@ -86,6 +88,7 @@ def test_a_memory_of_clouds_learns_by_plain_adam(rng):
     assert int(status) != jdam.Status.NONFINITE
 
 
+@pytest.mark.full
 def test_derivatives(rng):
     memory = jdam.store(clouds(rng, 2, 2, n=3), jdam.Sinkhorn(0.5, rho=1.0, hellinger_scale=0.2))
     query = near(rng, memory[0], 0.2)
@@ -130,6 +133,7 @@ def test_ways_back_are_equal_that_keep_the_same(rng):
     assert run._cache_size() == 1
 
 
+@pytest.mark.full
 def test_halves_are_learned_in_single_precision(rng):
     patterns = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), gaussians(rng, 3, 2))
     params, rebuild = jdam.parametrize(jdam.store(patterns))

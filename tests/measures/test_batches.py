@@ -80,6 +80,7 @@ def test_what_does_not_go_together_is_named(rng, make, error, message):
         jdam.stack(make(rng))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gaussians_of_samples_of_any_number(rng, dtype):
     numbers = (5, 1, 2, 17, 3, 40, 1)
@@ -96,6 +97,7 @@ def test_gaussians_of_samples_of_any_number(rng, dtype):
     assert not np.asarray(found.factor[1]).any()
 
 
+@pytest.mark.full
 def test_weighted_samples_of_any_number(rng):
     numbers = (3, 9, 2)
     samples = [rng.normal(size=(n, 5)) for n in numbers]

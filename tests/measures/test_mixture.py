@@ -63,6 +63,7 @@ def test_density_and_samples(rng):
         mixture.sample(jax.random.key(0), 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_em_is_as_likely_as_scikit_learns(rng, offset):
     samples = samples_of_three(rng) + offset
@@ -77,6 +78,7 @@ def test_em_is_as_likely_as_scikit_learns(rng, offset):
     np.testing.assert_allclose(single.components.covariance[0], covariance, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 def test_em_of_batches_weights_and_single_precision(rng):
     samples = np.stack([samples_of_three(rng, 80) for _ in range(3)]).astype("f4")
     weights = np.ones((3, 80), "f4") / 60
@@ -93,6 +95,7 @@ def test_em_of_batches_weights_and_single_precision(rng):
     np.testing.assert_array_equal(again.means, found.means)
 
 
+@pytest.mark.full
 def test_em_of_a_line_in_single_precision(rng):
     """A component longer than the floor by more than float32 has digits is no NaN."""
     line = rng.normal(size=6) * rng.normal(size=(4, 30, 1))
@@ -101,6 +104,7 @@ def test_em_of_a_line_in_single_precision(rng):
     assert np.isfinite(jax.vmap(lambda g, x: g.log_density(x))(found, samples)).all()
 
 
+@pytest.mark.full
 def test_em_of_few_and_equal_samples(rng):
     """No component is a point of infinite density, whatever the unit."""
     for unit in (1e-6, 1e6):

@@ -29,10 +29,12 @@ def finish(process):
     assert printed.endswith("the same\n")
 
 
+@pytest.mark.full
 def test_four_devices(tmp_path):
     finish(start(str(tmp_path)))
 
 
+@pytest.mark.full
 def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

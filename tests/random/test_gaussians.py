@@ -17,6 +17,7 @@ def slice_by_rejection(rng, num, dim):
     return points[(points[:, -1] >= 0) & (points[:, -1] <= 1)][:num]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim", [2, 3, 6, 7])
 def test_spectra_are_uniform_on_their_slice(rng, dim):
     num = 4000

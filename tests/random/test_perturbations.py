@@ -89,6 +89,7 @@ def test_perturb_refuses(rng, arguments, message):
         jdam.random.perturb(KEY, gaussians(rng, 3, 2), **{"radius": 1.0} | arguments)
 
 
+@pytest.mark.full
 def test_float32_radii(rng):
     before = jdam.random.wasserstein_sphere(KEY, 5, 20, dtype="float32")
     after = jdam.random.perturb(KEY, before, 0.7)

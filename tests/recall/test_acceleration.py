@@ -33,6 +33,7 @@ def near_the_transition(rng, dtype=np.float64):
     return memory, jdam.Gaussian(patterns.mean + off, patterns.factor), beta
 
 
+@pytest.mark.full
 def test_gaussians_near_the_transition(rng):
     memory, queries, beta = near_the_transition(rng)
     plain, fast = (
@@ -46,6 +47,7 @@ def test_gaussians_near_the_transition(rng):
     assert (fast.num_steps <= plain.num_steps).all()
 
 
+@pytest.mark.full
 def test_energies_never_rise_and_a_batch_is_its_queries(rng):
     memory, queries, beta = near_the_transition(rng)
     kwargs = {"max_steps": 30, "tol": 1e-9, "acceleration": 3, "save_trace": True}
@@ -57,6 +59,7 @@ def test_energies_never_rise_and_a_batch_is_its_queries(rng):
         np.testing.assert_allclose(one.energy, batch.energy[i], rtol=1e-12)
 
 
+@pytest.mark.full
 def test_rotating_a_factor_changes_nothing(rng):
     memory, queries, beta = near_the_transition(rng)
     query = queries[3]
@@ -67,6 +70,7 @@ def test_rotating_a_factor_changes_nothing(rng):
     alike(first.measure, second.measure, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.full
 def test_single_precision(rng):
     memory, queries, beta = near_the_transition(rng, np.float32)
     fast = jdam.recall_batch(memory, queries, beta, max_steps=100, acceleration=3)
@@ -74,6 +78,7 @@ def test_single_precision(rng):
     assert np.isin(fast.status, (jdam.Status.CONVERGED, jdam.Status.MIXTURE)).all()
 
 
+@pytest.mark.full
 def test_derivatives_of_gaussians(rng):
     memory, queries, beta = near_the_transition(rng)
 
@@ -98,6 +103,7 @@ def stiff():
     return jdam.PointCloud(points), queries
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kappa", [0.0, 0.5])
 def test_clouds(stiff, kappa):
     patterns, queries = stiff
@@ -119,6 +125,7 @@ def test_clouds(stiff, kappa):
         np.testing.assert_array_equal(fast.measure.weights, queries.weights)
 
 
+@pytest.mark.full
 def test_derivatives_of_clouds_are_implicit(stiff):
     patterns, queries = stiff
 

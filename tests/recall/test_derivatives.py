@@ -72,7 +72,9 @@ def points_of(kind):
 
 
 CASES = [
-    pytest.param(kind, name, id=f"{kind}, {name}", marks=pytest.mark.xdist_group(kind))
+    pytest.param(
+        kind, name, id=f"{kind}, {name}", marks=[] if name == "generic" else pytest.mark.full
+    )
     for kind in ("full", "diagonal", "vectors", "clouds")
     for name, *_ in points_of(kind)
 ]
@@ -174,6 +176,7 @@ def test_derivatives_are_finite_and_right(kind, name):
                     np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7 * scale)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["full", "diagonal", "vectors"])
 def test_single_precision(kind):
     """Gradients in float32 follow those in float64."""
@@ -190,6 +193,7 @@ def test_single_precision(kind):
             np.testing.assert_allclose(x, y, atol=1e-3 * max(1e-2, float(jnp.abs(y).max())))
 
 
+@pytest.mark.full
 def test_one_pattern(rng):
     """Alone, a pattern has weight 1, whose derivative is 0, and the energy is D."""
     for kind in ("full", "diagonal", "vectors"):
@@ -203,6 +207,7 @@ def test_one_pattern(rng):
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(weights))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["full", "diagonal", "vectors"])
 def test_transformations_of_step(kind):
     """jacfwd, jacrev, vmap(grad) and jit(grad(vmap)) agree."""
@@ -223,6 +228,7 @@ def test_transformations_of_step(kind):
         np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["generic", "query equal to a pattern", "repeated eigenvalues"])
 def test_gradient_in_high_precision(name):
     """Of the energy of full Gaussians along a direction, by differences in 80 digits."""
