@@ -18,6 +18,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1]
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -25,6 +26,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.annotations  # noqa: F401 (by its name, before jdam is imported)
+
+chex.set_n_cpu_devices(2)
 
 install_import_hook("jdam", "tests.annotations.check")
 
@@ -53,6 +56,12 @@ def forget_programs():
     maps = Path("/proc/self/maps")
     if not maps.exists() or len(maps.read_bytes().splitlines()) > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def count_traces_anew():
+    """`chex.assert_max_traces` counts those of equal functions together."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture

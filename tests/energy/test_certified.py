@@ -3,6 +3,7 @@ where few patterns matter."""
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,8 +60,7 @@ def test_derivatives_are_those_of_exhaustive(rng):
 
     for beta in (20.0, 0.1):
         found, wanted = (slope(s, queries[0], beta) for s in (None, jdam.Exhaustive()))
-        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-6, atol=1e-9)
 
 
 def test_what_is_chosen(rng):

@@ -1,5 +1,6 @@
 """Separations: against independent oracles, and what every shape of energy must do."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,7 +172,7 @@ def test_out_of_reach_is_said(rng):
     np.testing.assert_array_equal(jdam.step(memory, far, 5.0, **lost), far)
     for function in (jdam.energy, jdam.gibbs_weights, jdam.step):
         slopes = jax.jacrev(function, argnums=(1, 2))(memory, far, 5.0, **lost)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+        chex.assert_tree_all_finite(slopes)
 
 
 @pytest.mark.full
@@ -215,14 +216,13 @@ def test_transformations(rng, kind, separation):
     queries = jax.tree.map(lambda *x: jnp.stack(x), query, near(rng, query, 0.1))
     forward, reverse, hessian, mapped, summed = everything(query, queries)
     alike_leaves(forward, reverse)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(hessian))
+    chex.assert_tree_all_finite(hessian)
     alike_leaves(mapped, summed)
     alike_leaves(jax.tree.map(lambda x: x[0], mapped), reverse)
 
 
 def alike_leaves(first, second):
-    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+    chex.assert_trees_all_close(first, second, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, float("nan"), float("inf")])

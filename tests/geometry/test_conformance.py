@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +105,7 @@ def test_softmax_of_huge_logits(rng, kind, dtype):
     run = jax.jit(jax.vmap(everything, (None, 0, None)))
     for beta in (1e3, 1e6):
         found = run(memory, queries, beta)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        chex.assert_tree_all_finite(found)
         distances, energies, weights, _, _, status = found
         assert (weights <= 1).all()
         np.testing.assert_allclose(energies, distances.min(1), rtol=1e-5)

@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -247,7 +248,7 @@ def test_derivatives_are_finite_and_right(kind):
             tangent = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), point[:4])
             tangent = (*tangent, jnp.asarray(0.5 * epsilon))
             found = run(point, tangent)
-            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)), name
+            chex.assert_tree_all_finite(found)
             (_, slopes, _), (curved, moved, backward, pulled) = found
             np.testing.assert_allclose(inner(pulled, tangent), inner(moved, moved), rtol=1e-7)
             expected = inner(slopes, curved)

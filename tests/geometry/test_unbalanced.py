@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -298,15 +299,13 @@ def test_single_precision_follows_double(rng):
 
 def test_rho_is_traced_and_checked(rng):
     patterns, query = clouds(rng, 3, 2), clouds(rng, 1, 2)[0]
-    traced = []
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def energy(rho):
-        traced.append(1)
         return jdam.energy(jdam.store(patterns, jdam.Sinkhorn(0.5, rho=rho)), query, 1.0)
 
     assert energy(0.1) < energy(0.5) < energy(3.0)
-    assert len(traced) == 1
     assert "rho=0.5" in repr(jdam.Sinkhorn(0.1, rho=0.5))
     for rho, error in ((0.0, ValueError), (-1.0, ValueError), ("much", TypeError)):
         with pytest.raises(error, match="rho must be"):

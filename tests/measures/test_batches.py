@@ -1,5 +1,6 @@
 """Lists of measures, and samples of different numbers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +16,7 @@ def test_stack_undoes_indexing(rng, kind):
     memory, _ = problem(rng, kind)
     singles = [memory[i] for i in range(len(memory))]
     stacked = jdam.stack(singles)
-    assert jax.tree.structure(stacked) == jax.tree.structure(memory.patterns)
-    for x, y in zip(jax.tree.leaves(stacked), jax.tree.leaves(memory.patterns), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(stacked, memory.patterns, strict=True)
     again = jax.jit(lambda *singles: jdam.stack(list(singles)))(*singles)
     np.testing.assert_array_equal(*(jax.tree.leaves(m)[0] for m in (again, stacked)))
 

@@ -1,5 +1,6 @@
 """Mixtures: their moments, samples, densities, and how EM finds them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_moments(rng):
     one = mixtures(rng, 1, 3, 1, 1)[0]
     np.testing.assert_allclose(one.moments.covariance, one.components.covariance[0], atol=1e-15)
     slope = jax.grad(lambda mixture: mixture.moments.covariance.sum())(batch)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+    chex.assert_tree_all_finite(slope)
 
 
 def test_density_and_samples(rng):
