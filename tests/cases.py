@@ -37,6 +37,11 @@ def only_full(*values):
 
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
+#: The quick tests take every kind in the conformance suite, and a few elsewhere.
+FEW = ["gaussian", "euclidean", "clouds"]
+every_kind_in_full = pytest.mark.parametrize(
+    "kind", [*FEW, *only_full(*(kind for kind in KINDS if kind not in FEW))]
+)
 #: Of weights that sum to 1.
 WEIGHTED = ["mixtures", "clouds"]
 #: Programs on clouds take seconds to compile, and their weights cannot be varied one by one:

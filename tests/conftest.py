@@ -40,6 +40,7 @@ settings.load_profile("jdam")
 gc.set_threshold(100_000, 50, 100)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Tests of one kind run in one worker, where they share programs; others do by module."""
     for item in items:

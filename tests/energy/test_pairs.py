@@ -15,11 +15,11 @@ import pytest
 import jdam
 from jdam._energy import pairs
 from jdam.geometry.protocol import BatchSizes
-from tests.cases import METRIC, every_kind, problem, some_and_clouds
+from tests.cases import METRIC, every_kind_in_full, problem, some_and_clouds
 from tests.helpers import gaussians, near, vectors
 
 
-@every_kind
+@every_kind_in_full
 def test_pairs_are_single_calls(rng, kind):
     memory, query = problem(rng, kind)
     queries = jdam.stack([memory[1], query, memory[4]])

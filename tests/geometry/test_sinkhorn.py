@@ -246,10 +246,6 @@ def recall_all():
     return jax.jit(jax.vmap(recall, (None, 0, None)))
 
 
-# Compiled by one worker.
-recalled_by_one = pytest.mark.xdist_group("recall_all")
-
-
 def planar(rng, strays):
     """Four patterns of 12 atoms, noisy queries, atoms far off added, and the median ½|x−y|²."""
     shapes = rng.normal(size=(4, 2, 2))
@@ -261,7 +257,6 @@ def planar(rng, strays):
 
 
 @pytest.mark.full
-@recalled_by_one
 @pytest.mark.parametrize("kappa", [0.0, 0.1, 1.0, 10.0])
 def test_energy_never_rises(rng, recall_all, kappa):
     patterns, queries, median = planar(rng, strays=3.0)
@@ -275,7 +270,6 @@ def test_energy_never_rises(rng, recall_all, kappa):
 
 
 @pytest.mark.full
-@recalled_by_one
 def test_stray_atoms_lose_their_mass(rng, recall_all):
     patterns, queries, median = planar(rng, strays=50.0)
     plain, _ = recall_all(

@@ -170,10 +170,6 @@ def recall_all():
     return jax.jit(jax.vmap(recall, (None, 0, None)))
 
 
-# Compiled by one worker.
-by_one = pytest.mark.xdist_group("recall unbalanced")
-
-
 def planar(rng):
     """Six patterns of 12 atoms, cues of 8 of them with noise, and 3 strays."""
     patterns = rng.normal(size=(6, 12, 2))
@@ -183,7 +179,6 @@ def planar(rng):
 
 
 @pytest.mark.full
-@by_one
 @pytest.mark.parametrize("kappa", [0.0, 1.0, 20.0])
 def test_partial_and_cluttered_cues(rng, recall_all, kappa):
     """Energy never rises; the right pattern; strays are seen, and lose their mass."""
@@ -208,7 +203,6 @@ def test_partial_and_cluttered_cues(rng, recall_all, kappa):
 
 
 @pytest.mark.full
-@by_one
 def test_balanced_transport_cannot(rng, recall_all):
     patterns, cues = planar(rng)
     memory = jdam.store(jdam.PointCloud(patterns), jdam.Sinkhorn(0.05))

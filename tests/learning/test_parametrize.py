@@ -12,11 +12,11 @@ import optax
 import pytest
 
 import jdam
-from tests.cases import alike, close, every_kind, problem
+from tests.cases import alike, close, every_kind_in_full, problem
 from tests.helpers import check_derivatives, clouds, gaussians, near
 
 
-@every_kind
+@every_kind_in_full
 def test_there_and_back(rng, kind):
     memory, query = problem(rng, kind)
     params, rebuild = jdam.parametrize(memory)
@@ -30,7 +30,7 @@ def test_there_and_back(rng, kind):
 
 
 @pytest.mark.full
-@every_kind
+@every_kind_in_full
 def test_any_values_are_a_memory(rng, kind):
     memory, query = problem(rng, kind)
     params, rebuild = jdam.parametrize(memory, ("patterns", "prior"))

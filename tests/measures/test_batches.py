@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.cases import every_kind, problem
+from tests.cases import every_kind_in_full, problem
 from tests.helpers import clouds, diagonals, gaussians, vectors
 
 
-@every_kind
+@every_kind_in_full
 def test_stack_undoes_indexing(rng, kind):
     memory, _ = problem(rng, kind)
     singles = [memory[i] for i in range(len(memory))]

@@ -9,7 +9,7 @@ import pytest
 from jax import monitoring
 
 import jdam
-from tests.cases import KINDS, alike, all_of, close, every_kind, some_and_clouds, some_kinds
+from tests.cases import KINDS, alike, all_of, close, every_kind_in_full, some_and_clouds, some_kinds
 from tests.helpers import clouds, diagonals, gaussians, mixtures, near, vectors
 
 CAPACITY, BETA = 8, 3.0
@@ -37,7 +37,7 @@ def pair(rng, kind, num=5, d=3):
     return grown(patterns, geometry), stored, near(rng, stored[2], 0.1)
 
 
-@every_kind
+@every_kind_in_full
 def test_energies_and_steps(rng, kind):
     memory, stored, query = pair(rng, kind)
     found, wanted = all_of(memory, query, BETA), all_of(stored, query, BETA)

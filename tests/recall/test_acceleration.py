@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.cases import KINDS, alike, every_kind, problem
+from tests.cases import KINDS, alike, every_kind_in_full, problem
 from tests.helpers import gaussians
 
 
-@every_kind
+@every_kind_in_full
 def test_ends_where_plain_steps_end(rng, kind):
     memory, query = problem(rng, kind)
     beta = 3.0

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.cases import every_kind, problem
+from tests.cases import every_kind_in_full, problem
 from tests.helpers import check_derivatives, clouds, diagonals, gaussians, vectors
 
 
-@every_kind
+@every_kind_in_full
 def test_arrays_are_averaged(rng, kind):
     memory, query = problem(rng, kind)
     values = rng.normal(size=(7, 2, 3))
