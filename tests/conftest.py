@@ -40,16 +40,6 @@ settings.load_profile("jdam")
 gc.set_threshold(100_000, 50, 100)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """Tests of one kind run in one worker, where they share programs; others do by module."""
-    for item in items:
-        if not item.get_closest_marker("xdist_group"):
-            parameters = item.callspec.params if hasattr(item, "callspec") else {}
-            group = str(parameters.get("kind", item.path.stem))
-            item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """A process may map only so many pieces of memory, and each compiled program takes some."""

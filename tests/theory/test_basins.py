@@ -7,6 +7,7 @@ import pytest
 
 import jdam
 from jdam import theory
+from tests.cases import only_full
 from tests.helpers import clouds, diagonals, gaussians
 
 
@@ -21,10 +22,7 @@ KINDS = {
     "low rank": flat,
     "diagonal": diagonals,
 }
-# What was found in all cases of a kind is found once, by one worker.
-every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group("examined")) for kind in KINDS]
-)
+every_kind = pytest.mark.parametrize("kind", ["full", "diagonal", *only_full("low rank")])
 two_kinds = pytest.mark.parametrize("kind", ["full", "diagonal"])
 NUM, DIM, CASES = 6, 3, 150
 
