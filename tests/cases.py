@@ -38,7 +38,7 @@ def only_full(*values):
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 #: The quick tests take every kind in the conformance suite, and a few elsewhere.
-FEW = ["gaussian", "euclidean", "clouds"]
+FEW = ["gaussian", "euclidean"]
 every_kind_in_full = pytest.mark.parametrize(
     "kind", [*FEW, *only_full(*(kind for kind in KINDS if kind not in FEW))]
 )

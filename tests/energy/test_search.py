@@ -156,6 +156,15 @@ def recall(search, memory, queries, beta):
     return jax.vmap(one, (None, 0, None))(memory, queries, beta)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "Gaussians",
+        "vectors",
+        *only_full(*(name for name in KINDS if name not in ("Gaussians", "vectors"))),
+    ],
+    indirect=True,
+)
 def test_certified_is_exhaustive(kind, rng):
     memory, queries = problem(kind, rng, num=20 if kind is KINDS["clouds"] else NUM)
     for beta in (0.3, 3.0, 30.0, 300.0):

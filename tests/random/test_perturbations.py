@@ -99,6 +99,7 @@ def test_float32_radii(rng):
         np.testing.assert_allclose(distance, 0.7, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_components_are_perturbed(rng):
     """By the radius each, which is MW₂ while none comes near another."""
     patterns = mixtures(rng, 3, 2, spread=4.0)
