@@ -26,7 +26,22 @@ KINDS = {
 }
 #: Those whose D vanishes between equals only, and whose full steps end at patterns.
 METRIC = ["gaussian", "low rank", "diagonal", "euclidean"]
+
+
+def only_full(*values):
+    """Parameters of the full tier."""
+    return [
+        pytest.param(*value if isinstance(value, tuple) else (value,), marks=pytest.mark.full)
+        for value in values
+    ]
+
+
 every_kind = pytest.mark.parametrize("kind", KINDS)
+#: The quick tests take every kind in the conformance suite, and a few elsewhere.
+FEW = ["gaussian", "euclidean"]
+every_kind_in_full = pytest.mark.parametrize(
+    "kind", [*FEW, *only_full(*(kind for kind in KINDS if kind not in FEW))]
+)
 #: Of weights that sum to 1.
 WEIGHTED = ["mixtures", "clouds"]
 #: Programs on clouds take seconds to compile, and their weights cannot be varied one by one:

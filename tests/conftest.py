@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from pathlib import Path
 
 import jaxlib.version
 
@@ -12,7 +13,12 @@ FLAGS = "--xla_backend_optimization_level=0"
 if jaxlib.version.__version_info__ < (0, 11):
     FLAGS += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
+# Programs are compiled once for all workers, processes that tests start, and later runs.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build/xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -20,6 +26,8 @@ from hypothesis import settings
 from jaxtyping import install_import_hook
 
 import tests.annotations  # noqa: F401 (by its name, before jdam is imported)
+
+chex.set_n_cpu_devices(2)
 
 install_import_hook("jdam", "tests.annotations.check")
 
@@ -34,9 +42,17 @@ gc.set_threshold(100_000, 50, 100)
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
-    """A process may map only so much memory, and each compiled program takes some."""
+    """A process may map only so many pieces of memory, and each compiled program takes some."""
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 10_000:
+        jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def count_traces_anew():
+    """`chex.assert_max_traces` counts those of equal functions together."""
+    chex.clear_trace_counter()
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ devices are counted and processes meet when JAX starts.
     python -m tests.sharding_worker folder address count index    one of several processes
 """
 
-import os
 import sys
 import tempfile
 from functools import partial
@@ -13,10 +12,11 @@ from pathlib import Path
 
 folder, *address = sys.argv[1:]
 devices = 2 if address else 4
-flags = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}"
 
+import chex
 import jax
+
+chex.set_n_cpu_devices(devices)
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -91,6 +91,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "Agg")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 def test_page(page):
     run_page(page)
@@ -116,6 +117,7 @@ def test_every_public_name_is_used_beside_its_documentation(page):
     assert documented <= used
 
 
+@pytest.mark.full
 def test_models_learn():
     """The recipes for Equinox and Flax, with an optimizer around."""
     code = [b for b in blocks(FOLDER / "guides" / "learning.md") if "x.Module" in b]

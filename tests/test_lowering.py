@@ -11,6 +11,8 @@ import pytest
 import jdam
 from tests.cases import problem
 
+pytestmark = pytest.mark.full
+
 PLATFORMS = ["cuda", "tpu"]
 CERTIFIED = jdam.Certified(2)
 

@@ -20,6 +20,7 @@ def rates(lines, names):
     return found
 
 
+@pytest.mark.full
 def test_demo_draws_and_tabulates(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "DAMAGES", {"blur": demo.DAMAGES["blur"]})
     monkeypatch.setattr(molecules, "DAMAGES", {"all three": molecules.all_of_it})
@@ -83,6 +84,7 @@ def test_bad_options_are_named(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_import_is_light_and_quiet():
     """Neither ott-jax (1.5 s, and a warning) nor plotting comes with `import jdam`."""
     code = (

@@ -22,6 +22,7 @@ def held(request, rng):
     return memory, near(rng, memory[2], 0.1)
 
 
+@pytest.mark.full
 def test_certified_is_exhaustive(held):
     memory, query = held
     first, second = (
@@ -34,6 +35,7 @@ def test_certified_is_exhaustive(held):
         np.testing.assert_allclose(x, y, atol=1e-12)
 
 
+@pytest.mark.full
 def test_implicit_is_unrolled_at_convergence(held):
     memory, query = held
 
@@ -45,6 +47,7 @@ def test_implicit_is_unrolled_at_convergence(held):
     np.testing.assert_allclose(*slopes, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_is_learned(rng, held):
     memory, _ = held
     queries = near(rng, memory.patterns, 0.2)

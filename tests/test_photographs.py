@@ -2,12 +2,15 @@
 
 import matplotlib as mpl
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 from jdam.demo import photographs as demo
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+
+pytestmark = pytest.mark.full
 
 
 def outcome(nearest, truth):

@@ -216,6 +216,7 @@ def test_way_of_a_vector(ax):
     assert_allclose(path[[0, -1]], [[0.9, 0.2], found.measure])
 
 
+@pytest.mark.full
 def test_way_of_a_cloud(ax, rng):
     patterns = clouds(rng)
     query = jdam.PointCloud(patterns.points[0] + 0.3)
@@ -257,6 +258,7 @@ def test_ways_end_at_ellipses_and_crosses(ax):
     assert_allclose(ax.lines[-2].get_xydata(), [[1, 0]])
 
 
+@pytest.mark.full
 def test_way_of_a_mixture(ax, rng):
     patterns = mixtures(rng, 2, 3)
     memory = jdam.store(patterns)
@@ -281,6 +283,7 @@ def test_landscape_over_the_mean(ax, rng, kind):
     assert ax.get_xlabel() == "x₃ of the mean (of 3 coordinates)"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("given", [True, False])
 def test_landscape_over_the_translation_of_a_cloud(ax, rng, given):
     """Of one cloud and itself moved by t: S_ε = ½|t|², whatever ε."""
@@ -294,6 +297,7 @@ def test_landscape_over_the_translation_of_a_cloud(ax, rng, given):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("x₁ of the mean", "x₂ of the mean")
 
 
+@pytest.mark.full
 def test_landscape_over_the_place_of_a_mixture(ax):
     mean = np.array([[[0.0, 0.0], [2.0, 0.0]]])
     memory = jdam.store(jdam.GaussianMixture(np.full((1, 2), 0.5), mean, np.ones((1, 2, 2, 1))))
@@ -301,6 +305,7 @@ def test_landscape_over_the_place_of_a_mixture(ax):
     assert_allclose(levels, [[0, 1], [9, 10]], atol=1e-9)
 
 
+@pytest.mark.full
 def test_landscape_of_clouds_on_the_line_is_a_curve(ax):
     memory = jdam.store(jdam.PointCloud(np.array([[[0.0], [1.0]]])), jdam.Sinkhorn(0.3))
     jdam.plot.landscape(memory, 1.0, xs=[0.0, 0.5, 2.5], ax=ax)
@@ -441,6 +446,7 @@ def test_bad_arguments_are_named(ax, draw, error, message):
         draw(jdam.plot)
 
 
+@pytest.mark.full
 def test_missing_matplotlib_is_said():
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

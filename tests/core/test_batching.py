@@ -94,6 +94,7 @@ def test_only_what_is_wanted_is_computed(rng, flat, at_once):
         assert sizes == [2] * 4  # eight in all
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("flat", [False, True])
 def test_derivatives_are_those_of_the_function(rng, flat):
     x, shift = jnp.asarray(rng.normal(size=5)), jnp.float64(0.3)
@@ -117,6 +118,7 @@ def test_a_row_that_never_ends_does_not_hold_up_others():
     np.testing.assert_array_equal(where(x), [2.0, np.nan, 3.0])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("size", [1, 3, 8])
 def test_what_may_not_be_wanted_is_computed_in_the_loop_only(size):
     """XLA moves out of a loop what is the same in every turn, and computes it in any case."""

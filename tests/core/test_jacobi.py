@@ -81,6 +81,7 @@ def test_principal_axes(rng, shape):
     assert (turned[:, rank:] == 0).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim", [2, 4])
 def test_a_step_needs_no_lapack(rng, dim):
     patterns = jdam.Gaussian(rng.normal(size=(6, dim)), rng.normal(size=(6, dim, dim)))

@@ -13,6 +13,8 @@ from jdam import theory
 from jdam._core import lapack as _lapack
 from tests.helpers import gaussians
 
+pytestmark = pytest.mark.full
+
 decompositions = {
     "svd": (_lapack.svd, lambda a: np.linalg.svd(a, full_matrices=False)),
     "full svd": (_lapack.full_svd, np.linalg.svd),

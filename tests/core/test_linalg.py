@@ -24,12 +24,14 @@ def test_polar_against_scipy(rng, shape):
     np.testing.assert_allclose(polar(jnp.asarray(matrix)), expected, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(3, 3), (2, 4)])
 def test_polar_derivatives(rng, shape):
     matrix = jnp.asarray(rng.normal(size=shape))
     check_derivatives(polar, (matrix,), order=2, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("values", [[1, 1, 1], [2, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
 def test_derivatives_at_repeated_and_vanishing_singular_values(rng, values):
     matrix = jnp.asarray(orthogonal(rng, 3) * np.array(values, float) @ orthogonal(rng, 3))
@@ -47,6 +49,7 @@ def shrunk_factor(matrix):
     return shrunk_polar(matrix).factor
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(1, 1), (3, 3), (2, 4)])
 def test_shrunk_polar(rng, shape):
     """(H + I) R = 2K with H = (4KKᵀ + I)^½; it tends to the polar factor, and near 0 to K."""
@@ -61,6 +64,7 @@ def test_shrunk_polar(rng, shape):
         check_derivatives(shrunk_factor, at, order=2, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("values", [[1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]])
 @pytest.mark.parametrize("columns", [3, 5])
 def test_derivatives_of_shrunk_polar_at_repeated_singular_values(rng, values, columns):
@@ -97,6 +101,7 @@ def test_safe_sqrt():
     assert np.isnan(safe_sqrt(jnp.array(-1.0)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num", [7, 600, 70_000, 600_000])
 def test_long_sums_keep_their_digits(rng, num):
     """As those of NumPy, which are pairwise, of numbers whose sum does not cancel."""

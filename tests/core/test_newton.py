@@ -42,6 +42,7 @@ def test_against_the_decomposition(rng, condition, dtype):
         np.testing.assert_allclose(found, wanted, atol=200 * condition * eps)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_any_rank(rng, dtype):
     for rank in range(6):
@@ -55,6 +56,7 @@ def test_any_rank(rng, dtype):
     assert orthogonal(np.asarray(run(nilpotent)), dtype)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("shape", [(3, 5), (8, 2, 7), (2, 3, 5, 6)])
 def test_fewer_rows_than_columns(rng, shape):
     matrix = rng.normal(size=shape)
@@ -73,6 +75,7 @@ def test_what_is_not_finite_stays_so(rng):
     assert np.isnan(np.asarray(run(matrix))).any()
 
 
+@pytest.mark.full
 def test_accelerators_take_it_and_decompose_nothing_else():
     """In the program of polar factors the decomposition is left where orthogonality is not."""
     shape = jax.ShapeDtypeStruct((100, 16, 16), jnp.float32)

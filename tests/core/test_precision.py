@@ -7,6 +7,8 @@ import pytest
 import jdam
 from tests.cases import KINDS, every_kind, problem
 
+pytestmark = pytest.mark.full
+
 
 def of_lower_precision(function, *args):
     """The products in a lowered program that are not in full precision."""

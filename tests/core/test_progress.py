@@ -106,6 +106,7 @@ class Never:
         return False
 
 
+@pytest.mark.full
 def test_a_signal_is_heard_while_the_device_works(interruptible):
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
@@ -122,6 +123,7 @@ def test_waiting_is_for_all_values(rng):
     assert all(result.is_ready() for result in results)
 
 
+@pytest.mark.full
 def test_a_signal_ends_the_parts(interruptible):
     began, count = time.monotonic(), 0
 

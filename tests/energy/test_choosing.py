@@ -13,6 +13,7 @@ import jdam
 from jdam._energy import choosing
 from jdam._energy import pairs as module
 from jdam.geometry.protocol import BatchSizes
+from tests.cases import only_full
 from tests.helpers import clouds, gaussians, near, vectors
 
 MAKES = {
@@ -37,7 +38,7 @@ def setting(rng, kind, unit=1.0, off=0.3):
     return jdam.store(scaled(patterns, unit), geometry(unit)), scaled(queries, unit), targets
 
 
-@pytest.mark.parametrize("kind", MAKES)
+@pytest.mark.parametrize("kind", ["gaussians", "vectors", *only_full("clouds", "unbalanced")])
 def test_recall_is_right_as_often_as_the_nearest_neighbour(rng, kind):
     memory, queries, targets = setting(rng, kind)
     nearest = np.asarray(jdam.pairwise(memory, queries)).argmin(1)
@@ -47,6 +48,7 @@ def test_recall_is_right_as_often_as_the_nearest_neighbour(rng, kind):
         assert (found == targets).mean() >= (nearest == targets).mean() - 0.05
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", MAKES)
 @pytest.mark.parametrize("unit", [1e-5, 1e5])
 def test_it_follows_the_unit_of_length(kind, unit):
@@ -69,6 +71,7 @@ def test_what_it_promises(rng):
         assert (weights.max(1) >= 0.99).mean() < 0.9
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("off", [0.3, 1.5])
 def test_the_likeliest(rng, off):
     memory, queries, targets = setting(rng, "gaussians", off=off)
@@ -86,6 +89,7 @@ def test_the_likeliest(rng, off):
         np.testing.assert_allclose(found, np.exp(best.x), rtol=1e-4)
 
 
+@pytest.mark.full
 def test_it_never_fails(rng):
     patterns = vectors(rng, 6, 2)
     same = jdam.store(jnp.ones((4, 2)))
@@ -113,6 +117,7 @@ def test_it_never_fails(rng):
         )
 
 
+@pytest.mark.full
 def test_duplicates_and_patterns_that_are_off(rng):
     patterns = vectors(rng, 8, 2)
     memory = jdam.store(patterns)
@@ -176,6 +181,7 @@ def test_bad_arguments_are_named(rng, args, error, message):
         jdam.suggest_beta(memory.patterns)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("num", [256, 257, 3000])
 def test_few_stand_for_many(rng, monkeypatch, num):
     """All of up to 256, of more 24, the same ones each time, compared with all."""
@@ -199,6 +205,7 @@ def test_few_stand_for_many(rng, monkeypatch, num):
     assert 0.75 < told_apart <= 1 if num > 256 else 0.93 < told_apart < 0.97
 
 
+@pytest.mark.full
 def test_those_asked_are_spread_and_on():
     prior = np.where(np.arange(2400) % 2 == 0, 0.0, -np.inf)
     chosen = choosing._sample(2400, jnp.asarray(prior))

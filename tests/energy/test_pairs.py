@@ -15,11 +15,11 @@ import pytest
 import jdam
 from jdam._energy import pairs
 from jdam.geometry.protocol import BatchSizes
-from tests.cases import METRIC, every_kind, problem, some_and_clouds
+from tests.cases import METRIC, every_kind_in_full, problem, some_and_clouds
 from tests.helpers import gaussians, near, vectors
 
 
-@every_kind
+@every_kind_in_full
 def test_pairs_are_single_calls(rng, kind):
     memory, query = problem(rng, kind)
     queries = jdam.stack([memory[1], query, memory[4]])
@@ -31,6 +31,7 @@ def test_pairs_are_single_calls(rng, kind):
     assert among.shape == (7, 7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", METRIC)
 def test_patterns_among_themselves(rng, kind):
     memory, _ = problem(rng, kind)
@@ -56,6 +57,7 @@ def test_lists_batches_of_nothing_and_free_places(rng):
         jdam.pairwise(memory.patterns)
 
 
+@pytest.mark.full
 def test_thin_factors_stay_thin(rng):
     """The Fréchet distance of few samples in many dimensions, without a covariance."""
     samples = [rng.normal(size=(n, 300)) + rng.normal(size=300) for n in (6, 9, 4)]
@@ -74,6 +76,7 @@ def test_thin_factors_stay_thin(rng):
             np.testing.assert_allclose(found[i, j], wanted, rtol=1e-10, atol=1e-9)
 
 
+@pytest.mark.full
 def test_gradient_of_pairs(rng):
     memory = jdam.store(gaussians(rng, 3, 2))
     queries = near(rng, memory.patterns, 0.1)
@@ -89,6 +92,7 @@ def small_parts(monkeypatch, geometry):
     monkeypatch.setattr(type(geometry), "batch_sizes", lambda self, patterns: sizes)
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     memory, query = problem(rng, kind)
@@ -107,6 +111,7 @@ def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.full
 def test_parts_of_many_queries_have_all_patterns(rng, monkeypatch, capsys):
     memory = jdam.store(vectors(rng, 5, 3))
     sizes = BatchSizes(2, 3, 1)
@@ -119,6 +124,7 @@ def test_parts_of_many_queries_have_all_patterns(rng, monkeypatch, capsys):
     assert "3/3" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("own", [True, False])
 def test_parts_of_memories_with_room_or_spoiled(rng, monkeypatch, own):
     memory = jdam.store(gaussians(rng, 6, 2), log_prior=np.zeros(6), capacity=11)
@@ -147,6 +153,7 @@ def test_how_many_at_once(rng):
     assert pairs._pairs_at_once(memory) == (tile.queries, 64 * tile.patterns)
 
 
+@pytest.mark.full
 def test_only_known_values_are_cut(rng, monkeypatch):
     memory = jdam.store(vectors(rng, 9, 2))
     small_parts(monkeypatch, memory.geometry)
@@ -163,6 +170,7 @@ def test_only_known_values_are_cut(rng, monkeypatch):
         jdam.pairwise(memory)
 
 
+@pytest.mark.full
 def test_it_can_be_stopped(rng, monkeypatch, interruptible):
     memory = jdam.store(vectors(rng, 4000, 2))
     small_parts(monkeypatch, memory.geometry)

@@ -1,5 +1,6 @@
 """Separations: against independent oracles, and what every shape of energy must do."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,7 @@ def test_sparsemax_is_the_projection_onto_the_simplex(rng):
     np.testing.assert_allclose(found, expected, atol=1e-14)
 
 
+@pytest.mark.full
 def test_entmax_tends_to_the_log_sum_exp(rng):
     distances = jnp.asarray(rng.uniform(0, 2, size=6))
     limit, near_it = jdam.LogSumExp(), jdam.Entmax(1.0001)
@@ -93,6 +95,7 @@ def test_slopes_are_weights(rng, separation):
         check_derivatives(function, point, order=2, rtol=1e-6, eps=1e-6)
 
 
+@pytest.mark.full
 @sparse
 @exact_kinds
 def test_a_margin_makes_recall_exact(rng, kind, separation):
@@ -114,6 +117,7 @@ def test_a_margin_makes_recall_exact(rng, kind, separation):
 FALLING = ("gaussian", "diagonal", "entropic, low rank", "euclidean", "dot product", "clouds")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "separation"),
     [(k, s) for k in FALLING for s in SEPARATIONS if k != "clouds" or s in SEPARATIONS[1::2]],
@@ -135,6 +139,7 @@ def test_energy_falls_along_recall(rng, kind, separation):
     assert float(weights[int(result.nearest)]) == float(weights.max())
 
 
+@pytest.mark.full
 @every_separation
 def test_blocks_change_nothing(rng, separation):
     memory, query = problem(rng, "gaussian")
@@ -167,9 +172,10 @@ def test_out_of_reach_is_said(rng):
     np.testing.assert_array_equal(jdam.step(memory, far, 5.0, **lost), far)
     for function in (jdam.energy, jdam.gibbs_weights, jdam.step):
         slopes = jax.jacrev(function, argnums=(1, 2))(memory, far, 5.0, **lost)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+        chex.assert_tree_all_finite(slopes)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("separation", SEPARATIONS[1:], ids=str)
 def test_patterns_are_switched_off(rng, separation):
     prior = np.array([0, -np.inf, 0.5, -1, 0, 0, 0])
@@ -190,6 +196,7 @@ def test_patterns_are_switched_off(rng, separation):
         np.testing.assert_allclose(slope, other, rtol=1e-9)
 
 
+@pytest.mark.full
 @every_separation
 @pytest.mark.parametrize("kind", ["gaussian", "diagonal", "dot product"])
 def test_transformations(rng, kind, separation):
@@ -209,14 +216,13 @@ def test_transformations(rng, kind, separation):
     queries = jax.tree.map(lambda *x: jnp.stack(x), query, near(rng, query, 0.1))
     forward, reverse, hessian, mapped, summed = everything(query, queries)
     alike_leaves(forward, reverse)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(hessian))
+    chex.assert_tree_all_finite(hessian)
     alike_leaves(mapped, summed)
     alike_leaves(jax.tree.map(lambda x: x[0], mapped), reverse)
 
 
 def alike_leaves(first, second):
-    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+    chex.assert_trees_all_close(first, second, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5, float("nan"), float("inf")])

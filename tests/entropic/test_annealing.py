@@ -7,6 +7,8 @@ import pytest
 
 import jdam
 
+pytestmark = pytest.mark.full
+
 
 def log_sum_exp(x, axis):
     top = x.max(axis, keepdims=True)

@@ -94,6 +94,7 @@ def test_against_extended_precision(problem):
     assert float(found.error) <= 1e-13
 
 
+@pytest.mark.full
 def test_single_precision(problem):
     x, _, y, _, epsilon = problem
     cost = float(entropic_transport(*problem)[0])
@@ -104,6 +105,7 @@ def test_single_precision(problem):
     assert abs(float(found.cost) - cost) < 1e-4 * abs(cost) + rounding
 
 
+@pytest.mark.full
 def test_plan_is_that_of_pot(rng):
     x, a, y, b, epsilon = next(rest for name, *rest in problems(rng) if name == "epsilon 0.1")
     found = solve(TIGHT, x, a, y, b, epsilon, np.zeros(6))
@@ -115,6 +117,7 @@ def test_plan_is_that_of_pot(rng):
     np.testing.assert_allclose(found.cost, primal, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_ott_finds_the_same(rng):
     for name, *problem in problems(rng):
         if name in ("epsilon 1.0", "epsilon 0.1", "zero weights", "duplicates"):
@@ -127,6 +130,7 @@ def test_ott_finds_the_same(rng):
             )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("epsilon", [10.0, 0.3, 0.01, 1e-3])
 def test_a_cloud_and_itself(rng, epsilon):
     x, a = rng.normal(size=(8, 2)), np.append(rng.dirichlet(np.ones(6)), [0, 0])
@@ -141,6 +145,7 @@ def test_a_cloud_and_itself(rng, epsilon):
     np.testing.assert_allclose(found.potential[6:], extended, atol=1e-12)
 
 
+@pytest.mark.full
 def test_the_guess_changes_nothing(rng):
     x, a, y, b, epsilon = next(problems(rng))[1:]
     first = solve(TIGHT, x, a, y, b, epsilon, np.zeros(6))
@@ -150,6 +155,7 @@ def test_the_guess_changes_nothing(rng):
         np.testing.assert_allclose(again.gradient, first.gradient, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.full
 def test_a_missed_tolerance_is_reported(rng):
     x, a, y, b, _ = next(problems(rng))[1:]
     found = solve(Solver(1e-13, 3), x, a, y, b, 0.005, np.zeros(6))
@@ -158,6 +164,7 @@ def test_a_missed_tolerance_is_reported(rng):
     assert float(found.cost) < exact  # one marginal is exact: a lower bound
 
 
+@pytest.mark.full
 def test_each_pair_of_a_batch_is_solved_alone(rng):
     """Nested batches, with one hard, one broken and many easy pairs."""
     xs, ys = rng.normal(size=(4, 8, 2)), rng.normal(size=(5, 6, 2))
@@ -180,6 +187,7 @@ def test_each_pair_of_a_batch_is_solved_alone(rng):
         np.testing.assert_array_equal(np.delete(new, 2, 0), np.delete(old, 2, 0))
 
 
+@pytest.mark.full
 def test_derivatives_by_differences(rng):
     """Of cost, map and potential differences, to second order, along the simplex: of two problems,
     in the second of which atoms weigh nothing."""
@@ -201,6 +209,7 @@ def test_derivatives_by_differences(rng):
     check_derivatives(outputs, arguments, order=2)
 
 
+@pytest.mark.full
 def test_derivatives_in_weights_of_zero(rng):
     """One-sided: mass put on an atom of weight 0, taken from the others in proportion."""
     x, y = rng.normal(size=(5, 2)), rng.normal(size=(4, 2))
@@ -220,6 +229,7 @@ def test_derivatives_in_weights_of_zero(rng):
     np.testing.assert_allclose(slopes, differences, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_weights_that_sum_to_one_in_single_precision_only(rng):
     x, y = rng.normal(size=(2, 5, 3))
     a, b = rng.dirichlet(np.full(5, 5.0), size=2).astype(np.float32).astype(np.float64)

@@ -38,6 +38,7 @@ def draw(rng):
     return x, rng.dirichlet(np.ones(8)), y, rng.dirichlet(np.ones(6))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("ratio", [0.01, 0.1, 1.0, 10.0, 100.0, 1e4, 1e6])
 def test_against_extended_precision(rng, ratio):
     x, a, y, b = draw(rng)
@@ -59,6 +60,7 @@ def test_against_extended_precision(rng, ratio):
         np.testing.assert_allclose(np.exp(-known.potential / rho), np.exp(-h / rho), atol=1e-12)
 
 
+@pytest.mark.full
 def test_far_strays_and_single_precision(rng):
     x, a, y, b = draw(rng)
     x[:2] += 40
@@ -72,6 +74,7 @@ def test_far_strays_and_single_precision(rng):
         np.testing.assert_allclose(np.exp(-found.f / ratio), np.exp(-f / ratio), atol=2e-5)
 
 
+@pytest.mark.full
 def test_iterations_do_not_grow_with_rho(rng):
     """The plain iteration takes ρ/ε of them to move potentials by a constant."""
     x, a, y, b = draw(rng)
@@ -80,6 +83,7 @@ def test_iterations_do_not_grow_with_rho(rng):
         assert float(found.error) <= 1e-11
 
 
+@pytest.mark.full
 def test_plan_is_that_of_pot(rng):
     x, a, y, b = draw(rng)
     epsilon, rho = 0.3, 0.5
@@ -101,6 +105,7 @@ def test_plan_is_that_of_pot(rng):
     np.testing.assert_allclose(found.cost, by_mass, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_potentials_are_those_of_ott(rng):
     with warnings.catch_warnings(action="ignore"):
         from ott.geometry.geometry import Geometry
@@ -133,6 +138,7 @@ def test_two_atoms(rng):
         np.testing.assert_allclose(np.exp(-found.f[0] / rho), np.exp(-cost / scale), rtol=1e-12)
 
 
+@pytest.mark.full
 def test_half_an_iteration_bounds_the_cost(rng):
     x, a, y, b = map(jnp.asarray, draw(rng))
     bound = jax.jit(dual_after_half_iteration, static_argnums=0)
@@ -146,6 +152,7 @@ def test_half_an_iteration_bounds_the_cost(rng):
         np.testing.assert_allclose(bound(TIGHT, pair, best.g + 2), best.cost, rtol=1e-10)
 
 
+@pytest.mark.full
 def test_derivatives_by_differences(rng):
     """Of cost, map and potentials, to second order, in everything, along the simplex."""
     x, y = rng.normal(size=(2, 5, 2)), rng.normal(size=(2, 4, 2))
@@ -176,6 +183,7 @@ class Distance(Cost):
         return jnp.sqrt(squares + 1) - 1
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rho", [None, 0.7])
 def test_another_cost(rng, rho):
     x, a, y, b = draw(rng)

@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from tests.cases import (
     close,
     every_kind,
     metric_kinds,
+    only_full,
     problem,
     quick_kinds,
     some_and_clouds,
@@ -46,6 +48,7 @@ def test_energy_and_weights_are_the_log_sum_exp(rng, kind):
             )
 
 
+@pytest.mark.full
 @some_and_clouds
 @pytest.mark.parametrize("beta", [1e-6, 1.0, 1e6])
 def test_duplicated_patterns_share_their_weight(rng, kind, beta):
@@ -82,6 +85,7 @@ def test_far_query_is_recalled(rng, kind):
     alike(jdam.step(memory, query, 1e4), memory[int(far.argmin())], atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(kind, np.float32) for kind in METRIC] + [("gaussian", np.float64)]
 )
@@ -101,13 +105,14 @@ def test_softmax_of_huge_logits(rng, kind, dtype):
     run = jax.jit(jax.vmap(everything, (None, 0, None)))
     for beta in (1e3, 1e6):
         found = run(memory, queries, beta)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        chex.assert_tree_all_finite(found)
         distances, energies, weights, _, _, status = found
         assert (weights <= 1).all()
         np.testing.assert_allclose(energies, distances.min(1), rtol=1e-5)
         assert (status <= jdam.Status.MIXTURE).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["diagonal", "euclidean"])
 def test_distant_clusters_in_single_precision(rng, kind):
     """Two clusters 2000 apart and 0.1 wide: |x|² + |y|² − 2xy has no digits left for them."""
@@ -128,6 +133,7 @@ def test_distant_clusters_in_single_precision(rng, kind):
     np.testing.assert_allclose(jdam.energy(memory, query, 10.0), expected, rtol=1e-5)
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_constants_inside_jit(rng, kind):
     """Concrete arrays closed over by a traced function are checked as usual."""
@@ -183,6 +189,7 @@ def plainly(recall, kind):
     return partial(recall, acceleration=None) if kind == "clouds" else recall
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_vmap_over_queries_and_betas_is_a_loop(rng, kind):
     make, _ = KINDS[kind]
@@ -208,6 +215,7 @@ def test_vmap_over_queries_and_betas_is_a_loop(rng, kind):
         alike(jax.tree.map(lambda x: x[2], many), one, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_vmap_over_memories(rng, kind):
     make, geometry = KINDS[kind]
@@ -220,6 +228,7 @@ def test_vmap_over_memories(rng, kind):
         np.testing.assert_allclose(energies[i], recall(memory, query, 1.0).energy, rtol=1e-9)
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_one_bad_query_among_a_thousand(rng, kind):
     make, _ = KINDS[kind]
@@ -237,6 +246,7 @@ def test_one_bad_query_among_a_thousand(rng, kind):
     )
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_block_size_changes_nothing(rng, kind):
     memory, query = problem(rng, kind, num=7)
@@ -250,8 +260,9 @@ def test_block_size_changes_nothing(rng, kind):
         alike(other.measure, results[0].measure, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("order", [1, *only_full(2)])
 @quick_kinds
-def test_gradient_of_energy_by_differences(rng, kind):
+def test_gradient_of_energy_by_differences(rng, kind, order):
     """In query, patterns, β and prior, forward and reverse."""
     make, geometry = KINDS[kind]
     patterns, query = make(rng, 5, 3), near(rng, make(rng, 1, 3)[0], 0.1)
@@ -261,9 +272,10 @@ def test_gradient_of_energy_by_differences(rng, kind):
     def energy(query, patterns, beta, log_prior):
         return jdam.energy(jdam.store(patterns, geometry, log_prior=log_prior), query, beta)
 
-    check_derivatives(energy, arguments, order=2)
+    check_derivatives(energy, arguments, order=order)
 
 
+@pytest.mark.full
 @some_kinds
 def test_gradient_of_recall_by_differences(rng, kind):
     """Of a loss of the measure recalled, through steps not yet converged, in query and β."""
@@ -316,6 +328,7 @@ def test_new_values_do_not_recompile(rng):
     assert len(COUNT) == traced
 
 
+@pytest.mark.full
 @some_kinds
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_dtype_is_kept(rng, kind, dtype):
@@ -335,6 +348,7 @@ def test_dtype_is_kept(rng, kind, dtype):
     assert result.status in (jdam.Status.CONVERGED, jdam.Status.MIXTURE)
 
 
+@pytest.mark.full
 @quick_kinds
 def test_single_precision_follows_double(rng, kind):
     memory, query = problem(rng, kind, num=20, d=8)

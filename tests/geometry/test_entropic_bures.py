@@ -2,6 +2,7 @@
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -80,6 +81,7 @@ def test_against_explicit_roots(rng, epsilon):
         np.testing.assert_allclose(moved.covariance, g @ a @ g.T, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.full
 def test_on_a_grid():
     """In one dimension, by Sinkhorn's iterations between densities on a grid."""
     x = np.linspace(-8, 8, 121)[:, None]
@@ -115,6 +117,7 @@ def pair(rng, case, d, condition, scale):
     return first, second
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "relative"), [(np.float64, 1e-12), (np.float32, 1e-4)])
 def test_accuracy(rng, case, dtype, relative):
@@ -149,6 +152,7 @@ def test_diagonals_are_full_ones(rng):
     assert (moved.scale >= 0).all()
 
 
+@pytest.mark.full
 def test_small_epsilon_is_bures(rng):
     patterns, query = gaussians(rng, 4, 3), gaussians(rng, 1, 3)[0]
     memory, bures = jdam.store(patterns, jdam.EntropicBures(1e-9)), jdam.store(patterns)
@@ -159,6 +163,7 @@ def test_small_epsilon_is_bures(rng):
     np.testing.assert_allclose(first.covariance, second.covariance, atol=1e-6)
 
 
+@pytest.mark.full
 def test_large_epsilon_sees_means_alone(rng):
     memory = jdam.store(gaussians(rng, 4, 3), jdam.EntropicBures(1e9))
     query, means = gaussians(rng, 1, 3)[0], memory.patterns.mean
@@ -170,6 +175,7 @@ def test_large_epsilon_sees_means_alone(rng):
     np.testing.assert_allclose(moved.covariance, query.covariance, atol=1e-7)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [gaussians, diagonals])
 def test_is_a_divergence(rng, make):
     """Symmetric, zero between equals alone, above ½|Δm|², and of degree 2."""
@@ -186,6 +192,7 @@ def test_is_a_divergence(rng, make):
     np.testing.assert_allclose(larger, 9 * values, rtol=1e-11, atol=1e-28)
 
 
+@pytest.mark.full
 def test_velocity_is_the_gradient(rng):
     """dD = −⟨v, u⟩ along linear fields u(x) = c + G(x − m), by differences."""
     pattern, query = gaussians(rng, 1, 3), gaussians(rng, 1, 3)[0]
@@ -229,6 +236,7 @@ def derivatives(kind):
     return jax.jit(everything)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["full", "diagonal"])
 def test_derivatives_are_finite_and_right(kind):
     """In query, patterns, β, prior and ε, to second order, forward and in reverse."""
@@ -240,7 +248,7 @@ def test_derivatives_are_finite_and_right(kind):
             tangent = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), point[:4])
             tangent = (*tangent, jnp.asarray(0.5 * epsilon))
             found = run(point, tangent)
-            assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found)), name
+            chex.assert_tree_all_finite(found)
             (_, slopes, _), (curved, moved, backward, pulled) = found
             np.testing.assert_allclose(inner(pulled, tangent), inner(moved, moved), rtol=1e-7)
             expected = inner(slopes, curved)
@@ -258,6 +266,7 @@ def test_derivatives_are_finite_and_right(kind):
                     np.testing.assert_allclose(x, y, rtol=1e-6, atol=bound, err_msg=name)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit()])
 def test_derivative_of_recall(rng, adjoint):
     """Of the fixed point, in patterns, β and ε; rotations of the factor do not disturb it."""
@@ -293,6 +302,7 @@ def bounds_of_all(memory, queries):
 table = jax.jit(jax.vmap(jdam.divergences, (None, 0)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("diagonal", [False, True])
 def test_bounds_are_below(rng, dtype, diagonal):
@@ -323,6 +333,7 @@ def test_bounds_are_below(rng, dtype, diagonal):
     assert np.median(closeness) > 0.98
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [gaussians, diagonals])
 def test_certified_is_exhaustive(rng, make):
     memory = jdam.store(make(rng, 40, 3), jdam.EntropicBures(0.1))
@@ -346,6 +357,7 @@ def test_one_pattern_is_recalled(rng):
     np.testing.assert_allclose(result.measure.covariance, memory[0].covariance, atol=1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [gaussians, diagonals])
 def test_energy_falls_by_the_square_of_the_velocity(rng, make):
     """E(ξ) − E(ξ⁺) ≥ τ(1 − 0.6τ)|v|² at all scales of query, patterns and ε."""
@@ -385,6 +397,7 @@ def test_store_and_show(rng):
         jdam.store(np.ones((2, 2)), jdam.EntropicBures(0.1))
 
 
+@pytest.mark.full
 def test_learning(rng):
     import optax
 

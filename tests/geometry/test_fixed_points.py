@@ -8,6 +8,8 @@ import pytest
 
 import jdam
 
+pytestmark = pytest.mark.full
+
 NUM = 8
 
 

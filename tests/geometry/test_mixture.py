@@ -59,6 +59,7 @@ def test_one_component_is_bures_and_points_are_exact_transport(rng):
     np.testing.assert_allclose(found[0, 1], wanted, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_order_padding_and_splitting_change_nothing(rng):
     memory = jdam.store(mixtures(rng, 4, 2))
     query = mixtures(rng, 1, 2)[0]
@@ -79,6 +80,7 @@ def test_order_padding_and_splitting_change_nothing(rng):
     np.testing.assert_array_equal(other.means[3:], query.means[jnp.array([2, 2])])
 
 
+@pytest.mark.full
 def test_perturbed_shuffled_mixtures_are_recalled(rng):
     memory = jdam.store(mixtures(rng, 20, 2, spread=3.0))
     beta = jdam.suggest_beta(memory)
@@ -96,6 +98,7 @@ def test_perturbed_shuffled_mixtures_are_recalled(rng):
     assert (end <= 0.05 * start)[right].all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("components", [1, 2, 5])
 def test_the_energy_never_rises(rng, components):
     """Where plans split and tie as well."""
@@ -109,6 +112,7 @@ def test_the_energy_never_rises(rng, components):
         assert (np.diff(energies, axis=1) <= 1e-12).all()
 
 
+@pytest.mark.full
 def test_bounds_are_bounds(rng):
     for seed in range(3):
         rng = np.random.default_rng(seed)
@@ -124,6 +128,7 @@ def test_bounds_are_bounds(rng):
             assert np.median(np.asarray(last(view, held)) / exact) > 0.8
 
 
+@pytest.mark.full
 def test_certified_is_exhaustive(rng):
     memory = jdam.store(mixtures(rng, 60, 3, spread=3.0))
     queries = near(rng, jax.tree.map(lambda leaf: leaf[:6], memory.patterns), 0.3)
@@ -136,6 +141,7 @@ def test_certified_is_exhaustive(rng):
     assert (np.asarray(found.neglected) <= 1e-8).all()
 
 
+@pytest.mark.full
 def test_derivatives_along_the_simplex(rng):
     """In weights, means and factors of query and patterns, twice for the energy."""
     patterns, query = mixtures(rng, 3, 2, 2), mixtures(rng, 1, 2, 3)[0]
@@ -158,6 +164,7 @@ def test_derivatives_along_the_simplex(rng):
     check_derivatives(step, point, rtol=1e-4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()])
 def test_derivatives_of_recall(rng, adjoint):
     memory = jdam.store(mixtures(rng, 3, 2, 2, spread=2.0))
@@ -175,6 +182,7 @@ def test_derivatives_of_recall(rng, adjoint):
     np.testing.assert_allclose(2 * np.vdot(slope, h), wanted, rtol=1e-2)
 
 
+@pytest.mark.full
 def test_theory_of_means(rng):
     memory = jdam.store(mixtures(rng, 6, 2, spread=0.3))
     spread = jdam.GaussianMixture(
@@ -196,6 +204,7 @@ def test_theory_of_means(rng):
         jdam.theory.contraction_bound(memory, 0, 0.1, beta)
 
 
+@pytest.mark.full
 def test_attention_over_mixtures(rng):
     """Barycentres of mixtures as values, and mixtures as keys of arrays."""
     memory = jdam.store(mixtures(rng, 4, 2, spread=3.0))

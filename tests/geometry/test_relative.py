@@ -24,6 +24,7 @@ def test_the_median_within_patterns(rng):
     assert balanced.rho is None
 
 
+@pytest.mark.full
 def test_weights_count_and_padding_does_not(rng):
     cloud = clouds(rng, 1, 2, n=5)[0]
     one = jdam.Sinkhorn.relative(cloud).epsilon
@@ -36,6 +37,7 @@ def test_weights_count_and_padding_does_not(rng):
     np.testing.assert_allclose(jdam.Sinkhorn.relative(heavy, 1.0).epsilon, 0.5)
 
 
+@pytest.mark.full
 def test_it_follows_the_unit_of_length(rng):
     """And so do recalls with it."""
     patterns = clouds(rng, 4, 2)
@@ -53,6 +55,7 @@ def test_it_follows_the_unit_of_length(rng):
         np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.full
 def test_many_clouds_and_atoms(rng):
     points = rng.normal(size=(60, 1500, 2)).astype("f4")
     unit = jdam.Sinkhorn.relative(jdam.PointCloud(points), 1.0).epsilon

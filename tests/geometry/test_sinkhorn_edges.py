@@ -10,6 +10,8 @@ import pytest
 import jdam
 from tests.helpers import entropic_transport, sinkhorn_divergence
 
+pytestmark = pytest.mark.full
+
 
 @jax.jit
 def compare(memory, query):
@@ -62,7 +64,6 @@ def recall_in_units(clouds, cue, unit, kappa):
     return recalled, jdam.divergences(memory, query) / unit**2
 
 
-@pytest.mark.xdist_group("units")  # compiled by one worker
 @pytest.mark.parametrize("kappa", [0.0, 1.0])
 def test_recall_does_not_depend_on_the_unit(rng, kappa):
     clouds = rng.normal(size=(3, 8, 2)) + 2 * rng.normal(size=(3, 1, 2))

@@ -51,6 +51,7 @@ def test_one_row_and_no_row_of_weight(rng):
     np.testing.assert_allclose(twins.mass.sum(0), 1 / 3, rtol=1e-15)
 
 
+@pytest.mark.full
 def test_single_precision(rng):
     cost, a, b = (x.astype("f4") for x in problems(rng, "generic", 50, 16, 16))
     plan = many(cost, a, b)
@@ -59,6 +60,7 @@ def test_single_precision(rng):
     assert (plan.gap < 1e-5).all()
 
 
+@pytest.mark.full
 def test_derivatives_along_the_simplex(rng):
     cost, a, b = (jnp.asarray(x[0]) for x in problems(rng, "generic", 1, 4, 5))
     target = jnp.asarray(rng.normal(size=(4, 5)))

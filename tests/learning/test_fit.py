@@ -19,6 +19,7 @@ def held_out_error(memory, beta, queries, targets):
     return float(jax.vmap(partial(jdam.recall_error, memory, beta))(queries, targets).mean())
 
 
+@pytest.mark.full
 def test_learned_gaussians_beat_k_means(rng):
     """32 patterns for Gaussians that lie about 40 centres, recalled from noisy queries."""
     centres = gaussians(rng, 40, 2, spread=3.0)
@@ -56,6 +57,7 @@ def test_learned_gaussians_beat_k_means(rng):
     assert np.mean(found.losses[-20:]) < np.mean(found.losses[:20])
 
 
+@pytest.mark.full
 def test_temperature_is_recovered(rng):
     """Queries recalled with β = 3 tell it, by gradient alone."""
     patterns, queries = gaussians(rng, 5, 2), gaussians(rng, 20, 2)
@@ -96,6 +98,7 @@ def test_measures_stay_measures(rng, kind):
     assert min(moved) > 1e-3
 
 
+@pytest.mark.full
 def test_clouds_stay_clouds(rng):
     """And their padding padding, though weights decay."""
     patterns = jdam.PointCloud.from_ragged([rng.normal(size=(n, 2)) for n in (2, 4, 3)])
@@ -118,6 +121,7 @@ def test_clouds_stay_clouds(rng):
         assert float(jnp.abs(x - y).max()) > 1e-3
 
 
+@pytest.mark.full
 def test_batches_are_drawn_by_key(rng):
     memory = jdam.store(vectors(rng, 4, 2))
     queries, targets = vectors(rng, 20, 2), vectors(rng, 20, 2)
@@ -133,6 +137,7 @@ def test_batches_are_drawn_by_key(rng):
     assert not np.array_equal(first, other)
 
 
+@pytest.mark.full
 def test_own_loss_and_targets(rng, capsys, monkeypatch):
     """Labels by attention: a classifier with learned prototypes; and the bar is drawn, on a
     terminal."""

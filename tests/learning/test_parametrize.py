@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,11 @@ import optax
 import pytest
 
 import jdam
-from tests.cases import alike, close, every_kind, problem
+from tests.cases import alike, close, every_kind_in_full, problem
 from tests.helpers import check_derivatives, clouds, gaussians, near
 
 
-@every_kind
+@every_kind_in_full
 def test_there_and_back(rng, kind):
     memory, query = problem(rng, kind)
     params, rebuild = jdam.parametrize(memory)
@@ -24,11 +26,11 @@ def test_there_and_back(rng, kind):
     alike(again.patterns, memory.patterns, rtol=1e-13, atol=1e-13)
     energy = jax.jit(lambda params: jdam.energy(rebuild(params), query, 2.0))
     close(energy(params), jdam.energy(memory, query, 2.0), rtol=1e-9, atol=1e-9)
-    for leaf in jax.tree.leaves(jax.grad(energy)(params)):
-        assert np.isfinite(leaf).all()
+    chex.assert_tree_all_finite(jax.grad(energy)(params))
 
 
-@every_kind
+@pytest.mark.full
+@every_kind_in_full
 def test_any_values_are_a_memory(rng, kind):
     memory, query = problem(rng, kind)
     params, rebuild = jdam.parametrize(memory, ("patterns", "prior"))
@@ -44,6 +46,7 @@ def test_any_values_are_a_memory(rng, kind):
     close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_a_memory_of_clouds_learns_by_plain_adam(rng):
     """Sixty steps, points, weights and ε; what comes out is as if it had been stored."""
     ragged = [rng.normal(size=(n, 2)).astype("f4") for n in (4, 6, 5)]
@@ -86,6 +89,7 @@ def test_a_memory_of_clouds_learns_by_plain_adam(rng):
     assert int(status) != jdam.Status.NONFINITE
 
 
+@pytest.mark.full
 def test_derivatives(rng):
     memory = jdam.store(clouds(rng, 2, 2, n=3), jdam.Sinkhorn(0.5, rho=1.0, hellinger_scale=0.2))
     query = near(rng, memory[0], 0.2)
@@ -124,12 +128,17 @@ def test_ways_back_are_equal_that_keep_the_same(rng):
     pad = jdam.PointCloud.from_ragged([cloud.points[:n] for cloud, n in zip(memory, (5, 6, 6), strict=True)])  # fmt: skip
     assert rebuild != jdam.parametrize(jdam.store(pad, memory.geometry, log_prior=np.zeros(3)))[1]
     params = jdam.parametrize(memory)[0]
-    run = jax.jit(lambda params, rebuild: rebuild(params).patterns.points, static_argnums=1)
+
+    @partial(jax.jit, static_argnums=1)
+    @chex.assert_max_traces(n=1)
+    def run(params, rebuild):
+        return rebuild(params).patterns.points
+
     for way in (rebuild, again, others[0]):
         np.testing.assert_array_equal(run(params, way), memory.patterns.points)
-    assert run._cache_size() == 1
 
 
+@pytest.mark.full
 def test_halves_are_learned_in_single_precision(rng):
     patterns = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), gaussians(rng, 3, 2))
     params, rebuild = jdam.parametrize(jdam.store(patterns))

@@ -1,24 +1,22 @@
 """Lists of measures, and samples of different numbers."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jdam
-from tests.cases import every_kind, problem
+from tests.cases import every_kind_in_full, problem
 from tests.helpers import clouds, diagonals, gaussians, vectors
 
 
-@every_kind
+@every_kind_in_full
 def test_stack_undoes_indexing(rng, kind):
     memory, _ = problem(rng, kind)
     singles = [memory[i] for i in range(len(memory))]
     stacked = jdam.stack(singles)
-    assert jax.tree.structure(stacked) == jax.tree.structure(memory.patterns)
-    for x, y in zip(jax.tree.leaves(stacked), jax.tree.leaves(memory.patterns), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(x, y)
+    chex.assert_trees_all_equal(stacked, memory.patterns, strict=True)
     again = jax.jit(lambda *singles: jdam.stack(list(singles)))(*singles)
     np.testing.assert_array_equal(*(jax.tree.leaves(m)[0] for m in (again, stacked)))
 
@@ -80,6 +78,7 @@ def test_what_does_not_go_together_is_named(rng, make, error, message):
         jdam.stack(make(rng))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_gaussians_of_samples_of_any_number(rng, dtype):
     numbers = (5, 1, 2, 17, 3, 40, 1)
@@ -96,6 +95,7 @@ def test_gaussians_of_samples_of_any_number(rng, dtype):
     assert not np.asarray(found.factor[1]).any()
 
 
+@pytest.mark.full
 def test_weighted_samples_of_any_number(rng):
     numbers = (3, 9, 2)
     samples = [rng.normal(size=(n, 5)) for n in numbers]

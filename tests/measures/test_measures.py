@@ -273,6 +273,7 @@ def test_bad_clouds(make, error, message):
 # ------------------------------------------------------------------ moments
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("num", "offset"), [(1000, 1e3), (100_000, 3e4), (50, 1e6)])
 def test_samples_far_from_zero(rng, num, offset):
     samples = (rng.normal(size=(num, 2)) + offset).astype(np.float32)
@@ -299,6 +300,7 @@ def derivative(function, x, direction, size=1e-5):
     return (function(x + size * direction) - function(x - size * direction)) / (2 * size)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["all vary", "one is constant", "fewer than dimensions"])
 def test_derivatives_of_moments(rng, kind):
     """In samples and along the simplex in weights, to second order, against differences."""
@@ -331,6 +333,7 @@ def test_derivatives_of_moments(rng, kind):
         np.testing.assert_allclose(curvature, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.full
 def test_derivative_in_a_weight_of_zero(rng):
     samples, weights = rng.normal(size=(8, 3)), np.r_[0, 0, np.full(6, 1 / 6)]
     memory, shift = jdam.store(gaussians(rng, 1, 3)), np.r_[1, 0, -1, np.zeros(5)]

@@ -1,5 +1,6 @@
 """Mixtures: their moments, samples, densities, and how EM finds them."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,7 @@ def test_moments(rng):
     one = mixtures(rng, 1, 3, 1, 1)[0]
     np.testing.assert_allclose(one.moments.covariance, one.components.covariance[0], atol=1e-15)
     slope = jax.grad(lambda mixture: mixture.moments.covariance.sum())(batch)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slope))
+    chex.assert_tree_all_finite(slope)
 
 
 def test_density_and_samples(rng):
@@ -63,6 +64,7 @@ def test_density_and_samples(rng):
         mixture.sample(jax.random.key(0), 0)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("offset", [0.0, 1e4])
 def test_em_is_as_likely_as_scikit_learns(rng, offset):
     samples = samples_of_three(rng) + offset
@@ -77,6 +79,7 @@ def test_em_is_as_likely_as_scikit_learns(rng, offset):
     np.testing.assert_allclose(single.components.covariance[0], covariance, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 def test_em_of_batches_weights_and_single_precision(rng):
     samples = np.stack([samples_of_three(rng, 80) for _ in range(3)]).astype("f4")
     weights = np.ones((3, 80), "f4") / 60
@@ -93,6 +96,7 @@ def test_em_of_batches_weights_and_single_precision(rng):
     np.testing.assert_array_equal(again.means, found.means)
 
 
+@pytest.mark.full
 def test_em_of_a_line_in_single_precision(rng):
     """A component longer than the floor by more than float32 has digits is no NaN."""
     line = rng.normal(size=6) * rng.normal(size=(4, 30, 1))
@@ -101,6 +105,7 @@ def test_em_of_a_line_in_single_precision(rng):
     assert np.isfinite(jax.vmap(lambda g, x: g.log_density(x))(found, samples)).all()
 
 
+@pytest.mark.full
 def test_em_of_few_and_equal_samples(rng):
     """No component is a point of infinite density, whatever the unit."""
     for unit in (1e-6, 1e6):

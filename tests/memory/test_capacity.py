@@ -9,7 +9,7 @@ import pytest
 from jax import monitoring
 
 import jdam
-from tests.cases import KINDS, alike, all_of, close, every_kind, some_and_clouds, some_kinds
+from tests.cases import KINDS, alike, all_of, close, every_kind_in_full, some_and_clouds, some_kinds
 from tests.helpers import clouds, diagonals, gaussians, mixtures, near, vectors
 
 CAPACITY, BETA = 8, 3.0
@@ -37,7 +37,7 @@ def pair(rng, kind, num=5, d=3):
     return grown(patterns, geometry), stored, near(rng, stored[2], 0.1)
 
 
-@every_kind
+@every_kind_in_full
 def test_energies_and_steps(rng, kind):
     memory, stored, query = pair(rng, kind)
     found, wanted = all_of(memory, query, BETA), all_of(stored, query, BETA)
@@ -47,6 +47,7 @@ def test_energies_and_steps(rng, kind):
     alike(found[3], wanted[3], rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.full
 @some_and_clouds
 @pytest.mark.parametrize("search", [jdam.Exhaustive(), jdam.Certified(2)])
 def test_recall(rng, kind, search):
@@ -58,12 +59,14 @@ def test_recall(rng, kind, search):
     close(found.energy, wanted.energy, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_tolerances_do_not_see_free_places(rng):
     for kind in ("gaussian", "clouds", "sliced, from outside"):
         memory, stored, _ = pair(rng, kind)
         close(memory.units_of_patterns(), stored.units_of_patterns(), rtol=1e-14)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("separation", [jdam.Entmax(), jdam.Epanechnikov()])
 @pytest.mark.parametrize("beta", [0.05, 1e4])
 def test_other_separations(rng, separation, beta):
@@ -76,6 +79,7 @@ def test_other_separations(rng, separation, beta):
     assert (recalled.nearest, recalled.status) == (wanted.nearest, wanted.status)
 
 
+@pytest.mark.full
 @some_kinds
 def test_derivatives_of_what_is_free_are_zero(rng, kind):
     memory, stored, query = pair(rng, kind)
@@ -86,6 +90,7 @@ def test_derivatives_of_what_is_free_are_zero(rng, kind):
         assert not np.asarray(leaf).any()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gaussian", "euclidean", "clouds"])
 def test_theory(rng, kind):
     memory, stored, query = pair(rng, kind)
@@ -103,6 +108,7 @@ def test_theory(rng, kind):
         theory.one_step_bound(memory, 5, 0.1, BETA)
 
 
+@pytest.mark.full
 def test_theory_sees_no_free_place(rng):
     """Copies of the last pattern are in them; and −1 is that pattern, not the last place."""
     patterns = gaussians(rng, 6, 3, spread=0.01)
@@ -116,12 +122,14 @@ def test_theory_sees_no_free_place(rng):
             close(bound(stored, -1, 0.01, 20.0), wanted, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_weight_stiffness(rng):
     memory, stored, _ = pair(rng, "clouds")
     found = jdam.theory.weight_stiffness(memory)
     close(found, np.append(jdam.theory.weight_stiffness(stored), [0, 0, 0]), rtol=1e-9)
 
 
+@pytest.mark.full
 def test_values_for_patterns_and_for_places(rng):
     memory, stored, query = pair(rng, "gaussian")
     values = rng.normal(size=(CAPACITY, 2))
@@ -168,6 +176,7 @@ def test_nothing_recompiles_while_there_is_room(rng, make, compilations):
     assert len(memory) == 31
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_inside_jit_and_scan(rng, kind):
     make, geometry = KINDS[kind]
@@ -192,6 +201,7 @@ def test_inside_jit_and_scan(rng, kind):
     close(jdam.energy(found, query, BETA), jdam.energy(wanted, query, BETA), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.full
 def test_append_copies_and_prepares_its_own_patterns_only(rng):
     """In place, if the memory may be used up; what it needs beside does not depend on N."""
     extra = []
@@ -235,6 +245,7 @@ LARGER = {
 }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", LARGER)
 def test_room_for_larger_patterns(rng, kind):
     """As if all had been stored together, which fills them up."""
@@ -320,6 +331,7 @@ def test_priors_of_what_is_added_and_left(rng):
         off.remove(2**32)
 
 
+@pytest.mark.full
 def test_a_batch_of_memories(rng):
     memory = jdam.store(vectors(rng, 3, 2), capacity=5)
     many = jax.vmap(memory.append)(vectors(rng, 4, 2))
@@ -382,6 +394,7 @@ def test_remove_keeps_the_order_and_the_prior(rng):
         jax.jit(lambda m, i: m.remove(i))(jdam.store(patterns), 1)
 
 
+@pytest.mark.full
 def test_halves(rng):
     patterns = gaussians(rng, 3, 2, dtype=np.float32)
     patterns = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), patterns)

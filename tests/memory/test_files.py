@@ -12,7 +12,7 @@ import safetensors.numpy
 from jaxtyping import Array, Float
 
 import jdam
-from tests.cases import KINDS, every_kind, problem
+from tests.cases import KINDS, every_kind_in_full, problem
 from tests.helpers import clouds, gaussians, near, vectors
 from tests.outside import Cramer, Histogram, SlicedWasserstein, histograms
 
@@ -24,7 +24,7 @@ def same(first, second):
         np.testing.assert_array_equal(x, y)
 
 
-@every_kind
+@every_kind_in_full
 def test_to_the_last_bit(rng, kind, tmp_path):
     memory, query = problem(rng, kind)
     memory = jdam.store(memory.patterns, memory.geometry, log_prior=rng.normal(size=7))

@@ -10,6 +10,7 @@ from tests.cases import KINDS, close
 from tests.helpers import vectors
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gaussian", "entropic", "euclidean", "mixtures", "clouds"])
 def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     make, geometry = KINDS[kind]

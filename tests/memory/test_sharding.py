@@ -5,13 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
 
 import jdam
-from tests.helpers import gaussians
+from tests.helpers import gaussians, near
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,10 +30,12 @@ def finish(process):
     assert printed.endswith("the same\n")
 
 
+@pytest.mark.full
 def test_four_devices(tmp_path):
     finish(start(str(tmp_path)))
 
 
+@pytest.mark.full
 def test_two_processes(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -40,6 +43,20 @@ def test_two_processes(tmp_path):
     processes = [start(str(tmp_path), f"localhost:{port}", "2", str(index)) for index in range(2)]
     for process in processes:
         finish(process)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+def test_two_devices(rng):
+    memory = jdam.store(gaussians(rng, 5, 2), log_prior=rng.normal(size=5))
+    sharded = jdam.shard(memory, jax.make_mesh((2,), ("patterns",)), "patterns")
+    query = near(rng, memory[1], 0.1)
+    recall = jax.jit(lambda held: jdam.recall(held, query, 3.0))
+    found, wanted = recall(sharded), recall(memory)
+    assert found.status == wanted.status
+    assert found.nearest == wanted.nearest
+    for name in ("measure", "energy", "weight", "divergence"):
+        parts = getattr(found, name), getattr(wanted, name)
+        chex.assert_trees_all_close(*parts, rtol=1e-9, atol=1e-9)
 
 
 def test_one_device(rng):

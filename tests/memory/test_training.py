@@ -25,6 +25,7 @@ class Classifier(eqx.Module):
         return jdam.attend(memory, query, 3.0, self.values)
 
 
+@pytest.mark.full
 def test_store_inside_the_loss(rng):
     labels = np.arange(12) % 2
     shapes = np.array([[1.0, 0.2], [0.2, 1.0]])[labels]
@@ -55,6 +56,7 @@ def test_store_inside_the_loss(rng):
     np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["clouds", "entropic, low rank"])
 def test_nothing_stale_is_used(rng, kind):
     """What was computed of other patterns, or of another ε, gives no numbers at all."""

@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import ks_2samp
 
 import jdam
+from tests.cases import only_full
 
 KEY = jax.random.key(2509)
 
@@ -17,6 +18,7 @@ def slice_by_rejection(rng, num, dim):
     return points[(points[:, -1] >= 0) & (points[:, -1] <= 1)][:num]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dim", [2, 3, 6, 7])
 def test_spectra_are_uniform_on_their_slice(rng, dim):
     num = 4000
@@ -35,7 +37,7 @@ def test_spectra_are_uniform_on_their_slice(rng, dim):
         assert ks_2samp(ours_1d, theirs_1d).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float64", *only_full("float32")])
 @pytest.mark.parametrize("dim", [1, 2, 9])
 @pytest.mark.parametrize(
     ("bounds", "commuting"), [((1, 1.1), True), ((0, 3), False), (None, False)]

@@ -33,6 +33,7 @@ def test_separated_mixtures(dtype, bounds):
         assert np.ptp(factors, axis=(0, 1)).min() > 0.5  # each component has its own basis
 
 
+@pytest.mark.full
 def test_they_are_as_far_apart_as_their_means():
     """And recalled, perturbed, with components in another order."""
     patterns = jdam.random.separated_mixtures(KEY, 8, 3, 4, **SETTINGS, min_weight=0.2)

@@ -89,6 +89,7 @@ def test_perturb_refuses(rng, arguments, message):
         jdam.random.perturb(KEY, gaussians(rng, 3, 2), **{"radius": 1.0} | arguments)
 
 
+@pytest.mark.full
 def test_float32_radii(rng):
     before = jdam.random.wasserstein_sphere(KEY, 5, 20, dtype="float32")
     after = jdam.random.perturb(KEY, before, 0.7)
@@ -98,6 +99,7 @@ def test_float32_radii(rng):
         np.testing.assert_allclose(distance, 0.7, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_components_are_perturbed(rng):
     """By the radius each, which is MW₂ while none comes near another."""
     patterns = mixtures(rng, 3, 2, spread=4.0)

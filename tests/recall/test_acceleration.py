@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.cases import KINDS, alike, every_kind, problem
+from tests.cases import KINDS, alike, every_kind_in_full, problem
 from tests.helpers import gaussians
 
 
-@every_kind
+@every_kind_in_full
 def test_ends_where_plain_steps_end(rng, kind):
     memory, query = problem(rng, kind)
     beta = 3.0
@@ -34,6 +34,7 @@ def near_the_transition(rng, dtype=np.float64):
     return memory, jdam.Gaussian(patterns.mean + off, patterns.factor), beta
 
 
+@pytest.mark.full
 def test_gaussians_near_the_transition(rng):
     memory, queries, beta = near_the_transition(rng)
     plain, fast = (
@@ -47,6 +48,7 @@ def test_gaussians_near_the_transition(rng):
     assert (fast.num_steps <= plain.num_steps).all()
 
 
+@pytest.mark.full
 def test_energies_never_rise_and_a_batch_is_its_queries(rng):
     memory, queries, beta = near_the_transition(rng)
     kwargs = {"max_steps": 30, "tol": 1e-9, "acceleration": jdam.Anderson(), "save_trace": True}
@@ -58,6 +60,7 @@ def test_energies_never_rise_and_a_batch_is_its_queries(rng):
         np.testing.assert_allclose(one.energy, batch.energy[i], rtol=1e-12)
 
 
+@pytest.mark.full
 def test_rotating_a_factor_changes_nothing(rng):
     memory, queries, beta = near_the_transition(rng)
     query = queries[3]
@@ -70,6 +73,7 @@ def test_rotating_a_factor_changes_nothing(rng):
     alike(first.measure, second.measure, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.full
 def test_single_precision(rng):
     memory, queries, beta = near_the_transition(rng, np.float32)
     fast = jdam.recall_batch(memory, queries, beta, max_steps=100, acceleration=jdam.Anderson())
@@ -77,6 +81,7 @@ def test_single_precision(rng):
     assert np.isin(fast.status, (jdam.Status.CONVERGED, jdam.Status.MIXTURE)).all()
 
 
+@pytest.mark.full
 def test_derivatives_of_gaussians(rng):
     memory, queries, beta = near_the_transition(rng)
 
@@ -107,6 +112,7 @@ def stiff():
     return jdam.PointCloud(points), queries
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kappa", [0.0, 0.5])
 def test_clouds(stiff, kappa):
     patterns, queries = stiff
@@ -128,6 +134,7 @@ def test_clouds(stiff, kappa):
         np.testing.assert_array_equal(fast.measure.weights, queries.weights)
 
 
+@pytest.mark.full
 def test_derivatives_of_clouds_are_implicit(stiff):
     patterns, queries = stiff
 

@@ -59,6 +59,7 @@ def test_implicit_is_unrolled_at_convergence(rng, kind):
     assert float(abs(leaves(found[ADJOINTS[1]][0])).max()) < 1e-8  # the query is forgotten
 
 
+@pytest.mark.full
 @exact_kinds
 def test_one_step_is_right_at_high_beta(rng, kind):
     make, geometry = KINDS[kind]
@@ -74,6 +75,7 @@ def test_one_step_is_right_at_high_beta(rng, kind):
     np.testing.assert_allclose(one_step, unrolled, atol=1e-6 * float(abs(unrolled).max()))
 
 
+@pytest.mark.full
 def test_clouds(rng):
     """In points of patterns and β; and in the query's weights, which with κ = 0 recall conserves,
     so that their derivative comes from the query."""
@@ -101,6 +103,7 @@ def test_clouds(rng):
         np.testing.assert_allclose(x, y, atol=1e-6 * float(abs(leaves(unrolled)).max()))
 
 
+@pytest.mark.full
 @some_kinds
 def test_implicit_by_differences(rng, kind):
     """To first order in both modes, and under vmap."""
@@ -117,6 +120,7 @@ def test_implicit_by_differences(rng, kind):
     check_derivatives(outputs, arguments)
 
 
+@pytest.mark.full
 def test_second_derivative_of_implicit(rng):
     """For vectors, where differences of the gradient can tell."""
     patterns, query = jnp.asarray(vectors(rng, 4, 2)), vectors(rng, 1, 2)[0]
@@ -138,6 +142,7 @@ def temporary(adjoint, steps, memory, query):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("adjoint", ADJOINTS[1:], ids=str)
 def test_memory_does_not_grow_with_steps(rng, adjoint):
     memory = jdam.store(gaussians(rng, 20, 8))
@@ -147,6 +152,7 @@ def test_memory_does_not_grow_with_steps(rng, adjoint):
         assert temporary(jdam.Unrolled(), 1000, memory, memory[0]) > 10 * many
 
 
+@pytest.mark.full
 def test_memory_of_unrolled_clouds_is_that_of_their_states(rng):
     """Not of the inner solver's iterations: a few copies of measure, pull and potentials a step."""
     patterns = clouds(rng, 6, 2, n=10)
@@ -192,6 +198,7 @@ class Marked(jdam.Euclidean):
         return {"x": jnp.zeros_like(tangent["x"]), "label": tangent["label"]}
 
 
+@pytest.mark.full
 def test_implicit_where_a_step_leaves_a_leaf_as_it_is(rng):
     points = rng.normal(size=(4, 2))
 
@@ -204,6 +211,7 @@ def test_implicit_where_a_step_leaves_a_leaf_as_it_is(rng):
     np.testing.assert_allclose(found[1], found[0], atol=1e-9)
 
 
+@pytest.mark.full
 def test_memory_of_derivatives_of_clouds(rng):
     """A few n×n arrays for each query, however many patterns there are."""
     size, queries = 30, 16

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.cases import every_kind, problem
+from tests.cases import every_kind_in_full, problem
 from tests.helpers import check_derivatives, clouds, diagonals, gaussians, vectors
 
 
-@every_kind
+@every_kind_in_full
 def test_arrays_are_averaged(rng, kind):
     memory, query = problem(rng, kind)
     values = rng.normal(size=(7, 2, 3))
@@ -37,6 +37,7 @@ def test_gaussians_become_their_barycentre(rng):
     np.testing.assert_allclose(found.covariance, mixed, atol=1e-9)
 
 
+@pytest.mark.full
 def test_diagonal_gaussians_need_one_step(rng):
     memory, query = problem(rng, "gaussian")
     values = diagonals(rng, 7, 2)
@@ -46,6 +47,7 @@ def test_diagonal_gaussians_need_one_step(rng):
     np.testing.assert_allclose(found.scale, weights @ values.scale, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_clouds_become_a_free_support_barycentre(rng):
     """Stationary: the weighted velocity Σ wᵢTᵢ − T₀ vanishes; by a `Memory` or by its geometry."""
     values = clouds(rng, 5, 2, spread=0.1)
@@ -67,6 +69,7 @@ def test_clouds_become_a_free_support_barycentre(rng):
     np.testing.assert_allclose(own.points, jdam.attend(held, start, 1e-3, held).points, atol=1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gaussian", "clouds"])
 def test_derivatives(rng, kind):
     """In query, β and values, arrays and measures."""
@@ -84,6 +87,7 @@ def test_derivatives(rng, kind):
     check_derivatives(outputs, arguments, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_batches_and_separations(rng):
     memory, _ = problem(rng, "diagonal")
     queries, values = diagonals(rng, 4, 3), vectors(rng, 7, 2)
@@ -107,6 +111,7 @@ def test_nothing_in_reach(rng):
     np.testing.assert_array_equal(found.mean, values.mean[nearest])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtype_is_kept(rng, dtype):
     memory = jdam.store(jnp.asarray(vectors(rng, 4, 2), dtype))

@@ -3,6 +3,7 @@ differences wherever the function is smooth."""
 
 from functools import cache, partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -72,7 +73,9 @@ def points_of(kind):
 
 
 CASES = [
-    pytest.param(kind, name, id=f"{kind}, {name}", marks=pytest.mark.xdist_group(kind))
+    pytest.param(
+        kind, name, id=f"{kind}, {name}", marks=[] if name == "generic" else pytest.mark.full
+    )
     for kind in ("full", "diagonal", "vectors", "clouds")
     for name, *_ in points_of(kind)
 ]
@@ -157,7 +160,7 @@ def test_derivatives_are_finite_and_right(kind, name):
         point = jax.tree.map(jnp.asarray, (query, patterns, beta, np.array([0.1, -0.2, 0.3])))
         tangent = tangent_at(point)
         found = run(point, tangent)
-        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+        chex.assert_tree_all_finite(found)
         _, slopes, _, _, forward, backward = found
         # ⟨forward, forward⟩ = ⟨tangent, transpose of forward⟩.
         square = inner(forward, forward)
@@ -174,6 +177,7 @@ def test_derivatives_are_finite_and_right(kind, name):
                     np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7 * scale)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["full", "diagonal", "vectors"])
 def test_single_precision(kind):
     """Gradients in float32 follow those in float64."""
@@ -190,6 +194,7 @@ def test_single_precision(kind):
             np.testing.assert_allclose(x, y, atol=1e-3 * max(1e-2, float(jnp.abs(y).max())))
 
 
+@pytest.mark.full
 def test_one_pattern(rng):
     """Alone, a pattern has weight 1, whose derivative is 0, and the energy is D."""
     for kind in ("full", "diagonal", "vectors"):
@@ -197,12 +202,12 @@ def test_one_pattern(rng):
         memory = jdam.store(jax.tree.map(lambda x: x[:1], patterns))
         slope = jax.grad(jdam.energy, 1)(memory, query, 3.0)
         expected = jax.grad(lambda q, m=memory: jdam.divergences(m, q)[0])(query)
-        for x, y in zip(jax.tree.leaves(slope), jax.tree.leaves(expected), strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-12)
+        chex.assert_trees_all_close(slope, expected, rtol=1e-12)
         weights = jax.jacrev(jdam.gibbs_weights, 1)(memory, query, 3.0)
         assert all((leaf == 0).all() for leaf in jax.tree.leaves(weights))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["full", "diagonal", "vectors"])
 def test_transformations_of_step(kind):
     """jacfwd, jacrev, vmap(grad) and jit(grad(vmap)) agree."""
@@ -210,8 +215,7 @@ def test_transformations_of_step(kind):
     memory = jdam.store(patterns)
     step = partial(jdam.step, memory, beta=1.0)
     forward, reverse = jax.jacfwd(step)(query), jax.jacrev(step)(query)
-    for x, y in zip(jax.tree.leaves(forward), jax.tree.leaves(reverse), strict=True):
-        np.testing.assert_allclose(x, y, atol=1e-12)
+    chex.assert_trees_all_close(forward, reverse, rtol=1e-7, atol=1e-12)
 
     def number(query):
         return sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves(step(query)))
@@ -219,10 +223,10 @@ def test_transformations_of_step(kind):
     queries = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), query)
     mapped = jax.vmap(jax.grad(number))(queries)
     summed = jax.jit(jax.grad(lambda many: jax.vmap(number)(many).sum()))(queries)
-    for x, y in zip(jax.tree.leaves(mapped), jax.tree.leaves(summed), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+    chex.assert_trees_all_close(mapped, summed, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["generic", "query equal to a pattern", "repeated eigenvalues"])
 def test_gradient_in_high_precision(name):
     """Of the energy of full Gaussians along a direction, by differences in 80 digits."""

@@ -12,6 +12,8 @@ import jdam
 from tests.cases import KINDS, close
 from tests.helpers import near, vectors
 
+pytestmark = pytest.mark.full
+
 
 def exported(function, like):
     """`function` of batches of any size, of what is like a batch."""

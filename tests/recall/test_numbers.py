@@ -26,6 +26,7 @@ def test_step_limits_and_tolerances_share_a_program(caplog):
     assert compiled(20, 0.5) == 1
 
 
+@pytest.mark.full
 def test_a_step_limit_that_is_no_power_of_two_cuts_the_trace(rng):
     memory = jdam.store(rng.normal(size=(4, 3)))
     query = rng.normal(size=3)
@@ -38,6 +39,7 @@ def test_a_step_limit_that_is_no_power_of_two_cuts_the_trace(rng):
     np.testing.assert_array_equal(short.measure, long.trace.measure[4])
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("prior", [False, True])
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
 def test_barycentres_of_clouds_as_beta_vanishes(rng, dtype, prior):
@@ -67,6 +69,7 @@ def test_barycentres_of_clouds_as_beta_vanishes(rng, dtype, prior):
         np.testing.assert_allclose(mean_divergence(dtype, beta), expected, rtol=2e-4)
 
 
+@pytest.mark.full
 def test_energies_keep_their_digits_as_beta_vanishes(rng):
     """E + β⁻¹ log Σπ is the mean of the divergences, up to β/2 of their variance."""
     points = rng.normal(size=(5, 3))

@@ -151,6 +151,7 @@ def test_repr(rng):
     assert repr(batch) == "Recall(batch of (3,): 2 CONVERGED, 1 NONFINITE)"
 
 
+@pytest.mark.full
 def test_memory_of_a_batch_is_bounded_by_tiles(rng):
     """Recalling 512 queries from 1024 Gaussians needs no array of all pairs of matrices."""
     memory = jdam.store(gaussians(rng, 1024, 16, dtype=np.float32))
@@ -160,6 +161,7 @@ def test_memory_of_a_batch_is_bounded_by_tiles(rng):
     assert needed.temp_size_in_bytes < 512 * 1024 * 16 * 16 * 4 / 10
 
 
+@pytest.mark.full
 def test_the_queries_of_a_batch_stop_for_themselves(rng):
     """One slow query among many fast ones: the looks taken follow the pending ones."""
     looks = []
@@ -196,6 +198,7 @@ def radial_gaussians(rng, num, d):
     return jdam.DiagonalGaussian(mean, np.sqrt(values)), np.sqrt(2 * target)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("factor", "published"), [(1, 5.1209), (100, 5.1185)])
 def test_published_run_at_low_beta(rng, factor, published):
     """N = 5000, d = 25, β = 0.1: the mean W₂ to the pattern after five steps (arXiv:2509.23162,
@@ -211,6 +214,7 @@ def test_published_run_at_low_beta(rng, factor, published):
     assert np.mean(distances) == pytest.approx(published, rel=0.01)
 
 
+@pytest.mark.full
 def test_published_run_at_high_beta(rng):
     """The same at β = 1: patterns come back to 1e-5 in one step."""
     patterns, size = radial_gaussians(rng, 5000, 25)
@@ -221,6 +225,7 @@ def test_published_run_at_high_beta(rng):
     assert np.mean(np.sqrt((gap.mean**2).sum(1) + (gap.scale**2).sum(1))) < 2e-5
 
 
+@pytest.mark.full
 def test_full_and_diagonal_published_patterns_agree(rng):
     patterns, _ = radial_gaussians(rng, 300, 25)
     full = jdam.Gaussian(
@@ -238,6 +243,7 @@ def test_full_and_diagonal_published_patterns_agree(rng):
     )
 
 
+@pytest.mark.full
 def test_batches_after_one_another(rng):
     memory = jdam.store(gaussians(rng, 8, 2))
     queries = near(rng, memory.patterns, 0.05)

@@ -14,6 +14,7 @@ from tests.cases import close, problem, some_and_clouds
 from tests.helpers import near, vectors
 
 
+@pytest.mark.full
 @some_and_clouds
 def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     memory, _ = problem(rng, kind)
@@ -39,6 +40,7 @@ def test_how_many_at_once(rng):
     assert module._recalls_at_once(many, 5) == 10
 
 
+@pytest.mark.full
 def test_derivatives_are_of_one_program(rng, monkeypatch):
     memory = jdam.store(vectors(rng, 6, 2))
     queries = near(rng, memory.patterns, 0.1)
@@ -53,6 +55,7 @@ def test_derivatives_are_of_one_program(rng, monkeypatch):
     assert np.abs(wanted).max() > 0
 
 
+@pytest.mark.full
 def test_it_can_be_stopped(rng, monkeypatch, interruptible):
     memory = jdam.store(vectors(rng, 10, 2))
     monkeypatch.setattr(module, "_recalls_at_once", lambda memory, batch_size: 1)

@@ -7,6 +7,7 @@ import pytest
 
 import jdam
 from jdam import theory
+from tests.cases import only_full
 from tests.helpers import clouds, diagonals, gaussians
 
 
@@ -21,10 +22,7 @@ KINDS = {
     "low rank": flat,
     "diagonal": diagonals,
 }
-# What was found in all cases of a kind is found once, by one worker.
-every_kind = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=pytest.mark.xdist_group("examined")) for kind in KINDS]
-)
+every_kind = pytest.mark.parametrize("kind", ["full", "diagonal", *only_full("low rank")])
 two_kinds = pytest.mark.parametrize("kind", ["full", "diagonal"])
 NUM, DIM, CASES = 6, 3, 150
 
@@ -115,6 +113,7 @@ def test_one_step_bound(found, kind):
     assert np.median(ratio) < 10
 
 
+@pytest.mark.full
 @two_kinds
 def test_one_step_bound_is_attained(rng, kind):
     """On the way to the nearest pattern little but wᵢ < 1 and the other patterns is lost."""
@@ -167,6 +166,7 @@ def test_certificates_hold(found, kind):
     assert (case["basin"] <= case["separation"] / 2).all()
 
 
+@pytest.mark.full
 def test_separations_and_interference_are_exact(rng):
     for make in (gaussians, diagonals):
         memory = jdam.store(make(rng, 40, 4))
@@ -183,6 +183,7 @@ def test_separations_and_interference_are_exact(rng):
         assert np.median(masses) > 0.09
 
 
+@pytest.mark.full
 def test_priors_count(rng):
     memory = jdam.store(diagonals(rng, 5, 2), log_prior=[0.0, 1.0, -2.0, -np.inf, 0.5])
     odds = np.exp(memory.log_prior[:, None] - memory.log_prior[None]).T
@@ -198,6 +199,7 @@ def test_priors_count(rng):
     np.testing.assert_allclose(np.delete(theory.separations(memory), 3), without, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_many_patterns_in_groups(rng):
     """Beyond 256 patterns far ones count in groups, which must not undercount."""
     memory = jdam.store(diagonals(rng, 700, 6))
@@ -219,6 +221,7 @@ def test_many_patterns_in_groups(rng):
     assert (beyond > 1.02 * radii[few]).all()
 
 
+@pytest.mark.full
 @two_kinds
 def test_minimum_beta(rng, kind):
     memory = jdam.store(KINDS[kind](rng, 8, 3))
@@ -233,6 +236,7 @@ def test_minimum_beta(rng, kind):
         assert np.sqrt(ends).max() <= error
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_temperatures_are_finite_and_fall_with_the_error(dtype):
     """Of distinct patterns, however close to rounding the bisection ends."""
@@ -252,6 +256,7 @@ def test_temperatures_are_finite_and_fall_with_the_error(dtype):
             assert np.isfinite(np.asarray(theory.transition_beta(memory))[on]).all()
 
 
+@pytest.mark.full
 def test_twins_alone_and_beyond(rng):
     twins = jdam.store(np.ones((2, 3)))
     assert np.isinf(theory.minimum_beta(twins, 0.1))
@@ -265,6 +270,7 @@ def test_twins_alone_and_beyond(rng):
     assert int(theory.certify(alone, diagonals(rng, 1, 2)[0], 1.0).index) == 0
 
 
+@pytest.mark.full
 def test_clouds_by_their_means(rng):
     """Lemma 11, sharpened: margins from means, without ε or the number of atoms."""
     memory = jdam.store(clouds(rng, 5, 3, n=4, spread=3.0), jdam.Sinkhorn(0.3))
@@ -320,6 +326,7 @@ def test_clouds_have_no_contraction(rng):
         theory.contraction_bound(memory, 0, 0.1, 1.0)
 
 
+@pytest.mark.full
 def test_float32(rng):
     memory = jdam.store(gaussians(rng, 30, 4, dtype=np.float32))
     for found in (

@@ -21,6 +21,7 @@ def test_formulas():
     assert theory.general_capacity(1e6) == np.inf
 
 
+@pytest.mark.full
 def test_separated_means():
     """All pairs of that many means are at their distances, in 1 − δ of the draws."""
     dim, overlap = 64, 0.5
@@ -36,6 +37,7 @@ def test_separated_means():
     assert (closest >= np.sqrt(2 * (1 - overlap)) - 1e-6).mean() >= 0.9
 
 
+@pytest.mark.full
 def test_general_capacity_and_beta():
     """Gaussians that do not commute: so many are kept apart, and their basins are as promised."""
     dim, overlap, basin = 40, 0.6, 0.2

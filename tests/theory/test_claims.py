@@ -12,6 +12,8 @@ import jdam
 from jdam import theory
 from tests.helpers import entropic_transport, orthogonal, sinkhorn_divergence
 
+pytestmark = pytest.mark.full
+
 KAPPA, NUM, ATOMS, CASES = 0.5, 3, 4, 96
 CORNERS = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
 WEIGHTS = np.array([0.2, 0.3, 0.25, 0.25])

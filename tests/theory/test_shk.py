@@ -35,6 +35,7 @@ def test_stiffness_is_the_curvature_in_weights(memory):
     np.testing.assert_allclose(theory.weight_stiffness(memory)[1], most, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_constants(memory):
     found = theory.shk_constants(memory, 1, step_size=0.5)
     points = np.asarray(memory.patterns.points).reshape(-1, 2)
@@ -53,6 +54,7 @@ def test_constants(memory):
     assert 0.9 < without.smoothness < 1.6
 
 
+@pytest.mark.full
 def test_gradients_are_bounded(memory):
     """|grad S_ε| ≤ G for clouds of atoms within the ball."""
     rng = np.random.default_rng(0)
@@ -66,6 +68,7 @@ def test_gradients_are_bounded(memory):
     assert ends.residual.max() > 0.05 * bound
 
 
+@pytest.mark.full
 def test_patterns_drift_no_farther(memory):
     """Theorem 3 (2): SHK lengths of a step from a pattern, by what the step is made of."""
     beta = 8.0
@@ -80,6 +83,7 @@ def test_patterns_drift_no_farther(memory):
         assert length <= bound
 
 
+@pytest.mark.full
 def test_iterations(memory):
     found = theory.shk_constants(memory, 1, step_size=0.1)
     counts = [theory.shk_iterations(found, 0.1, 0.01, error) for error in (1e-2, 1e-4, 1e-6)]
@@ -97,6 +101,7 @@ def test_iterations(memory):
     assert trace.energy.max() <= gap + theory.shk_travel_bound(found, gap)
 
 
+@pytest.mark.full
 def test_certified_clouds():
     rng = np.random.default_rng(1)
     patterns = clouds(rng, 6, 3, n=4, spread=3.0)

@@ -1,0 +1,36 @@
+"""Programs do not grow unnoticed: with their lines grows the time until a first call returns."""
+
+import jax
+import pytest
+
+from tests.hlo_lines import count, first_calls
+
+pytestmark = pytest.mark.full
+
+#: As `python -m tests.hlo_lines` prints them, with jaxlib 0.10.2.
+LINES = {
+    "recall of vectors": 3493,
+    "step of vectors": 1449,
+    "recall of Gaussians": 6344,
+    "step of Gaussians": 3810,
+    "recall of clouds": 16221,
+    "step of clouds": 16910,
+    "recalls of a batch": 7159,
+    "recall with Certified": 13535,
+    "gradient of a recall": 8120,
+    "suggest_beta": 4736,
+}
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the lines are those on CPUs")
+def test_programs_do_not_grow():
+    grown = []
+    calls = {name: rest for name, *rest in first_calls()}
+    assert set(calls) == set(LINES)
+    for name, (function, arguments) in calls.items():
+        lines = count(function, *arguments)
+        if lines > 1.1 * LINES[name]:
+            grown.append(
+                f"{name}: from {LINES[name]} to {lines} lines, {lines / LINES[name] - 1:+.0%}"
+            )
+    assert not grown, "\n".join(grown)
