@@ -13,7 +13,7 @@ The folders, from the bottom up; each uses only those above it in this list:
     _measures   the kinds: `Gaussian`, `DiagonalGaussian`, `GaussianMixture`, `PointCloud`
     _entropic   entropic transport between point clouds
     geometry    D and how to move: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
-                `Euclidean`, `DotProduct`
+                `Chamfer`, `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
     _energy     the average over the patterns; separations and searches; `pairwise`, `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`
@@ -76,6 +76,7 @@ from jdam._recall.result import Status as Status
 from jdam._recall.result import Trace as Trace
 from jdam.geometry import BatchSizes as BatchSizes
 from jdam.geometry import Bures as Bures
+from jdam.geometry import Chamfer as Chamfer
 from jdam.geometry import Chart as Chart
 from jdam.geometry import Comparison as Comparison
 from jdam.geometry import DotProduct as DotProduct

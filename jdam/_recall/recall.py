@@ -110,11 +110,11 @@ def recall(
     **Arguments:**
 
     - `memory`, `query`, `beta`, `step_size` as in `step`.
-    - `max_steps` ≥ 1; if None 50, and 150 for point clouds with ρ.
+    - `max_steps` ≥ 1; if None 50, 150 for `Sinkhorn` with ρ and 256 for `Chamfer`.
     - `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
       `max_steps`. If None, eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square
       size of the patterns, W₂(Xᵢ, δ₀). For point clouds, if None, √ε/2000; a residual up to √ε/200
-      (√ε/1000 with ρ) counts as converged where the energy no longer falls.
+      (√ε/1000 with ρ) counts as converged where the energy no longer falls. For `Chamfer` √ε/10⁴.
     - `search`: which patterns each step compares: all of them, `Exhaustive()`, or few, with a proof
       that the others do not matter, `Certified()`. None chooses: of 512 and more full Gaussians,
       mixtures or point clouds (without ρ) few where that is soon proved, else all; the recall is
@@ -122,10 +122,10 @@ def recall(
     - `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`.
     - `separation`: the shape of the energy.
     - `acceleration`: 0 takes plain steps. With k > 0 a bolder step is tried before each and taken
-      where the energy does not rise: for point clouds a Newton step within a trust region, by at
+      where the energy does not rise: for `Sinkhorn` a Newton step within a trust region, by at
       most 8k products with the second derivative; for others the best combination of the last k
-      steps (Anderson acceleration), which costs nothing. None takes plain steps, and for point
-      clouds without ρ Anderson acceleration with k = 5 after the first eight. Fixed points are the
+      steps (Anderson acceleration), which costs nothing. None takes plain steps, and for
+      `Sinkhorn` without ρ Anderson acceleration with k = 5 after the first eight. Fixed points are the
       same. Where basins meet a query may end in another, of no higher energy. 3 is good where plain
       steps are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to be
       placed exactly.
