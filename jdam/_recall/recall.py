@@ -124,10 +124,10 @@ def recall(
     - `acceleration`: 0 takes plain steps. With k > 0 a bolder step is tried before each and taken
       where the energy does not rise: for `Sinkhorn` a Newton step within a trust region, by at
       most 8k products with the second derivative; for others the best combination of the last k
-      steps (Anderson acceleration), which costs nothing. None takes plain steps, and for
-      `Sinkhorn` without ρ Anderson acceleration with k = 5 after the first eight. Fixed points are the
-      same. Where basins meet a query may end in another, of no higher energy. 3 is good where plain
-      steps are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to be
+      steps (Anderson acceleration), which costs nothing. None takes plain steps, and for `Sinkhorn`
+      without ρ Anderson acceleration with k = 5 after the first eight. Fixed points are the same.
+      Where basins meet a query may end in another, of no higher energy. 3 is good where plain steps
+      are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to be
       placed exactly.
     - `save_trace`: keep energy, residual and measure after each step.
 
