@@ -15,7 +15,8 @@ The folders, from the bottom up; each uses only those above it in this list:
     geometry    D and how to move: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
                 `Chamfer`, `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
-    _energy     the average over the patterns; separations and searches; `pairwise`, `suggest_beta`
+    _energy     the average over the patterns; separations and searches; `pairwise`, `match`,
+                `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`
     _learning   `parametrize`, `fit`, `descend`
     nn, theory, random, plot, demo
@@ -38,6 +39,8 @@ from jdam._energy.choosing import suggest_beta as suggest_beta
 from jdam._energy.energy import divergences as divergences
 from jdam._energy.energy import energy as energy
 from jdam._energy.energy import gibbs_weights as gibbs_weights
+from jdam._energy.match import Match as Match
+from jdam._energy.match import match as match
 from jdam._energy.pairs import pairwise as pairwise
 from jdam._energy.search import Exhaustive as Exhaustive
 from jdam._energy.search import Search as Search

@@ -152,19 +152,34 @@ class Chamfer(Geometry):
         return Prepared(centre, jax.vmap(_own_cost, (0, 0, None))(centre, patterns, epsilon))
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        on = view.weights > 0
-
         def one(cloud: PointCloud, prepared: Prepared) -> Comparison:
-            found = assign(prepared.centre, view, cloud, self.epsilon)
-            own_cost = _known(prepared.own_cost, prepared.centre, cloud, self.epsilon)
-            share, variation = self._shares(found.costs - own_cost)
-            share = jnp.where(on, share, 0)
+            found, share, variation = self._explain(view, cloud, prepared)
             pull = Pull(share[:, None] * found.displacement, share, variation)
             divergence = jnp.vdot(view.weights, variation)
             return Comparison(divergence, pull, missed=found.missed, inliers=share)
 
         compared = jax.vmap(one)(patterns.measures, patterns.prepared)
         return compared if self.rho is not None else compared._replace(inliers=None)
+
+    def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
+        """pⱼshareⱼPⱼₖ."""
+
+        def one(cloud: PointCloud, prepared: Prepared) -> Array:
+            found, share, _ = self._explain(view, cloud, prepared)
+            plan: Array = (view.weights * share)[:, None] * found.plan
+            return plan
+
+        plans: Array = jax.vmap(one)(patterns.measures, patterns.prepared)
+        return plans
+
+    def _explain(
+        self, query: PointCloud, cloud: PointCloud, prepared: Prepared
+    ) -> tuple[Assignment, Float[Array, " n"], Float[Array, " n"]]:
+        """How a pattern explains the query, shareⱼ, which of padding is 0, and Fⱼ."""
+        found = assign(prepared.centre, query, cloud, self.epsilon)
+        own_cost = _known(prepared.own_cost, prepared.centre, cloud, self.epsilon)
+        share, variation = self._shares(found.costs - own_cost)
+        return found, jnp.where(query.weights > 0, share, 0), variation
 
     def _shares(self, excess: Float[Array, " n"]) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
         """shareⱼ and Fⱼ of the costs sⱼ."""
@@ -252,7 +267,7 @@ def assign(
     least = jax.lax.stop_gradient(costs.min(1))
     # Within the range of exp: a sum that is 0 by rounding would have an infinite logarithm.
     excess = jnp.minimum(costs - least[:, None], _range(costs) * epsilon)
-    masses = jnp.exp(-excess / epsilon)
+    masses = jnp.where(on[None], jnp.exp(-excess / epsilon), 0)
     total = masses.sum(1)
     plan = masses / total[:, None]
     found = jnp.vecdot(x, x) / 2 + least - epsilon * jnp.log(total)

@@ -227,6 +227,13 @@ class Geometry(eqx.Module):
         it where views hold much else."""
         return view
 
+    # ------------------------------------------------------------- correspondence
+
+    def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
+        """The transport plans of D(ξ, Xᵢ), between the atoms of the query and those of patterns,
+        with which `jdam.match` tells what belongs to what."""
+        raise TypeError(f"{type(self).__name__} has no plans")
+
     # ------------------------------------------------------------- speed
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
