@@ -213,9 +213,8 @@ def match(
     coordinates.
     """
     found = matched if isinstance(matched, Match) else correspond(memory, query, matched)
-    pair, names = pictures.frame("query", query, axes)
-    pattern = memory[int(found.index)]
-    ax = artists.labelled(artists.axes(ax), names)
+    pair = pictures.coordinates("query", query.dim, axes)
+    pattern, ax = memory[int(found.index)], artists.axes(ax)
     _pattern(pattern, pair, ax, num_std, size)
     artists.links(ax, *pictures.links(query, pattern, found.plan, pair), style)
     if isinstance(query, PointCloud):
