@@ -89,11 +89,19 @@ class Chamfer(Geometry):
       strays: choose √ρ between the noise of atoms and the distances between them. None, the
       default, has every atom explained.
     - `hellinger_scale` κ ≥ 0: the strength of reweighting, per squared unit of distance; 0 keeps
-      the weights. With κ > 0 mass goes to the atoms that are explained best.
+      the weights. With κ > 0 mass goes to the atoms that are explained best, in the end to these
+      alone, since D is linear in p. It takes some 1/κΔF steps: where F differs little between
+      atoms, recall says `Status.MAX_STEPS`, and a few `max_steps` may be what is wanted.
 
-    All are traced: changing them does not recompile, and they can be differentiated.
-    `Recall.inliers` has the shares in the nearest pattern, if ρ is given. `Status.SOLVER` says that
-    a pattern extends so far, |y−y'|² ≈ 10⁷ε in float32, that its costs are rounded to more than ε.
+    All are traced: changing them does not recompile, and they can be differentiated. The step does
+    not depend on how small shares are: strays move onto patterns too, unless theirs underflow. So
+    `Recall.inliers`, the shares in the nearest pattern if ρ is given, are those of atoms that have
+    moved; `jdam.match` has those of the query. `Status.SOLVER` says that a pattern extends so far,
+    |y−y'|² ≈ 10⁷ε in float32, that its costs are rounded to more than ε.
+
+    One-sided distances of sets are those of late interaction (Khattab and Zaharia,
+    arXiv:2004.12832); Pⱼₖ is the attention of an atom to the atoms of a pattern, within the
+    attention of the query to the patterns.
 
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
