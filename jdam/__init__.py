@@ -13,9 +13,10 @@ The folders, from the bottom up; each uses only those above it in this list:
     _measures   the kinds: `Gaussian`, `DiagonalGaussian`, `GaussianMixture`, `PointCloud`
     _entropic   entropic transport between point clouds
     geometry    D and how to move: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
-                `Euclidean`, `DotProduct`
+                `Chamfer`, `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
-    _energy     the average over the patterns; separations and searches; `pairwise`, `suggest_beta`
+    _energy     the average over the patterns; separations and searches; `pairwise`, `match`,
+                `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`
     _learning   `parametrize`, `fit`, `descend`
     nn, theory, random, plot, demo
@@ -41,6 +42,8 @@ from jdam._energy.choosing import suggest_beta as suggest_beta
 from jdam._energy.energy import divergences as divergences
 from jdam._energy.energy import energy as energy
 from jdam._energy.energy import gibbs_weights as gibbs_weights
+from jdam._energy.match import Match as Match
+from jdam._energy.match import match as match
 from jdam._energy.nearest import nearest as nearest
 from jdam._energy.pairs import pairwise as pairwise
 from jdam._energy.search import Exhaustive as Exhaustive
@@ -84,6 +87,7 @@ from jdam._recall.result import Status as Status
 from jdam._recall.result import Trace as Trace
 from jdam.geometry import BatchSizes as BatchSizes
 from jdam.geometry import Bures as Bures
+from jdam.geometry import Chamfer as Chamfer
 from jdam.geometry import Chart as Chart
 from jdam.geometry import Comparison as Comparison
 from jdam.geometry import DotProduct as DotProduct

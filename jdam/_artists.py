@@ -70,3 +70,24 @@ def dots(ax: "Axes", outlines: np.ndarray, colours: Any) -> None:
         colours = np.resize(to_rgba_array(colours), (len(outlines), 4))
         xs, ys = outlines[points, 0].T
         ax.scatter(xs, ys, s=16, c=colours[points], zorder=2)
+
+
+def contours(ax: "Axes", xs: Any, ys: Any, found: np.ndarray, style: dict[str, Any]) -> None:
+    """Filled contours of energies, whose levels lie closer near the minimum."""
+    from matplotlib.colors import PowerNorm
+
+    low, high = found.min(), found.max()
+    levels = low + (high - low) * np.linspace(0, 1, 25) ** 2
+    ax.contourf(xs, ys, found, **{"norm": PowerNorm(0.5, low, high), "levels": levels} | style)
+
+
+def links(ax: "Axes", ends: np.ndarray, masses: np.ndarray, style: dict[str, Any]) -> None:
+    """Lines (L, 2, 2), as opaque as their masses (L,) are large."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgba
+
+    style = styled(style, LineCollection, linewidth=1.2, zorder=2)
+    colour = style.pop("color", "0.25")
+    faded = [to_rgba(colour, mass / masses.max(initial=1e-300)) for mass in masses]
+    ax.add_collection(LineCollection(list(ends), **{"edgecolor": faded} | style))
+    ax.autoscale_view()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdam._energy.energy import divergences, fit_query
+from jdam._energy.match import places as places_of
 from jdam._measures.base import AnyMeasure, Measure, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -159,6 +160,23 @@ def kind(memory: Memory, wanted: tuple[str, ...]) -> str:
     if found not in wanted and name not in wanted:
         raise ValueError(f"memory must hold {' or '.join(wanted)}; got {found}")
     return found
+
+
+def check_type(name: str, measure: Any, *wanted: type) -> None:
+    """Raise unless the measure is of one of these kinds."""
+    if not isinstance(measure, wanted):
+        names = " or ".join(f"jdam.{kind.__name__}" for kind in wanted)
+        raise TypeError(f"{name} must be a {names}; got {type(measure).__name__}")
+
+
+def links(
+    query: AnyMeasure, pattern: AnyMeasure, plan: Any, pair: list[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ends (L, 2, 2) and masses (L,) of a plan, of which what is too little to be seen is left
+    out."""
+    x, y, mass = numpy(places_of(query))[:, pair], numpy(places_of(pattern))[:, pair], numpy(plan)
+    rows, columns = np.nonzero(mass > 0.01 * mass.max())
+    return np.stack([x[rows], y[columns]], 1), mass[rows, columns]
 
 
 def grid(

@@ -15,6 +15,8 @@ from jax.typing import ArrayLike
 from jdam import _artists as artists
 from jdam import _pictures as pictures
 from jdam._energy.energy import energy, inverse_temperature
+from jdam._energy.match import Match
+from jdam._energy.match import match as correspond
 from jdam._measures.base import AnyMeasure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -51,7 +53,7 @@ def ellipses(
     **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
     two of the coordinates and for `num_std` ≤ 0.
     """
-    _check_type("gaussian", gaussian, *OF_ELLIPSES)
+    pictures.check_type("gaussian", gaussian, *OF_ELLIPSES)
     pair = pictures.coordinates("gaussian", gaussian.dim, axes)
     if not 0 < num_std < math.inf:
         raise ValueError(f"num_std must be finite and > 0; got {num_std:g}")
@@ -95,7 +97,7 @@ def cloud(
     **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
     two of the coordinates and for `size` ≤ 0.
     """
-    _check_type("cloud", cloud, PointCloud)
+    pictures.check_type("cloud", cloud, PointCloud)
     pair = pictures.coordinates("cloud", cloud.dim, axes)
     if not 0 < size < math.inf:
         raise ValueError(f"size must be finite and > 0; got {size:g}")
@@ -188,6 +190,38 @@ def _pattern(pattern: AnyMeasure, pair: list[int], ax: "Axes", num_std: float, s
         ax.plot(*pictures.places(pattern)[pair], "X", **cross)
 
 
+def match(
+    memory: Memory,
+    query: AnyMeasure,
+    matched: Match | int | None = None,
+    *,
+    axes: tuple[int, int] = (0, 1),
+    num_std: float = 2.0,
+    size: float = 900.0,
+    ax: "Axes | None" = None,
+    **style: Any,
+) -> "Axes":
+    """What of a query belongs to what of a pattern: lines between their atoms, or between the means
+    of components, the darker the more mass the plan of `jdam.match` takes along them. The pattern
+    is drawn as in `trajectory`, the query as a `cloud` or as `ellipses`.
+
+    **Arguments:** `memory` and `query` as of `jdam.match`; `matched`, its result, or the index of
+    the pattern, or None for the nearest; `axes`, `num_std` and `size` as in `trajectory`; `style`
+    of a `matplotlib.collections.LineCollection`.
+
+    **Raises:** as `jdam.match`; `ValueError` for d < 2 and for `axes` that are not two of the
+    coordinates.
+    """
+    found = matched if isinstance(matched, Match) else correspond(memory, query, matched)
+    pair = pictures.coordinates("query", query.dim, axes)
+    pattern, ax = memory[int(found.index)], artists.axes(ax)
+    _pattern(pattern, pair, ax, num_std, size)
+    artists.links(ax, *pictures.links(query, pattern, found.plan, pair), style)
+    if isinstance(query, PointCloud):
+        return cloud(query, axes=axes, size=size, ax=ax, zorder=3)
+    return ellipses(query, axes=axes, num_std=num_std, ax=ax, zorder=3)
+
+
 def landscape(
     memory: Memory,
     beta: ArrayLike,
@@ -236,17 +270,8 @@ def landscape(
     if ys is None:
         ax.plot(xs, found, **style)
     else:
-        _contours(ax, xs, ys, found.reshape(len(ys), len(xs)), style)
+        artists.contours(ax, xs, ys, found.reshape(len(ys), len(xs)), style)
     return ax
-
-
-def _contours(ax: "Axes", xs: ArrayLike, ys: ArrayLike, found: np.ndarray, style: Any) -> None:
-    from matplotlib.colors import PowerNorm
-
-    low, high = found.min(), found.max()
-    levels = low + (high - low) * np.linspace(0, 1, 25) ** 2
-    style = {"norm": PowerNorm(0.5, low, high), "levels": levels} | style
-    ax.contourf(xs, ys, found, **style)
 
 
 def field(
@@ -355,12 +380,6 @@ def fit_exponent(
     residuals = log_counts - intercept - slope * d
     scatter = np.sum(residuals**2) / (len(d) - 2) if log_errors is None else 1.0
     return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)
-
-
-def _check_type(name: str, measure: Any, *wanted: type) -> None:
-    if not isinstance(measure, wanted):
-        names = " or ".join(f"jdam.{kind.__name__}" for kind in wanted)
-        raise TypeError(f"{name} must be a {names}; got {type(measure).__name__}")
 
 
 def _atom_paths(

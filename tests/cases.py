@@ -21,6 +21,7 @@ KINDS = {
     "dot product": (vectors, jdam.DotProduct()),
     "mixtures": (partial(mixtures, rank=2), jdam.MixtureWasserstein()),
     "clouds": (clouds, jdam.Sinkhorn(0.5, hellinger_scale=0.2)),
+    "one-sided": (clouds, jdam.Chamfer(0.5, rho=0.8, hellinger_scale=0.2)),
     "sliced, from outside": (even_clouds, SlicedWasserstein(directions(2))),
     "histograms, from outside": (histograms, Cramer()),
 }
@@ -50,7 +51,7 @@ WEIGHTED = ["mixtures", "clouds"]
 quick_kinds = pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in WEIGHTED])
 #: One of each way to compare and move, where a kind makes no other difference.
 some_kinds = pytest.mark.parametrize("kind", ["gaussian", "entropic, low rank", "euclidean"])
-some_and_clouds = pytest.mark.parametrize("kind", [*some_kinds.args[1], "clouds"])
+some_and_clouds = pytest.mark.parametrize("kind", [*some_kinds.args[1], "clouds", "one-sided"])
 metric_kinds = pytest.mark.parametrize("kind", METRIC)
 #: Those whose full step ends at a pattern that has all the weight.
 exact_kinds = pytest.mark.parametrize("kind", [*METRIC, "dot product"])

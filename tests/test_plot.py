@@ -201,6 +201,36 @@ def test_way_of_a_gaussian(ax, rng, start):
     assert_allclose(last[:-1].mean(0), path[-1], atol=1e-9)
 
 
+@pytest.mark.parametrize("given", [jdam.match, lambda *_: 1, lambda *_: None])
+def test_matched_atoms_are_joined(rng, ax, given):
+    """By lines as opaque as their masses are large."""
+    points = rng.normal(size=(2, 5, 3))
+    memory = jdam.store(jdam.PointCloud(points), jdam.Chamfer(0.01, rho=0.1))
+    query = jdam.PointCloud(points[1, [3, 0, 2]])
+    drawn = jdam.plot.match(memory, query, given(memory, query), axes=(2, 0), color="red", ax=ax)
+    assert drawn is ax
+    pattern, lines, atoms = ax.collections
+    assert_allclose(pattern.get_offsets(), points[1][:, [2, 0]])
+    assert_allclose(atoms.get_offsets(), points[1, [3, 0, 2]][:, [2, 0]])
+    plan = np.asarray(jdam.match(memory, query).plan)
+    shown = plan > 0.01 * plan.max()
+    assert_allclose(lines.get_edgecolor()[:, 3], plan[shown] / plan.max(), rtol=1e-6)
+    assert_allclose(
+        [path.vertices[0] for path in lines.get_paths()],
+        query.points[np.nonzero(shown)[0]][:, [2, 0]],
+    )
+
+
+def test_matched_components_are_joined(rng, ax):
+    memory = jdam.store(mixtures(rng, 2, 2))
+    jdam.plot.match(memory, memory[0], ax=ax)
+    means = np.asarray(memory[0].means)
+    lines = next(c for c in ax.collections if isinstance(c, mpl.collections.LineCollection))
+    assert_allclose([path.vertices for path in lines.get_paths()], np.stack([means, means], 1))
+    with pytest.raises(TypeError, match="memory must have a geometry of transport plans"):
+        jdam.plot.match(jdam.store(plane_gaussians()), plane_gaussians()[0])
+
+
 @pytest.mark.parametrize("kind", [jdam.Gaussian, jdam.DiagonalGaussian])
 def test_way_on_the_half_plane(ax, kind):
     memory = line_memory(kind)

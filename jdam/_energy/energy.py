@@ -22,7 +22,8 @@ from jdam._memory.memory import Memory, check_against, check_memory
 
 def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     """D(ξ, Xᵢ) to every pattern: W₂² (cost |x−y|²) for `Bures`, the Sinkhorn divergence S_ε
-    (cost ½|x−y|²) for `Sinkhorn`, |x−y|² for `Euclidean`.
+    (cost ½|x−y|²) for `Sinkhorn`, the one-sided divergence of `Chamfer` (the same cost), |x−y|² for
+    `Euclidean`.
 
     **Arguments:** a `memory` and one `query` of its patterns' type, dimension and dtype.
     `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.

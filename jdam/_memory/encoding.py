@@ -14,6 +14,7 @@ from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry import (
     Bures,
+    Chamfer,
     DotProduct,
     EntropicBures,
     Euclidean,
@@ -25,7 +26,7 @@ from jdam.geometry import (
 #: What is read without being passed in.
 OWN: tuple[type, ...] = (
     *(Gaussian, DiagonalGaussian, PointCloud, GaussianMixture),
-    *(Bures, EntropicBures, Sinkhorn, MixtureWasserstein, Euclidean, DotProduct),
+    *(Bures, EntropicBures, Sinkhorn, Chamfer, MixtureWasserstein, Euclidean, DotProduct),
 )
 
 

@@ -324,8 +324,8 @@ def store(
     **Arguments:** `patterns`: a `Gaussian`, `DiagonalGaussian` or `PointCloud` with one batch
     axis, a list of single ones, which is stacked (`jdam.stack`), or an array (N, d). `geometry`:
     if None, `Bures()` for Gaussians, `MixtureWasserstein()` for mixtures of them and `Euclidean()`
-    for arrays; point clouds need a
-    `Sinkhorn(epsilon)`, whose self terms OT_ε(Xᵢ, Xᵢ) are computed here, once. `log_prior` (N,):
+    for arrays; point clouds need a `Sinkhorn(epsilon)` or `Chamfer(epsilon)`, whose self terms are
+    computed here, once. `log_prior` (N,):
     log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if None, and −inf
     switches a pattern off. `capacity` ≥ N: for how many patterns to make room, for a memory that
     grows; see `Memory`. `progress`: a bar while many patterns are prepared, as of `pairwise`.

@@ -79,9 +79,10 @@ class Recall(eqx.Module):
     nearest:   index of the heaviest pattern.
     weight:    its Gibbs weight.
     divergence: D(measure, that pattern), a squared distance: how far from it recall ended.
-    inliers:   (n,), of clouds under `Sinkhorn` with ρ: e^(−f/ρ) of each atom of the measure against
-               that pattern, the share of its mass that finds a partner there. Near 1 for atoms
-               that belong to the pattern, near 0 for strays; None for other geometries.
+    inliers:   (n,), of clouds with ρ: e^(−f/ρ) of each atom of the measure against that pattern
+               under `Sinkhorn`, e^(−s/(ρ+ε)) under `Chamfer`, the share of its mass that finds a
+               partner there. Near 1 for atoms that belong to the pattern, near 0 for strays; None
+               for other geometries.
     energy:    E(measure), a squared distance.
     residual:  how far a full step would go, a distance (W₂ for `Bures`).
     num_steps: steps taken.

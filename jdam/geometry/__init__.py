@@ -1,6 +1,7 @@
 """Divergences between measures, and how to move along their gradients."""
 
 from jdam.geometry.bures import Bures as Bures
+from jdam.geometry.chamfer import Chamfer as Chamfer
 from jdam.geometry.entropic_bures import EntropicBures as EntropicBures
 from jdam.geometry.euclidean import DotProduct as DotProduct
 from jdam.geometry.euclidean import Euclidean as Euclidean

@@ -12,7 +12,7 @@ from jdam._core.linalg import rounding, safe_sqrt, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import Gaussian
 from jdam._measures.mixture import GaussianMixture
-from jdam.geometry._transport import transport
+from jdam.geometry._transport import Plan, transport
 from jdam.geometry.bures import Full
 from jdam.geometry.bures import Prepared as PreparedGaussians
 from jdam.geometry.bures import View as GaussianView
@@ -96,10 +96,7 @@ class MixtureWasserstein(Geometry):
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         measures, query = patterns.measures, view.query
-        held = Patterns(_flat(measures))
-        found = jax.vmap(lambda component: Full.compare(component, held, True))(view.components)
-        costs = _by_pattern(found.divergence, measures)
-        plans = jax.vmap(transport, (0, None, 0))(costs, query.weights, measures.weights)
+        found, costs, plans = _transported(view, measures)
         on = query.weights > 0
         shares = plans.mass / jnp.where(on, query.weights, 1)[None, :, None]
         aligned = _by_pattern(found.pull.factor, measures)
@@ -110,6 +107,10 @@ class MixtureWasserstein(Geometry):
         allowed = rounding(sum(costs.shape[1:]), costs.dtype) * costs.max((1, 2))
         missed = jax.lax.stop_gradient(plans.gap > 64 * allowed)
         return Comparison(plans.cost, pull, missed=missed)
+
+    def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B K L"]:
+        """Between components."""
+        return _transported(view, patterns.measures)[2].mass
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """By the moments, since W₂² ≥ |Δ mean|² + Bures² of the covariances (Gelbrich), which
@@ -144,6 +145,17 @@ class MixtureWasserstein(Geometry):
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         pairs = patterns.num_components**2
         return batch_sizes_of(pairs * patterns.factors[0, 0].size)
+
+
+def _transported(
+    view: View, mixtures: GaussianMixture
+) -> tuple[Comparison, Float[Array, "B K L"], Plan]:
+    """Of each component of a query with those of mixtures; their costs; and the plans."""
+    held = Patterns(_flat(mixtures))
+    found = jax.vmap(lambda component: Full.compare(component, held, True))(view.components)
+    costs = _by_pattern(found.divergence, mixtures)
+    plans = jax.vmap(transport, (0, None, 0))(costs, view.query.weights, mixtures.weights)
+    return found, costs, plans
 
 
 def _flat(mixtures: GaussianMixture) -> Gaussian:

@@ -210,6 +210,13 @@ class Geometry(eqx.Module):
         """What `compare`, `move` and `residual` need of the query, computed once an evaluation."""
         return query
 
+    # ------------------------------------------------------------- correspondence
+
+    def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
+        """The transport plans of D(ξ, Xᵢ), between the atoms of the query and those of patterns,
+        with which `jdam.match` tells what belongs to what."""
+        raise TypeError(f"{type(self).__name__} has no plans")
+
     # ------------------------------------------------------------- speed
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:

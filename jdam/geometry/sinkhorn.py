@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
@@ -200,21 +201,12 @@ class Sinkhorn(SHKGeometry):
         return View(query, centre, centred, known, share[:, None] * known.gradient)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
+        prepared, weights = patterns.prepared, patterns.measures.weights
         centres = jax.lax.stop_gradient(prepared.centre)
         centred = about(centres, patterns.measures, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
         shift, means, placed = place(self._marginals, view, centres, centred, weights)
-
-        guess, solver = patterns.guess, self._solver
-        if isinstance(guess, Solved):
-            guess, solver = guess.g, replace(solver, method="known")
-
-        def one(points: Array, weights: Array, guess: Array) -> Coupling:
-            pair = Pair(view.centred, query.weights, points, weights, self._marginals)
-            return couple(solver, pair, guess)
-
-        found = jax.vmap(one)(placed, weights, guess)
+        found = self._coupled(view, placed, patterns)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
         missed |= rounding_of(view, placed, weights, self._marginals) > jnp.abs(divergence) / 32
@@ -232,6 +224,42 @@ class Sinkhorn(SHKGeometry):
             missed=missed | (view.known.error > self._tol),
             inliers=None if self.rho is None else shares,
         )
+
+    def _coupled(self, view: View, placed: Float[Array, "B m d"], patterns: Patterns) -> Coupling:
+        """The couplings of the query with patterns whose atoms count as being there."""
+        guess, solver = patterns.guess, self._solver
+        if guess is None:
+            guess = patterns.prepared.known.potential
+        if isinstance(guess, Solved):
+            guess, solver = guess.g, replace(solver, method="known")
+
+        def one(points: Array, weights: Array, guess: Array) -> Coupling:
+            pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
+            return couple(solver, pair, guess)
+
+        found: Coupling = jax.vmap(one)(placed, patterns.measures.weights, guess)
+        return found
+
+    def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
+        """pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε)."""
+        weights, centres = (
+            patterns.measures.weights,
+            jax.lax.stop_gradient(patterns.prepared.centre),
+        )
+        centred = about(centres, patterns.measures, self.epsilon)
+        _, _, placed = place(self._marginals, view, centres, centred, weights)
+        found = self._coupled(view, placed, patterns)
+
+        def one(f: Array, g: Array, points: Array, weights: Array) -> Array:
+            costs = self._solver.cost.scaled(view.centred, points, self.epsilon)
+            logs = (f[:, None] + g[None]) / self.epsilon - costs
+            on = (view.query.weights > 0)[:, None] & (weights > 0)[None]
+            masses = view.query.weights[:, None] * weights[None]
+            plan: Array = masses * jnp.exp(jnp.where(on, logs, 0))
+            return plan
+
+        plans: Array = jax.vmap(one)(found.f, found.g, placed, weights)
+        return plans
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """By means, or by the gap between clouds if ρ is given; and by dual values after half an
