@@ -51,6 +51,16 @@ def as_batch(measures: AnyMeasure) -> AnyMeasure:
     return stack(measures) if listed and isinstance(measures[0], Measure) else measures
 
 
+def as_row(measure: AnyMeasure) -> AnyMeasure:
+    """A single measure as a batch (1,)."""
+
+    def row(leaf: Array | np.ndarray) -> Array | np.ndarray:
+        # On the host where the value is there: JAX would compile every shape.
+        return np.asarray(leaf)[None] if checks.is_concrete(leaf) else leaf[None]
+
+    return jax.tree.map(row, measure)
+
+
 def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
     if isinstance(measure, Measure):
         if measure.batch_shape:
