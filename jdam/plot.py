@@ -86,8 +86,9 @@ def cloud(
     **style: Any,
 ) -> "Axes":
     """The atoms of point clouds, their areas proportional to their weights; atoms of weight 0 are
-    not seen. Each cloud of a batch has the next colour of the property cycle, unless `c`, `color`
-    or `facecolor` says otherwise. One unit is as long on both axes.
+    not seen. Each cloud of a batch has the next colour of the property cycle, and where atoms have
+    features, as one-hot labels, each label has one, unless `c`, `color` or `facecolor` says
+    otherwise. One unit is as long on both axes.
 
     **Arguments:** `cloud`, a single one or a batch, d ≥ 2; `size`, the area in points² that the
     atoms of a cloud share; `style` of `Axes.scatter`.
@@ -107,7 +108,10 @@ def cloud(
     from matplotlib.collections import PathCollection
 
     style = artists.styled(style, PathCollection, linewidth=0, alpha=0.75)
-    if cloud.batch_shape and not {"c", "color", "facecolor"} & set(style):
+    free = not {"c", "color", "facecolor"} & set(style)
+    if free and cloud.features is not None:
+        style["c"] = artists.colours_of(ax, pictures.numpy(cloud.features))
+    elif free and cloud.batch_shape:
         colours = artists.next_colours(ax, math.prod(cloud.batch_shape), filled=True)
         style["c"] = colours.repeat(cloud.num_atoms, axis=0)
     ax.scatter(*points.T, s=size * weights, **style)  # type: ignore[misc]

@@ -21,12 +21,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jdam._core.batching import batch_size
+from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import on_host
 from jdam._memory.encoding import OWN, decode, encode, name_of
 from jdam._memory.memory import Memory, check_memory
-from jdam._memory.prepared import prepare
+from jdam._memory.prepared import in_dtype, prepare
 from jdam._memory.sharding import parts_of
-from jdam.geometry import Geometry
 
 #: What the header says that the file is; of a newer version it is refused.
 FORMAT, VERSION = "jdam", 1
@@ -232,7 +232,7 @@ def _assembled(
     description = {"values": None} | description  # which files of before there were any lack
     held = {name: decode(description[name], array, classes) for name in names}
     patterns, prior, mark = held["patterns"], held["log_prior"], held["fingerprint"]
-    geometry: Geometry = held["geometry"]
+    geometry = in_dtype(held["geometry"], working_dtype(float_dtype(patterns)))
     patterns = geometry.check("patterns", patterns, 1)
     expected, _ = jax.eval_shape(prepare, patterns, geometry)
     wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]

@@ -16,7 +16,7 @@ from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
 from jdam._core.progress import check_progress
-from jdam._measures.base import AnyMeasure, Measure, any_of, describe, dim_of
+from jdam._measures.base import AnyMeasure, Measure, any_of, check_same_arrays, describe, dim_of
 from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -397,3 +397,4 @@ def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:
     wanted, got = dim_of(memory.patterns), dim_of(measure)
     if got != wanted:
         raise ValueError(f"{name} must have the memory's dimension d = {wanted}; got {got}")
+    check_same_arrays(name, measure, memory.patterns, "the patterns have")

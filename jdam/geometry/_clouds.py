@@ -10,21 +10,23 @@ from jaxtyping import Float
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.problem import FREE, Marginals, SelfCoupling
-from jdam._measures.point_cloud import PointCloud
+from jdam._measures.point_cloud import PointCloud, unchecked
 
 #: In units of √ε, how far out padding may count where it lies.
 FARTHEST = 100.0
 #: For a typical cost, of how many atoms of a cloud and pairs of all to take the median.
 MOST_ATOMS, MOST_PAIRS = 512, 2**22
+#: Of ε, what is added to the price of features: nothing to see, but the derivative of √λ at λ = 0.
+LEAST = 1e-24
 #: By what factors a step is shortened whose reweighting would not be linear.
 SHORTENING = 2.0
 
 
 class Prepared(NamedTuple):
-    """What is constant about patterns: a centre each, and the coupling with itself."""
+    """What is constant about patterns, lifted: a centre each, and the coupling with itself."""
 
-    centre: Float[Array, "N d"]
-    offset: Float[Array, "N d"]  # of the mean from it: rounding
+    centre: Float[Array, "N z"]
+    offset: Float[Array, "N z"]  # of the mean from it: rounding
     known: SelfCoupling
     radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
 
@@ -36,11 +38,11 @@ class Solved(NamedTuple):
 
 
 class View(NamedTuple):
-    """A query, its centre, its atoms about that, and its coupling with itself."""
+    """A query, and of it lifted its centre, its atoms about that, and its coupling with itself."""
 
     query: PointCloud
-    centre: Float[Array, " d"]
-    centred: Float[Array, "n d"]
+    centre: Float[Array, " z"]
+    centred: Float[Array, "n z"]
     known: SelfCoupling
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
 
@@ -66,6 +68,15 @@ class Tangent(NamedTuple):
 
     points: Float[Array, "n d"]
     reaction: Float[Array, " n"]
+
+
+def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]) -> PointCloud:
+    """The cloud of zⱼ = (xⱼ, √λ uⱼ), u being its features: the cost ½|x−y|² + ½λ|u−v|² of atoms is
+    ½|z−z'|². A cloud without features is its own."""
+    if cloud.features is None:
+        return cloud
+    root = jnp.sqrt(scale + LEAST * jax.lax.stop_gradient(epsilon))
+    return unchecked(jnp.concatenate([cloud.points, root * cloud.features], -1), cloud.weights)
 
 
 def typical_cost(clouds: PointCloud) -> Float[Array, ""]:

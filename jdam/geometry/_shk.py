@@ -17,12 +17,13 @@ from jdam._entropic.problem import (
     SelfCoupling,
     Solver,
 )
-from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import (
     Pull,
     Tangent,
     View,
+    lifted,
     shortening,
 )
 from jdam.geometry.protocol import (
@@ -56,8 +57,10 @@ class SHKGeometry(Geometry):
     max_iterations: int = eqx.field(static=True)
     solver: str = eqx.field(static=True)
     safeguard: bool = eqx.field(static=True)
+    #: The default is that of files of before there was one.
+    feature_scale: Float[Array, ""] = 1.0  # type: ignore[assignment]
 
-    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale")
+    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale", "feature_scale")
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
@@ -66,7 +69,7 @@ class SHKGeometry(Geometry):
         query, rate = view.query, step_size * self.hellinger_scale
         weights = jax.nn.softmax(safe_log(query.weights) - rate * pull.variation)
         weights = jnp.where(rate > 0, weights, query.weights)
-        return PointCloud(query.points + step_size * pull.velocity, weights)
+        return query.with_atoms(query.points + step_size * pull.velocity, weights)
 
     def backtrack(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
@@ -90,7 +93,7 @@ class SHKGeometry(Geometry):
         factor = length * self._transported(view, pull)
         length = length / jnp.where(factor > STABLE, factor, 1)
         points = query.points + length[..., None] * pull.velocity
-        return PointCloud(self._held(view, pull, points), weights)
+        return query.with_atoms(self._held(view, pull, points), weights)
 
     def _held(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
         """With ρ, light atoms in the box of all atoms and of where patterns take them: their own
@@ -127,17 +130,19 @@ class SHKGeometry(Geometry):
             share = share - pull.variation / (self.rho + self.epsilon)
         rest = velocity - view.force
         along = jnp.vecdot(velocity, step_size / 2 * share[:, None] * velocity - rest)
-        centred = view.centred + step_size * velocity
+        centred = view.centred.at[:, : velocity.shape[1]].add(step_size * velocity)
         known = self._couple_with_itself(centred, weights)
         bound = step_size * jnp.vdot(weights, along) - (known.cost - view.known.cost) / 2
         result: Array = (self.hellinger_scale == 0) & (bound <= 0)
         return result
 
     def masses(self, query: AnyMeasure) -> AnyMeasure:
-        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights."""
+        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights; nothing for
+        features, which do not change."""
         p, kappa = query.weights, self.hellinger_scale
         reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        return with_leaves(query, jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+        none: PointCloud = jax.tree.map(jnp.zeros_like, query)
+        return none.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
     def confined(self, measure: AnyMeasure, plain: AnyMeasure) -> AnyMeasure:
         """Within the box of the plain step's atoms: of light atoms the energy does not tell."""
@@ -145,7 +150,7 @@ class SHKGeometry(Geometry):
         low = jnp.where(on, points, jnp.inf).min(0, keepdims=True)
         high = jnp.where(on, points, -jnp.inf).max(0, keepdims=True)
         kept = jnp.where(on, jnp.clip(measure.points, low, high), measure.points)
-        return with_leaves(measure, kept, measure.weights)
+        return measure.with_atoms(kept, measure.weights)
 
     def chart(self, query: AnyMeasure) -> Chart:
         """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
@@ -157,7 +162,8 @@ class SHKGeometry(Geometry):
             moved = jax.nn.softmax(logits, where=weights > 0)
             # With κ = 0 not even the last digit of a weight changes.
             held = jnp.where(speed > 0, moved, weights)
-            return PointCloud(query.points + tangent.points, held)
+            moved_atoms: PointCloud = query.with_atoms(query.points + tangent.points, held)
+            return moved_atoms
 
         def slope(view: View, pull: Pull) -> Tangent:
             p = view.query.weights
@@ -168,10 +174,10 @@ class SHKGeometry(Geometry):
         return Chart(masses, displaced, slope)
 
     def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """The weights if κ = 0, and always those that are 0."""
-        still = super().conserved(measure, tangent)
+        """The features, the weights if κ = 0, and always those that are 0."""
         fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
-        return with_leaves(still, still.points, jnp.where(fixed, tangent.weights, 0))
+        weights = jnp.where(fixed, tangent.weights, 0)
+        return tangent.with_atoms(jnp.zeros_like(tangent.points), weights)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
@@ -232,6 +238,10 @@ class SHKGeometry(Geometry):
     @property
     def _solver(self) -> Solver:
         return Solver(self._tol, self.max_iterations, self.solver)
+
+    def lifted(self, cloud: PointCloud) -> PointCloud:
+        """A cloud with its features as coordinates: `_clouds.lifted`."""
+        return lifted(cloud, self.feature_scale, self.epsilon)
 
     def _couple_with_itself(
         self, points: Array, weights: Array, known: SelfCoupling | None = None

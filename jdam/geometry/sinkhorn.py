@@ -13,10 +13,7 @@ from jax.typing import ArrayLike
 from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
-from jdam._entropic.problem import (
-    Coupling,
-    Pair,
-)
+from jdam._entropic.problem import Coupling, Pair
 from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
@@ -80,6 +77,8 @@ class Sinkhorn(SHKGeometry):
       partial or cluttered. None, the default, transports all mass.
     - `hellinger_scale` κ ≥ 0: the strength of reweighting, per squared unit of distance; 0 keeps
       the weights.
+    - `feature_scale` λ ≥ 0: the price of matching atoms of different features, a squared length for
+      features without unit: see below. Of clouds without features it means nothing.
     - `tol`: the L1 error of the marginals at which the inner solver stops; eps^0.7 of the dtype if
       None, 1e-5 in float32 and 1e-11 in float64. S_ε errs in its second order, maps and potentials
       in its first.
@@ -90,8 +89,13 @@ class Sinkhorn(SHKGeometry):
       ott-jax.
     - `safeguard`: False takes the steps of Algorithm 1 as they are, see above.
 
-    `epsilon`, `rho` and `hellinger_scale` are traced: changing them does not recompile, and they
-    can be differentiated.
+    `epsilon`, `rho`, `hellinger_scale` and `feature_scale` are traced: changing them does not
+    recompile, and they can be differentiated.
+
+    **Features.** Of clouds whose atoms carry features u, the cost is ½|x−y|² + ½λ|u−v|²: that of
+    z = (x, √λ u), for which all of the above holds. Of one-hot labels λ is what it costs to match
+    atoms of different labels. A step moves the points alone, and features stay: it is the projected
+    gradient flow, along which the energy falls as well.
 
     **Unbalanced.** With ρ, D = S_{ε,ρ}, the same of
 
@@ -116,6 +120,7 @@ class Sinkhorn(SHKGeometry):
         *,
         rho: ArrayLike | None = None,
         hellinger_scale: ArrayLike = 0.0,
+        feature_scale: ArrayLike = 1.0,
         tol: float | None = None,
         max_iterations: int = 2000,
         solver: str = "stabilised",
@@ -125,6 +130,8 @@ class Sinkhorn(SHKGeometry):
         self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
         dtype = checks.scalar_dtype(hellinger_scale)
         self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
+        dtype = checks.scalar_dtype(feature_scale)
+        self.feature_scale = checks.nonnegative_scalar("feature_scale", feature_scale, dtype)
         if tol is not None:
             checks.positive("tol", tol, jnp.dtype(jnp.float32))
         self.tol = None if tol is None else float(tol)
@@ -144,17 +151,20 @@ class Sinkhorn(SHKGeometry):
         *,
         rho: float | None = None,
         hellinger_scale: float = 0.0,
+        feature_scale: float = 1.0,
         **settings: Any,
     ) -> "Sinkhorn":
         """A `Sinkhorn` in units of the patterns, so that it follows their unit of length: with u
         the median of ½|x−y|² within patterns, over pairs of different atoms of a cloud, it is
-        `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u)`.
+        `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
+        feature_scale=feature_scale·u)`. The median is of points alone, without features.
 
         ε = 0.05 places points well; 0.2 is faster and blurs, 0.01 slower and sharper. With cues
-        that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1.
+        that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1. With λ = 1 atoms of
+        different one-hot labels are as far apart as typical atoms of one cloud.
 
-        **Arguments:** `patterns`: clouds with any batch axes, or a list; `settings`: `tol`,
-        `max_iterations` and `solver`.
+        **Arguments:** `patterns`: clouds with any batch axes, or a list; `settings`: the other
+        arguments of `Sinkhorn`.
 
         **Raises:** as `Sinkhorn`; `TypeError` for other measures; `ValueError` where u is 0, as of
         clouds of one atom.
@@ -166,8 +176,13 @@ class Sinkhorn(SHKGeometry):
         unit = unit_of(patterns)
         if checks.is_concrete(unit) and not unit > 0:
             raise ValueError("patterns must have different atoms in a cloud; got a median of 0")
-        price = None if rho is None else rho * unit
-        return cls(epsilon * unit, rho=price, hellinger_scale=hellinger_scale / unit, **settings)
+        return cls(
+            epsilon * unit,
+            rho=None if rho is None else rho * unit,
+            hellinger_scale=hellinger_scale / unit,
+            feature_scale=feature_scale * unit,
+            **settings,
+        )
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, PointCloud):
@@ -178,6 +193,7 @@ class Sinkhorn(SHKGeometry):
         return measure
 
     def prepare(self, patterns: AnyMeasure) -> Any:
+        patterns = self.lifted(patterns)
         centre = jax.lax.stop_gradient(patterns.mean)
         centred = about(centre, patterns, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
@@ -193,20 +209,22 @@ class Sinkhorn(SHKGeometry):
         return None if guess is None else Solved(guess)
 
     def view(self, query: AnyMeasure) -> AnyView:
-        centre = jax.lax.stop_gradient(query.mean)
-        centred = about(centre, query, self.epsilon)
+        atoms = self.lifted(query)
+        centre = jax.lax.stop_gradient(atoms.mean)
+        centred = about(centre, atoms, self.epsilon)
         known = self._couple_with_itself(centred, query.weights)
         share = self._marginals.share(known.potential)
         assert known.gradient is not None  # it is dropped of patterns only
-        return View(query, centre, centred, known, share[:, None] * known.gradient)
+        force = share[:, None] * known.gradient[:, : query.dim]  # features do not move
+        return View(query, centre, centred, known, force)
 
     def kept(self, view: AnyView) -> AnyView:
         return Footing(view.query, view.known, view.force)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        query, prepared, weights = view.query, patterns.prepared, patterns.measures.weights
-        centres = jax.lax.stop_gradient(prepared.centre)
-        centred = about(centres, patterns.measures, self.epsilon)
+        query, prepared, clouds = view.query, patterns.prepared, self.lifted(patterns.measures)
+        weights, centres = clouds.weights, jax.lax.stop_gradient(prepared.centre)
+        centred = about(centres, clouds, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
         shift, means, placed = place(self._marginals, view, centres, centred, weights)
 
@@ -223,11 +241,12 @@ class Sinkhorn(SHKGeometry):
         missed = (found.error > self._tol) | (known.error > self._tol)
         missed |= rounding_of(view, placed, weights, self._marginals) > jnp.abs(divergence) / 32
         shares = self._marginals.share(found.f)
+        force, moves = shares[..., None] * found.gradient, slice(query.dim)
         variation = self._marginals.variation
         return Comparison(
             divergence,
             Pull(
-                velocity=view.force[None] - shares[..., None] * found.gradient - shift[:, None],
+                velocity=view.force[None] - force[..., moves] - shift[:, None, moves],
                 variation=variation(found.f)
                 + shift @ view.centred.T
                 - variation(view.known.potential)[None],
@@ -242,7 +261,8 @@ class Sinkhorn(SHKGeometry):
         iteration from the potential of the pattern with itself and after some more."""
         first = by_means if self.rho is None else partial(by_gap, self.epsilon, self.rho)
         duals = (dual_after_half_iteration, dual_after_some_iterations)
-        return first, *(partial(by_dual, dual, self._solver, self._marginals) for dual in duals)
+        solved = (partial(dual, self._solver) for dual in duals)
+        return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in solved)
 
     def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
@@ -256,7 +276,7 @@ class Sinkhorn(SHKGeometry):
 
     def resolution(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
-        eps = float(jnp.finfo(patterns.dtype).eps)
+        eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
         if self.rho is not None:
@@ -276,6 +296,8 @@ class Sinkhorn(SHKGeometry):
         settings = [f"epsilon={_shown(self.epsilon)}"]
         settings += [f"rho={_shown(self.rho)}"] if self.rho is not None else []
         settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
+        scale = _shown(self.feature_scale)
+        settings += [f"feature_scale={scale}"] if scale != "1" else []
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
         settings += [f"solver={self.solver!r}"] if self.solver != "stabilised" else []
         settings += [] if self.safeguard else ["safeguard=False"]
