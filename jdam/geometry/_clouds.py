@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._entropic.cost import Cost, HalfSquaredDistance
 from jdam._entropic.problem import FREE, Marginals, SelfCoupling
 from jdam._measures.point_cloud import PointCloud, unchecked
 
@@ -79,20 +80,20 @@ def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]
     return unchecked(jnp.concatenate([cloud.points, root * cloud.features], -1), cloud.weights)
 
 
-def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
-    """The median of ½|x−y|² over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
+def typical_cost(clouds: PointCloud, cost: Cost) -> Float[Array, ""]:
+    """The median of c(x, y) over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
     counted once; of large batches over some clouds and atoms, evenly spread."""
     step = -(-clouds.num_atoms // MOST_ATOMS)
     points, weights = clouds.points[:, ::step], clouds.weights[:, ::step]
     pairs = points.shape[1] ** 2
     skip = -(-len(points) * pairs // MOST_PAIRS)
     points, weights = points[::skip], weights[::skip]
-    gaps = points[:, :, None] - points[:, None]
+    costs = jax.vmap(cost.matrix)(points, points)
     apart = ~jnp.eye(points.shape[1], dtype=bool)[None]
     masses = jnp.where(apart, weights[:, :, None] * weights[:, None], 0)
     total = masses.sum((1, 2), keepdims=True)
     masses = (masses / jnp.where(total > 0, total, 1)).reshape(-1)
-    costs = jnp.where(masses > 0, (jnp.vecdot(gaps, gaps) / 2).reshape(-1), 0)
+    costs = jnp.where(masses > 0, costs.reshape(-1), 0)
     order = jnp.argsort(costs)
     below = jnp.cumsum(masses[order])
     half = below[-1] / 2
@@ -103,11 +104,12 @@ def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
     return (costs[order[first]] + costs[order[last]]) / 2
 
 
-@compiled(rounded=False)
-def unit_of(patterns: PointCloud) -> Float[Array, ""]:
-    """`typical_cost` of clouds with any batch axes."""
+@compiled(static=("cost",), rounded=False)
+def unit_of(patterns: PointCloud, *, cost: Cost | None = None) -> Float[Array, ""]:
+    """`typical_cost` of clouds with any batch axes; ½|x−y|² if None."""
     batch = len(patterns.batch_shape)
-    return typical_cost(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns))
+    clouds = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns)
+    return typical_cost(clouds, cost or HalfSquaredDistance())
 
 
 def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:

@@ -10,6 +10,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._entropic.cost import Cost, HalfSquaredDistance
+from jdam._entropic.ground_cost import GroundCost
 from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import (
     Cloud,
@@ -59,6 +61,7 @@ class SHKGeometry(Geometry):
     safeguard: bool = eqx.field(static=True)
     #: The default is that of files of before there was one.
     feature_scale: Float[Array, ""] = 1.0  # type: ignore[assignment]
+    cost: Any = eqx.field(static=True, default=None)
 
     positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale", "feature_scale")
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
@@ -122,7 +125,9 @@ class SHKGeometry(Geometry):
     ) -> Array:
         """For κ = 0, the bound E(q⁺) − E(q) ≤ Σ pⱼ(τ²/2 sⱼ|vⱼ|² − τ⟨vⱼ, vⱼ + T₀(xⱼ) − xⱼ⟩)
         − ½(OT_ε(q⁺, q⁺) − OT_ε(q, q)): E is concave in the Sₓ, and the old plans, which transport
-        the share sⱼ of each atom, move along."""
+        the share sⱼ of each atom, move along. That is of ½|x−y|² alone."""
+        if self.cost is not None:
+            return jnp.array(False)
         velocity, weights = pull.velocity, view.query.weights
         # Of what Σᵢ wᵢPᵢ transports, atom by atom: its share, and the force on it.
         share = self._marginals.share(view.known.potential)
@@ -152,9 +157,12 @@ class SHKGeometry(Geometry):
         kept = jnp.where(on, jnp.clip(measure.points, low, high), measure.points)
         return measure.with_atoms(kept, measure.weights)
 
-    def chart(self, query: AnyMeasure) -> Chart:
+    def chart(self, query: AnyMeasure) -> Chart | None:
         """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
-        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄)."""
+        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄). None for a
+        cost of one's own, which may have no second derivatives."""
+        if self.cost is not None:
+            return None
         weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
 
         def displaced(tangent: Tangent) -> PointCloud:
@@ -201,7 +209,11 @@ class SHKGeometry(Geometry):
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
         """In units of √ε, below which plans do not tell atoms apart, beside the rounding of
         coordinates: on 48 recalls of outlines, 200 plain steps from where these end move atoms by
-        less than a tenth of it."""
+        less than a tenth of it. For a cost of one's own, in units of ε by the size of the patterns,
+        cost by length as the gradient."""
+        if self.cost is not None:
+            unit = self.epsilon / jnp.where(scale > 0, scale, 1)
+            return RESOLVED[0] * unit, RESOLVED[1] * unit
         rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
         enough, sought = (size * jnp.sqrt(self.epsilon) for size in RESOLVED)
         if self.rho is not None:  # atoms that slide along others still go far
@@ -216,13 +228,15 @@ class SHKGeometry(Geometry):
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
         """Not for a given ρ: bold steps take strays and light atoms astray, of which the energy
-        hardly tells."""
-        return 5 if self.safeguard and self.rho is None else 0
+        hardly tells; nor for a cost of one's own."""
+        return 5 if self.safeguard and self.rho is None and self.cost is None else 0
 
     @property
     def default_steps(self) -> int:  # type: ignore[override]
-        """More for a given ρ, where atoms that hardly belong to a pattern move slowly."""
-        return 50 if self.rho is None or not self.safeguard else 150
+        """More for a given ρ, where atoms that hardly belong to a pattern move slowly, and for a
+        cost of one's own, of which no length of step is known to be good."""
+        plain = self.rho is None and self.cost is None
+        return 50 if plain or not self.safeguard else 150
 
     @property
     def _tol(self) -> float:
@@ -237,7 +251,11 @@ class SHKGeometry(Geometry):
 
     @property
     def _solver(self) -> Solver:
-        return Solver(self._tol, self.max_iterations, self.solver)
+        return Solver(self._tol, self.max_iterations, self.solver, self._ground)
+
+    @property
+    def _ground(self) -> Cost:
+        return HalfSquaredDistance() if self.cost is None else GroundCost(self.cost)
 
     def lifted(self, cloud: PointCloud) -> PointCloud:
         """A cloud with its features as coordinates: `_clouds.lifted`."""

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
+from jdam._entropic.ground_cost import GroundCost, checked_cost, mean_within
 from jdam._entropic.problem import Coupling, Pair
 from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure
@@ -88,6 +90,7 @@ class Sinkhorn(SHKGeometry):
     - `solver`: "stabilised", scaling iterations finished by Newton steps, or "ott", the solver of
       ott-jax.
     - `safeguard`: False takes the steps of Algorithm 1 as they are, see above.
+    - `cost`: another ground cost than ½|x−y|², an `ott.geometry.costs.CostFn`: see below.
 
     `epsilon`, `rho`, `hellinger_scale` and `feature_scale` are traced: changing them does not
     recompile, and they can be differentiated.
@@ -111,6 +114,16 @@ class Sinkhorn(SHKGeometry):
     `jdam.attend(memory, cue, beta, values=memory)`. There is no theory of basins for ρ, as D does
     not grow with distance.
 
+    **Any ground cost.** `cost` is a c(x, y) ≥ 0 of two atoms, symmetric and with c(x, x) = 0, such
+    as `PNormP(1.5)` or `Cosine()`, or a `CostFn` of one's own. D is the same with c for ½|x−y|²,
+    and `epsilon`, `rho` are in units of c. A step moves atoms by −τ∇F(xⱼ), which for ½|x−y|² is
+    the step above; its length is halved until the energy does not rise. Where the curvature of c is
+    far from 1 another `step_size` is faster. S_ε ≥ 0 is known where e^(−c/ε) is positive definite:
+    for |x−y|^p with 0 < p ≤ 2 and for the cosine distance, not for squared distances on a circle
+    or torus (Feydy et al., arXiv:1810.08278). `Certified` compares all patterns, as there are no
+    bounds; the functions of `jdam.theory`, clouds with features and `jdam.save` are refused. The
+    default tolerances are in units of c by length.
+
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
 
@@ -125,6 +138,7 @@ class Sinkhorn(SHKGeometry):
         max_iterations: int = 2000,
         solver: str = "stabilised",
         safeguard: bool = True,
+        cost: Any = None,
     ):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
         self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
@@ -142,6 +156,7 @@ class Sinkhorn(SHKGeometry):
         if not isinstance(safeguard, bool):
             raise TypeError(f"safeguard must be a bool; got {safeguard!r}")
         self.safeguard = safeguard
+        self.cost = checked_cost(cost)
 
     @classmethod
     def relative(
@@ -157,7 +172,8 @@ class Sinkhorn(SHKGeometry):
         """A `Sinkhorn` in units of the patterns, so that it follows their unit of length: with u
         the median of ½|x−y|² within patterns, over pairs of different atoms of a cloud, it is
         `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
-        feature_scale=feature_scale·u)`. The median is of points alone, without features.
+        feature_scale=feature_scale·u)`. The median is of points alone, without features; with a
+        `cost`, it is that of c(x, y).
 
         ε = 0.05 places points well; 0.2 is faster and blurs, 0.01 slower and sharper. With cues
         that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1. With λ = 1 atoms of
@@ -173,7 +189,8 @@ class Sinkhorn(SHKGeometry):
         if not isinstance(patterns, PointCloud):
             raise TypeError(f"patterns must be jdam.PointClouds; got {type(patterns).__name__}")
         checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
-        unit = unit_of(patterns)
+        cost = checked_cost(settings.get("cost"))
+        unit = unit_of(patterns, cost=None if cost is None else GroundCost(cost))
         if checks.is_concrete(unit) and not unit > 0:
             raise ValueError("patterns must have different atoms in a cloud; got a median of 0")
         return cls(
@@ -190,11 +207,13 @@ class Sinkhorn(SHKGeometry):
                 f"{name} must be a jdam.PointCloud for {self}; got {type(measure).__name__}"
             )
         check_batch_ndim(name, measure, batch_ndim)
+        if self.cost is not None and measure.features is not None:
+            raise ValueError(f"{name} must have no features for {self}, whose cost is of points")
         return measure
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         patterns = self.lifted(patterns)
-        centre = jax.lax.stop_gradient(patterns.mean)
+        centre = self._centre(patterns)
         centred = about(centre, patterns, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
         known = known._replace(gradient=None)
@@ -210,7 +229,7 @@ class Sinkhorn(SHKGeometry):
 
     def view(self, query: AnyMeasure) -> AnyView:
         atoms = self.lifted(query)
-        centre = jax.lax.stop_gradient(atoms.mean)
+        centre = self._centre(atoms)
         centred = about(centre, atoms, self.epsilon)
         known = self._couple_with_itself(centred, query.weights)
         share = self._marginals.share(known.potential)
@@ -239,7 +258,9 @@ class Sinkhorn(SHKGeometry):
         found = jax.vmap(one)(placed, weights, guess)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
-        missed |= rounding_of(view, placed, weights, self._marginals) > jnp.abs(divergence) / 32
+        if self.cost is None:
+            rounded = rounding_of(view, placed, weights, self._marginals)
+            missed |= rounded > jnp.abs(divergence) / 32
         shares = self._marginals.share(found.f)
         force, moves = shares[..., None] * found.gradient, slice(query.dim)
         variation = self._marginals.variation
@@ -258,7 +279,10 @@ class Sinkhorn(SHKGeometry):
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """By means, or by the gap between clouds if ρ is given; and by dual values after half an
-        iteration from the potential of the pattern with itself and after some more."""
+        iteration from the potential of the pattern with itself and after some more. None for a
+        cost of one's own."""
+        if self.cost is not None:
+            return ()
         first = by_means if self.rho is None else partial(by_gap, self.epsilon, self.rho)
         duals = (dual_after_half_iteration, dual_after_some_iterations)
         solved = (partial(dual, self._solver) for dual in duals)
@@ -279,6 +303,8 @@ class Sinkhorn(SHKGeometry):
         eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
+        if self.cost is not None:
+            variances = mean_within(self._ground, patterns.points, patterns.weights)
         if self.rho is not None:
             variances = jnp.minimum(variances, 2 * (2 * self.rho + self.epsilon))
         return max(eps, self._tol**2) * average(variances, weights) / 2
@@ -301,17 +327,24 @@ class Sinkhorn(SHKGeometry):
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
         settings += [f"solver={self.solver!r}"] if self.solver != "stabilised" else []
         settings += [] if self.safeguard else ["safeguard=False"]
+        settings += [f"cost={type(self.cost).__name__}"] if self.cost is not None else []
         return f"Sinkhorn({', '.join(settings)})"
 
     @property
     def bounds_pay(self) -> bool:  # type: ignore[override]
-        """Not for a given ρ, where D of far patterns hardly differs."""
-        return self.rho is None
+        """Not for a given ρ, where D of far patterns hardly differs; nor without bounds."""
+        return self.rho is None and self.cost is None
 
     @property
     def cost_scale(self) -> float | None:  # type: ignore[override]
-        """½ for the balanced divergence; the other does not grow without bounds."""
-        return 0.5 if self.rho is None else None
+        """½ for the balanced divergence with the cost ½|x−y|²; with ρ it does not grow without
+        bounds."""
+        return 0.5 if self.rho is None and self.cost is None else None
+
+    def _centre(self, clouds: PointCloud) -> Float[Array, "*batch d"]:
+        """About what to compare: the mean, unless the cost changes with a common translation."""
+        mean = jax.lax.stop_gradient(clouds.mean)
+        return mean if self.cost is None else jnp.zeros_like(mean)
 
 
 def _shown(value: Array) -> str:
