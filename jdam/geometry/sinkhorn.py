@@ -197,7 +197,7 @@ class Sinkhorn(SHKGeometry):
             epsilon * unit,
             rho=None if rho is None else rho * unit,
             hellinger_scale=hellinger_scale / unit,
-            feature_scale=feature_scale * unit,
+            feature_scale=feature_scale if patterns.features is None else feature_scale * unit,
             **settings,
         )
 
