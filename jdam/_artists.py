@@ -43,6 +43,20 @@ def next_colours(ax: "Axes", num: int, *, filled: bool = False) -> np.ndarray:
     return np.resize(to_rgba_array(colours), (num, 4))
 
 
+def colours_of(ax: "Axes", features: np.ndarray) -> np.ndarray:
+    """Colours (M, 4) of atoms by their features (…, k): one of the property cycle for each largest
+    feature, as of one-hot labels; along the colour map for single numbers."""
+    from matplotlib import colormaps, rcParams
+    from matplotlib.colors import Normalize
+
+    rows = features.reshape(-1, features.shape[-1])
+    if rows.shape[1] > 1:
+        found: np.ndarray = next_colours(ax, rows.shape[1], filled=True)[rows.argmax(1)]
+        return found
+    shades = Normalize()(rows[:, 0]).filled()
+    return np.asarray(colormaps[rcParams["image.cmap"]](shades))
+
+
 def styled(style: dict[str, Any], artist: type, **default: Any) -> dict[str, Any]:
     """`style` over `default`, with lw, ec, … spelled out, so that they replace it."""
     from matplotlib.cbook import normalize_kwargs

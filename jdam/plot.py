@@ -14,9 +14,8 @@ from jax.typing import ArrayLike
 
 from jdam import _artists as artists
 from jdam import _pictures as pictures
+from jdam._energy import match as matching
 from jdam._energy.energy import energy, inverse_temperature
-from jdam._energy.match import Match
-from jdam._energy.match import match as correspond
 from jdam._measures.base import AnyMeasure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -44,8 +43,7 @@ def ellipses(
     """The contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians, of their marginals on two
     coordinates `axes`; those of singular ones are segments and dots. Of mixtures those of
     all components, the fainter the less they weigh. Each Gaussian or mixture of a batch has the
-    next colour of the property cycle, unless `color` or `edgecolor` says otherwise. One unit is as
-    long on both axes.
+    next colour of the cycle, unless `color` or `edgecolor` says otherwise.
 
     **Arguments:** `gaussian`, a single one or a batch, d ≥ 2; `style` of a
     `matplotlib.collections.PolyCollection`.
@@ -88,8 +86,9 @@ def cloud(
     **style: Any,
 ) -> "Axes":
     """The atoms of point clouds, their areas proportional to their weights; atoms of weight 0 are
-    not seen. Each cloud of a batch has the next colour of the property cycle, unless `c`, `color`
-    or `facecolor` says otherwise. One unit is as long on both axes.
+    not seen. Each cloud of a batch has the next colour of the property cycle, and where atoms have
+    features, as one-hot labels, each label has one, unless `c`, `color` or `facecolor` says
+    otherwise. One unit is as long on both axes.
 
     **Arguments:** `cloud`, a single one or a batch, d ≥ 2; `size`, the area in points² that the
     atoms of a cloud share; `style` of `Axes.scatter`.
@@ -109,7 +108,10 @@ def cloud(
     from matplotlib.collections import PathCollection
 
     style = artists.styled(style, PathCollection, linewidth=0, alpha=0.75)
-    if cloud.batch_shape and not {"c", "color", "facecolor"} & set(style):
+    free = not {"c", "color", "facecolor"} & set(style)
+    if free and cloud.features is not None:
+        style["c"] = artists.colours_of(ax, pictures.numpy(cloud.features))
+    elif free and cloud.batch_shape:
         colours = artists.next_colours(ax, math.prod(cloud.batch_shape), filled=True)
         style["c"] = colours.repeat(cloud.num_atoms, axis=0)
     ax.scatter(*points.T, s=size * weights, **style)  # type: ignore[misc]
@@ -193,7 +195,7 @@ def _pattern(pattern: AnyMeasure, pair: list[int], ax: "Axes", num_std: float, s
 def match(
     memory: Memory,
     query: AnyMeasure,
-    matched: Match | int | None = None,
+    matched: matching.Match | int | None = None,
     *,
     axes: tuple[int, int] = (0, 1),
     num_std: float = 2.0,
@@ -212,7 +214,8 @@ def match(
     **Raises:** as `jdam.match`; `ValueError` for d < 2 and for `axes` that are not two of the
     coordinates.
     """
-    found = matched if isinstance(matched, Match) else correspond(memory, query, matched)
+    given = isinstance(matched, matching.Match)
+    found = matched if given else matching.match(memory, query, matched)
     pair = pictures.coordinates("query", query.dim, axes)
     pattern, ax = memory[int(found.index)], artists.axes(ax)
     _pattern(pattern, pair, ax, num_std, size)

@@ -55,7 +55,7 @@ def near(rng, measure, amount):
         return (leaf + amount * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     if isinstance(measure, jdam.PointCloud):
-        return jdam.PointCloud(shift(measure.points), measure.weights)
+        return jdam.PointCloud(shift(measure.points), measure.weights, measure.features)
     if isinstance(measure, jdam.GaussianMixture):
         return jdam.GaussianMixture(measure.weights, shift(measure.means), shift(measure.factors))
     if isinstance(measure, Histogram):

@@ -141,7 +141,8 @@ def check_both(kind):
     and after a file."""
     make, geometry = KINDS[kind]
     rng = np.random.default_rng(7)
-    memory = jdam.store(make(rng, NUM, DIM), geometry, capacity=NUM + 3)
+    values = {"label": np.arange(NUM), "place": rng.normal(size=(NUM, 2))}
+    memory = jdam.store(make(rng, NUM, DIM), geometry, values=values, capacity=NUM + 3)
     queries = near(rng, jax.tree.map(lambda leaf: leaf[:8], memory.patterns), 0.1)
     mesh = jax.make_mesh((2, jax.device_count() // 2), ("patterns", "queries"))
     rows = NamedSharding(mesh, PartitionSpec("queries"))
@@ -202,6 +203,8 @@ def check_saved(memory, sharded, folder):
     whole = jdam.load(path)
     assert len(whole) == NUM
     same(whole[:], memory[:], 0)
+    same(whole.values, jax.tree.map(lambda leaf: leaf[:NUM], memory.values), 0)
+    same(*(jdam.attend(held, memory[1], BETA, held.values["place"]) for held in (sharded, whole)))
     same(jdam.pairwise(sharded), jdam.pairwise(whole))
     completed = (jdam.attend(held, memory[1], BETA, held).mean for held in (sharded, whole))
     same(*completed)

@@ -246,6 +246,18 @@ def test_way_of_a_vector(ax):
     assert_allclose(path[[0, -1]], [[0.9, 0.2], found.measure])
 
 
+def test_atoms_have_the_colours_of_their_labels(ax, rng):
+    labels = np.array([[0, 1, 1], [2, 0, 1]])
+    points = rng.normal(size=(2, 3, 2))
+    jdam.plot.cloud(jdam.PointCloud(points, None, np.eye(3)[labels]), ax=ax)
+    jdam.plot.cloud(jdam.PointCloud(points, None, labels[..., None]), ax=ax)
+    hot, graded = (np.array(artist.get_facecolors()) for artist in ax.collections)
+    for colours in (hot, graded):
+        assert len(np.unique(colours, axis=0)) == 3
+        same = (colours[:, None] == colours[None]).all(-1)
+        np.testing.assert_array_equal(same, labels.ravel()[:, None] == labels.ravel())
+
+
 @pytest.mark.full
 def test_way_of_a_cloud(ax, rng):
     patterns = clouds(rng)

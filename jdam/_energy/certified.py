@@ -211,13 +211,7 @@ def _evaluate(
 
 
 def _hunt(
-    search: Certified,
-    memory: Memory,
-    view: AnyView,
-    beta: Array,
-    guess: Any,
-    *,
-    with_pull: bool,
+    search: Certified, memory: Memory, view: AnyView, beta: Array, guess: Any, *, with_pull: bool
 ) -> _Hunt:
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = memory.capacity, memory.layout

@@ -44,14 +44,15 @@ def parametrize(
     - "patterns": factors of Gaussians and means, standard deviations (of either sign), points and
       logarithms of weights of clouds, vectors; as `Measure.to_free` has them;
     - "prior": log πᵢ;
-    - arrays of the geometry by name, of "epsilon", "rho" and "hellinger_scale" the logarithms.
+    - arrays of the geometry by name, of "epsilon", "rho", "hellinger_scale" and "feature_scale" the
+      logarithms.
 
     **Returns:** `params`, a dictionary by these names of arrays, or of dictionaries of arrays for
     measures of several, in at least float32; and `rebuild`.
 
     **Raises:** `TypeError` for other kinds of arguments, `ValueError` for a sharded memory, for
-    names that are not of these or that the geometry has no value for, and for κ = 0, which has no
-    logarithm.
+    names that are not of these or that the geometry has no value for, and for κ = 0 or λ = 0, which
+    have no logarithm.
     """
     check_memory(memory)
     if memory.layout is not None:
@@ -192,10 +193,11 @@ def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
 
 
 def _as_fields(measure: AnyMeasure) -> Any:
-    """The arrays of a measure by name; those of anything else as they are."""
+    """The arrays of a measure by name but for its constants; those of anything else as they are."""
     if not isinstance(measure, Measure):
         return measure
-    fields = {field.name: getattr(measure, field.name) for field in dataclasses.fields(measure)}
+    names = [x.name for x in dataclasses.fields(measure) if x.name not in measure.constants]
+    fields = {name: getattr(measure, name) for name in names}
     return {name: value for name, value in fields.items() if eqx.is_inexact_array(value)}
 
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, TypeAlias, TypeVar, get_type_hints
+from typing import Any, ClassVar, TypeAlias, TypeVar, get_args, get_type_hints
 
 import equinox as eqx
 import jax
@@ -30,7 +30,8 @@ class Measure(eqx.Module):
             radius: Float[Array, "*batch"]
 
     Every field so annotated leads with the same batch axes, and `d` is the dimension of the
-    space. `batch_shape`, `dim`, `dtype`, indexing and the repr follow from that.
+    space. `batch_shape`, `dim`, `dtype`, indexing and the repr follow from that. An array whose
+    annotation allows None may be missing.
 
     To let an optimizer move a measure, override `to_free` and `from_free` where arrays are
     constrained, and `redundant` where different arrays are the same measure. Where measures of
@@ -41,6 +42,8 @@ class Measure(eqx.Module):
     #: For each axis that may be longer than a measure needs, how each array that has it is filled
     #: up: a mode of `numpy.pad`, of which "constant" means zeros.
     padding: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    #: Arrays that neither recall nor an optimizer moves; `from_free` takes those of its `self`.
+    constants: ClassVar[tuple[str, ...]] = ()
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -61,8 +64,9 @@ class Measure(eqx.Module):
         """The lengths of the axes of a single measure, by name."""
         found: dict[str, int] = {}
         for name, axes in _axes(type(self)).items():
-            shape = getattr(self, name).shape
-            found |= dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+            if getattr(self, name) is not None:
+                shape = getattr(self, name).shape
+                found |= dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
         return found
 
     @property
@@ -115,7 +119,7 @@ class Measure(eqx.Module):
 def _axes(kind: type[Measure]) -> dict[str, tuple[str, ...]]:
     """The names of the axes after the batch of each array of a kind of measure."""
     hints = get_type_hints(kind)
-    strings = {x.name: getattr(hints[x.name], "dim_str", "").split() for x in fields(kind)}
+    strings = {x.name: _axes_in(hints[x.name]) for x in fields(kind)}
     axes = {name: tuple(names[1:]) for name, names in strings.items() if names[:1] == ["*batch"]}
     if not axes:
         raise TypeError(
@@ -124,12 +128,19 @@ def _axes(kind: type[Measure]) -> dict[str, tuple[str, ...]]:
     return axes
 
 
+def _axes_in(hint: Any) -> list[str]:
+    """The names of all axes of an array, which may also be None."""
+    arrays = [part for part in (hint, *get_args(hint)) if hasattr(part, "dim_str")]
+    return arrays[0].dim_str.split() if arrays else []
+
+
 def _filled_up(measure: Kind, axis: str, missing: int) -> Kind:
     """The measure with `missing` more entries along an axis."""
     filled = {}
     for name, axes in _axes(type(measure)).items():
-        if axis in axes:
-            array, mode = getattr(measure, name), measure.padding[axis][name]
+        array = getattr(measure, name)
+        if axis in axes and array is not None:
+            mode = measure.padding[axis][name]
             widths = [(0, 0)] * array.ndim
             widths[axes.index(axis) - len(axes)] = (0, missing)
             # On the host where arrays are there: JAX would compile every shape.
@@ -164,6 +175,24 @@ def describe(patterns: AnyMeasure) -> str:
     if isinstance(patterns, Array | np.ndarray):
         return f"vectors(dim={patterns.shape[-1]})"
     return type(patterns).__name__
+
+
+def check_same_arrays(name: str, measure: AnyMeasure, like: AnyMeasure, have: str) -> None:
+    """Raise where one of two measures has an array that the other lacks, or one of another size but
+    for what may be padded. `have` says whose arrays those of `like` are."""
+    if not isinstance(measure, Measure):
+        return
+    for array, axes in _axes(type(measure)).items():
+        there, wanted = (getattr(m, array) is not None for m in (measure, like))
+        if wanted and not there:
+            shape = ", ".join(axes)
+            raise ValueError(f"{name} must have {array} ({shape}) as {have}; got none")
+        if there and not wanted:
+            raise ValueError(f"{name} must have no {array}, as {have} none; got some")
+    for axis, size in like.sizes.items():
+        if axis not in like.padding and measure.sizes[axis] != size:
+            got = measure.sizes[axis]
+            raise ValueError(f"{name} must have {axis} = {size} as {have}; got {axis} = {got}")
 
 
 def any_of(measures: AnyMeasure) -> AnyMeasure:

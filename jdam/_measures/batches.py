@@ -9,7 +9,7 @@ from jax import Array
 
 from jdam._core import checks
 from jdam._core.compile import float_dtype
-from jdam._measures.base import AnyMeasure, Measure
+from jdam._measures.base import AnyMeasure, Measure, check_same_arrays
 
 
 def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
@@ -51,6 +51,16 @@ def as_batch(measures: AnyMeasure) -> AnyMeasure:
     return stack(measures) if listed and isinstance(measures[0], Measure) else measures
 
 
+def as_row(measure: AnyMeasure) -> AnyMeasure:
+    """A single measure as a batch (1,)."""
+
+    def row(leaf: Array | np.ndarray) -> Array | np.ndarray:
+        # On the host where the value is there: JAX would compile every shape.
+        return np.asarray(leaf)[None] if checks.is_concrete(leaf) else leaf[None]
+
+    return jax.tree.map(row, measure)
+
+
 def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
     if isinstance(measure, Measure):
         if measure.batch_shape:
@@ -81,11 +91,12 @@ def _check_alike(name: str, measure: AnyMeasure, first_name: str, first: AnyMeas
         )
     for axis, size in _sizes(first).items():
         padded = isinstance(first, Measure) and axis in first.padding
-        if not padded and _sizes(measure)[axis] != size:
+        got = _sizes(measure).get(axis, size)
+        if not padded and got != size:
             raise ValueError(
-                f"{name} must have the size of {first_name}, {axis} = {size}; "
-                f"got {_sizes(measure)[axis]}"
+                f"{name} must have the size of {first_name}, {axis} = {size}; got {got}"
             )
+    check_same_arrays(name, measure, first, f"{first_name} has")
 
 
 def _kind(measure: AnyMeasure) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -144,7 +144,7 @@ class Gaussian(Measure):
         """
         given = check_ragged("samples", "Gaussian", samples, weights)
         # Those of like number together: what is filled up is at most as much as is there.
-        alike: dict[int, dict[int, tuple[Array, Array]]] = {}
+        alike: dict[int, dict[int, tuple[Any, ...]]] = {}
         for i, pair in given.items():
             alike.setdefault((len(pair[0]) - 1).bit_length(), {})[i] = pair
         found = [build(cls.from_samples, "Gaussian", pairs) for pairs in alike.values()]

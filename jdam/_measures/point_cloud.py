@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -11,20 +13,28 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.moments import weighted_mean
-from jdam._measures.ragged import build, check_ragged
+from jdam._measures.ragged import build, check_ragged, with_arrays
 from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 
 RAGGED = "jdam.PointCloud.from_ragged takes clouds of different sizes"
 
 
 class PointCloud(Measure):
-    """The discrete measure Σⱼ aⱼ δ(xⱼ) of n weighted points.
+    """The discrete measure Σⱼ aⱼ δ(xⱼ) of n weighted points, which may carry features uⱼ.
 
     Atoms of weight 0 are padding: they change nothing, and stay at weight 0. Atoms may
     coincide, and their order means nothing.
 
-    **Arguments:** `points` x (…, n, d); `weights` a (…, n) on the simplex, ≥ 0 and of sum 1 for
-    each cloud; uniform, 1/n, if None.
+    Features are what an atom is rather than where: a label as a one-hot row, a colour, an
+    embedding. A geometry compares them too, with a weight of its own, as `feature_scale` of
+    `Sinkhorn`; nothing moves them.
+
+    **Arguments:**
+
+    - `points` x (…, n, d).
+    - `weights` a (…, n) on the simplex, ≥ 0 and of sum 1 for each cloud; uniform, 1/n, if None.
+    - `features` u (…, n, k), k numbers for each point, or None. Integers and booleans become the
+      dtype of the points: `jax.nn.one_hot(labels, k)` makes features of labels (…, n).
 
     **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for shapes
     that do not fit and, where values are concrete, for NaN, infinity, negative weights and
@@ -33,12 +43,19 @@ class PointCloud(Measure):
 
     points: Float[Array, "*batch n d"]
     weights: Float[Array, "*batch n"]
+    features: Float[Array, "*batch n k"] | None = None
 
     padding: ClassVar[Mapping[str, Mapping[str, str]]] = {
-        "n": {"points": "edge", "weights": "constant"}
+        "n": {"points": "edge", "weights": "constant", "features": "edge"}
     }
+    constants: ClassVar[tuple[str, ...]] = ("features",)
 
-    def __init__(self, points: ArrayLike, weights: ArrayLike | None = None):
+    def __init__(
+        self,
+        points: ArrayLike,
+        weights: ArrayLike | None = None,
+        features: ArrayLike | None = None,
+    ):
         points = checks.float_array("points", points, ragged=RAGGED)
         if points.ndim < 2 or 0 in points.shape[-2:]:
             raise ValueError(f"points must have shape (…, n, d), n, d ≥ 1; got {points.shape}")
@@ -46,6 +63,7 @@ class PointCloud(Measure):
         if weights is None:
             weights = jnp.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
         self.points, self.weights = points, simplex_weights(weights, points=points)
+        self.features = None if features is None else _checked_features(features, points)
 
     @property
     def mean(self) -> Float[Array, "*batch d"]:
@@ -59,14 +77,20 @@ class PointCloud(Measure):
 
     def to_free(self) -> "PointCloud":
         """Logarithms for weights, with 0 for those of padding."""
-        return with_leaves(self, self.points, free_weights(self.weights))
+        return self.with_atoms(self.points, free_weights(self.weights))
 
     def from_free(self, free: "PointCloud") -> "PointCloud":
-        """The cloud of these logarithms of weights, with the padding of this one."""
-        return with_leaves(self, free.points, weights_of(free.weights, self.weights))
+        """The cloud of these logarithms of weights, with the padding and features of this one."""
+        return self.with_atoms(free.points, weights_of(free.weights, self.weights))
+
+    def with_atoms(self, points: Array, weights: Array) -> "PointCloud":
+        """A cloud of other points and weights, unchecked, with the features of this one."""
+        return with_leaves(self, points, weights, *jax.tree.leaves(self.features))
 
     def describe(self) -> str:
-        return f"PointCloud(dim={self.dim}, num_atoms={self.num_atoms})"
+        sizes = {"dim": "d", "num_atoms": "n", "num_features": "k"}
+        held = (f"{name}={self.sizes[x]}" for name, x in sizes.items() if x in self.sizes)
+        return f"PointCloud({', '.join(held)})"
 
     def pad(self, num_atoms: int) -> "PointCloud":
         """The same cloud with atoms of weight 0 added, copies of its last, up to `num_atoms`."""
@@ -74,14 +98,47 @@ class PointCloud(Measure):
 
     @classmethod
     def from_ragged(
-        cls, points: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None = None
+        cls,
+        points: Sequence[ArrayLike],
+        weights: Sequence[ArrayLike] | None = None,
+        features: Sequence[ArrayLike] | None = None,
     ) -> "PointCloud":
         """A batch (N,) of clouds of different sizes, padded with weight 0 to the largest.
 
-        **Arguments:** `points`, a list of N arrays (nᵢ, d); `weights`, a list of N arrays (nᵢ,)
-        on the simplex, uniform if None.
+        **Arguments:**
+
+        - `points`, a list of N arrays (nᵢ, d).
+        - `weights`, a list of N arrays (nᵢ,) on the simplex, uniform if None.
+        - `features`, a list of N arrays (nᵢ, k), or None.
 
         **Raises:** as `PointCloud`, naming the cloud; `ValueError` for empty or unequal lists
         and for clouds of different dimension.
         """
-        return build(cls, "cloud", check_ragged("points", "cloud", points, weights))
+        rows = check_ragged("points", "cloud", points, weights)
+        if features is not None:
+            rows = with_arrays("features", "points", "cloud", rows, features)
+        return build(cls, "cloud", rows)
+
+
+def _checked_features(features: ArrayLike, points: Array) -> Array:
+    """Features that go with the points, in their dtype."""
+    array = features if isinstance(features, Array) else np.asarray(features)
+    if array.dtype == bool or jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(points.dtype)
+    array = checks.float_array("features", array, ragged=RAGGED)
+    checks.same_dtype(points=points, features=array)
+    if array.shape[:-1] != points.shape[:-1] or array.shape[-1] == 0:
+        wanted = f"(…, n, k) = (*{points.shape[:-1]}, k), k numbers for each of points"
+        labels = array.shape == points.shape[:-1]
+        cure = ": jax.nn.one_hot(labels, k) makes features of labels" if labels else ""
+        raise ValueError(f"features must have shape {wanted}; got {array.shape}{cure}")
+    checks.finite("features", array)
+    return array
+
+
+def unchecked(points: Array, weights: Array) -> PointCloud:
+    """A cloud of values that need no check, without features."""
+    cloud: PointCloud = object.__new__(PointCloud)
+    for name, value in (("points", points), ("weights", weights), ("features", None)):
+        object.__setattr__(cloud, name, value)
+    return cloud

@@ -10,45 +10,59 @@ from jax import Array
 from jax.typing import ArrayLike
 
 T = TypeVar("T")
+#: How points, weights and what else points have are padded, as modes of `numpy.pad`.
+MODES = ("edge", "constant", "edge")
 
 
 def check_ragged(
     name: str, one: str, points: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None
-) -> dict[int, tuple[Any, Any]]:
+) -> dict[int, tuple[Any, ...]]:
     """The points (nᵢ, d) and weights (nᵢ,) of each measure, uniform where None; shapes checked."""
     points = _listed(name, one, points)
     if len(points) == 0:
         raise ValueError(f"{name} must hold at least one {one}; got an empty list")
-    weights = None if weights is None else _listed("weights", one, weights)
-    if weights is not None and len(weights) != len(points):
-        raise ValueError(
-            f"weights must hold one array for each of {len(points)} {one}s; got {len(weights)}"
-        )
     held = [_held(f"{name} of {one} {i}", array) for i, array in enumerate(points)]
     for i, array in enumerate(held):
         if array.ndim != 2 or 0 in array.shape or array.shape[1] != held[0].shape[1]:
             wanted = "(n, d), n, d ≥ 1, with one d for all"
             raise ValueError(f"{name} of {one} {i} must have shape {wanted}; got {array.shape}")
+    rows = {i: (array,) for i, array in enumerate(held)}
     if weights is None:
         weights = [np.full(len(array), 1 / len(array), array.dtype) for array in held]
-    masses = [_held(f"weights of {one} {i}", array) for i, array in enumerate(weights)]
-    for i, (array, mass) in enumerate(zip(held, masses, strict=True)):
-        if mass.shape != array.shape[:1]:
-            wanted = f"one for each of {len(array)} {name}"
-            raise ValueError(f"weights of {one} {i} must be {wanted}; got shape {mass.shape}")
-    return dict(enumerate(zip(held, masses, strict=True)))
+    return with_arrays("weights", name, one, rows, weights)
 
 
-def build(make: Callable[[Any, Any], T], one: str, pairs: Mapping[int, tuple[Any, Any]]) -> T:
-    """`make(points, weights)` of all as one padded batch; errors name the one they are about."""
-    size = max(len(points) for points, _ in pairs.values())
+def with_arrays(
+    label: str, name: str, one: str, rows: Mapping[int, tuple[Any, ...]], arrays: Any
+) -> dict[int, tuple[Any, ...]]:
+    """The rows with an array more each, which has an entry for each point."""
+    arrays = _listed(label, one, arrays)
+    if len(arrays) != len(rows):
+        raise ValueError(
+            f"{label} must hold one array for each of {len(rows)} {one}s; got {len(arrays)}"
+        )
+    held = [_held(f"{label} of {one} {i}", array) for i, array in enumerate(arrays)]
+    for i, array in enumerate(held):
+        points, shape = rows[i][0], held[0].shape[1:]
+        if array.shape[:1] != points.shape[:1] or array.shape[1:] != shape:
+            wanted = f"one for each of {len(points)} {name}"
+            raise ValueError(f"{label} of {one} {i} must be {wanted}; got shape {array.shape}")
+    return {i: (*row, array) for (i, row), array in zip(rows.items(), held, strict=True)}
+
+
+def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[Any, ...]]) -> T:
+    """`make(points, weights, …)` of all as one padded batch: with weights of 0, and copies of all
+    else. Errors name the one they are about."""
+    size = max(len(points) for points, *_ in rows.values())
     try:
-        points = _stack(one, [_padded(points, size, mode="edge") for points, _ in pairs.values()])
-        return make(points, _stack(one, [_padded(weights, size) for _, weights in pairs.values()]))
+        columns = zip(zip(*rows.values(), strict=True), MODES, strict=False)
+        return make(
+            *(_stack(one, [_padded(x, size, mode) for x in column]) for column, mode in columns)
+        )
     except (TypeError, ValueError):
-        for i, pair in pairs.items():
+        for i, row in rows.items():
             try:
-                make(*pair)
+                make(*row)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{one} {i}: {error}") from error
         raise
@@ -72,9 +86,9 @@ def _held(name: str, array: ArrayLike) -> Any:
         raise ValueError(f"{name} must have rows of one length; got some that differ") from error
 
 
-def _padded(array: Any, size: int, **mode: Any) -> Any:
+def _padded(array: Any, size: int, mode: Any) -> Any:
     widths = [(0, size - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
-    return (jnp if isinstance(array, jax.core.Tracer) else np).pad(array, widths, **mode)
+    return (jnp if isinstance(array, jax.core.Tracer) else np).pad(array, widths, mode=mode)
 
 
 def _stack(one: str, arrays: list[Any]) -> Array | np.ndarray:

@@ -77,8 +77,11 @@ def decode(held: Any, array: Callable[[str], Any], classes: Mapping[str, type[eq
             )
         # As a pytree is unflattened: no constructor runs.
         made = object.__new__(classes[content])
-        for name, value in held["fields"].items():
-            object.__setattr__(made, name, decode(value, array, classes))
+        for field in dataclasses.fields(made):
+            # A file of before there was a field has its default.
+            given = field.name in held["fields"] or field.default is dataclasses.MISSING
+            value = decode(held["fields"][field.name], array, classes) if given else field.default
+            object.__setattr__(made, field.name, value)
         return made
     if kind == "dict":
         return {key: decode(x, array, classes) for key, x in content.items()}

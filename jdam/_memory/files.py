@@ -21,17 +21,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jdam._core.batching import batch_size
+from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import on_host
 from jdam._memory.encoding import OWN, decode, encode, name_of
 from jdam._memory.memory import Memory, check_memory
-from jdam._memory.prepared import prepare
+from jdam._memory.prepared import in_dtype, prepare
 from jdam._memory.sharding import parts_of
-from jdam.geometry import Geometry
 
 #: What the header says that the file is; of a newer version it is refused.
 FORMAT, VERSION = "jdam", 1
 #: What has a row for each place.
-ROWS = ("patterns", "prepared", "fingerprint", "log_prior")
+ROWS = ("patterns", "prepared", "fingerprint", "log_prior", "values")
 #: Bytes to read at once, for the checksum.
 PIECE = 2**26
 #: The most that safetensors allows a header to have.
@@ -48,7 +48,8 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     this, and the first writes.
 
     **Raises:** `TypeError` for what is no memory, and for a geometry with static fields other than
-    None, bools, numbers, strings, and tuples, lists or dicts of them; `OSError` as `open`.
+    None, bools, numbers, strings, and tuples, lists or dicts of them, and for values in other
+    containers than tuples and dicts; `OSError` as `open`.
     """
     check_memory(memory)
     path = Path(os.path.realpath(path))
@@ -57,6 +58,7 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     description = {
         "patterns": encode(memory.patterns, "patterns", arrays),
         "geometry": encode(memory.geometry, "geometry", arrays),
+        "values": encode(memory.values, "values", arrays),
     }
     others = {
         "log_prior": memory.log_prior,
@@ -226,12 +228,12 @@ def _read_parts(
 def _assembled(
     description: dict[str, Any], classes: dict[str, type], array: Callable[[str], Array]
 ) -> Memory:
-    held = {
-        name: decode(description[name], array, classes)
-        for name in ("geometry", "patterns", "log_prior", "prepared", "fingerprint")
-    }
-    geometry: Geometry = held["geometry"]
-    patterns = geometry.check("patterns", held["patterns"], 1)
+    names = ("geometry", "patterns", "log_prior", "prepared", "fingerprint", "values")
+    description = {"values": None} | description  # which files of before there were any lack
+    held = {name: decode(description[name], array, classes) for name in names}
+    patterns, prior, mark = held["patterns"], held["log_prior"], held["fingerprint"]
+    geometry = in_dtype(held["geometry"], working_dtype(float_dtype(patterns)))
+    patterns = geometry.check("patterns", patterns, 1)
     expected, _ = jax.eval_shape(prepare, patterns, geometry)
     wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
     if wanted != [(leaf.shape, leaf.dtype) for leaf in held["prepared"]]:
@@ -239,7 +241,7 @@ def _assembled(
             f"what was prepared is not what {geometry} prepares now: store the patterns again"
         )
     prepared = jax.tree.unflatten(jax.tree.structure(expected), held["prepared"])
-    return Memory(patterns, geometry, held["log_prior"], prepared, held["fingerprint"])
+    return Memory(patterns, geometry, prior, prepared, mark, values=held["values"])
 
 
 def _whole(file: Any, name: str) -> Array:

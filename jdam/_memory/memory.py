@@ -16,13 +16,14 @@ from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
 from jdam._core.progress import check_progress
-from jdam._measures.base import AnyMeasure, Measure, any_of, describe, dim_of
-from jdam._measures.batches import as_batch, join
+from jdam._measures.base import AnyMeasure, Measure, any_of, check_same_arrays, describe, dim_of
+from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory import filling, places
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
+from jdam._memory.values import checked_values, values_for
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
 
 
@@ -46,9 +47,8 @@ class Memory(eqx.Module):
 
     What geometries compute of patterns once (`prepared`) belongs to these patterns and this
     geometry. Where they were changed behind its back, by `eqx.tree_at` or an optimizer's updates,
-    as the first and last numbers of each pattern tell, it is not used but counts as NaN, which a
-    recall reports as `Status.NONFINITE`. To learn a memory outside of `jdam.fit`, use
-    `jdam.parametrize`.
+    as the first and last numbers of each pattern tell, it counts as NaN, which a recall reports as
+    `Status.NONFINITE`. To learn a memory outside of `jdam.fit`, use `jdam.parametrize`.
     """
 
     patterns: AnyMeasure
@@ -63,6 +63,8 @@ class Memory(eqx.Module):
     units: tuple[Array, Array] | None = None
     #: The number of places that hold patterns, the first ones, if there is room for more.
     size: Int[Array, ""] | None = None
+    #: A pytree of arrays with a row for each pattern, as `log_prior`: labels, descriptors, ids.
+    values: Any = None
 
     def __len__(self) -> int:
         if self.size is None:
@@ -76,7 +78,7 @@ class Memory(eqx.Module):
             raise TypeError(
                 f"a batch {self.size.shape} of memories has no length; index its leaves"
             )
-        size = int(self.size)  # which traces nothing, as a comparison would inside of jax.jit
+        size = int(self.size)  # which traces nothing
         if size < 0:
             raise ValueError(
                 "the memory was overfilled inside jax.jit, or asked for patterns that it has not: "
@@ -149,17 +151,19 @@ class Memory(eqx.Module):
         )
         return dataclasses.replace(self, prepared=rows)
 
-    def append(self, patterns: AnyMeasure, log_prior: ArrayLike | None = None) -> "Memory":
+    def append(
+        self, patterns: AnyMeasure, log_prior: ArrayLike | None = None, *, values: Any = None
+    ) -> "Memory":
         """A memory with `patterns`, a batch (M,), a list or a single measure, added at the end.
 
         Factors of lower rank are padded with zeros, smaller clouds with atoms of weight 0; without
         a capacity the memory's own are too. Where only one side has a `log_prior`, the other's is
-        log 1 = 0. `log_prior` is (M,) or one number for all of them. No patterns, M = 0, change
-        nothing.
+        log 1 = 0. `log_prior` is (M,) or one number for all of them. `values` (M, …), or (…) of a
+        single measure, are like the memory's. No patterns, M = 0, change nothing.
 
-        **Raises:** as `store`; `ValueError` for a sharded memory and, with a capacity, for more
-        patterns than there is room for, or larger ones than those it holds: `reserve` makes room
-        for either.
+        **Raises:** as `store`; `ValueError` for a sharded memory, for values where the memory has
+        none or none where it has some, and, with a capacity, for more patterns than there is room
+        for, or larger ones than those it holds: `reserve` makes room for either.
         """
         self._check_in_one_piece()
         if isinstance(patterns, list | tuple) and not patterns:
@@ -169,30 +173,33 @@ class Memory(eqx.Module):
         prior = None if log_prior is None else checked_prior(patterns, log_prior, some_on=False)
         if count == 0:
             return self
+        values = values_for(self, values, count)
         if self.size is None:
             joined = join(self.patterns, patterns)
-            if self.log_prior is None and prior is None:
-                return store(joined, self.geometry)
-            added = jnp.zeros(count, self.dtype) if prior is None else prior
-            priors = jnp.concatenate([self.log_weights, added])
-            return store(joined, self.geometry, log_prior=priors)
+            values = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self.values, values)
+            if self.log_prior is not None or prior is not None:
+                added = jnp.zeros(count, self.dtype) if prior is None else prior
+                prior = jnp.concatenate([self.log_weights, added])
+            return store(joined, self.geometry, log_prior=prior, values=values)
         room = self.capacity - (len(self) if self.size_is_known else 0)
         if count > room:
             raise ValueError(
                 f"patterns must be at most {room}, for which the memory has room, of its capacity "
                 f"{self.capacity}; got {count}: memory.reserve({2 * self.capacity}) doubles it"
             )
-        grown: Memory = places.append(self, filling.as_large(self, patterns), prior)
+        grown: Memory = places.append(self, filling.as_large(self, patterns), values, prior)
         return grown
 
-    def replace(self, indices: int | ArrayLike, patterns: AnyMeasure) -> "Memory":
+    def replace(
+        self, indices: int | ArrayLike, patterns: AnyMeasure, *, values: Any = None
+    ) -> "Memory":
         """A memory with other `patterns`, (M,), at the integers `indices`, (M,), or with one
-        measure at one index. Their prior stays.
+        measure at one index. Their prior stays, and their values unless others are given.
 
         **Raises:** as `append`; `IndexError` for indices at which there is no pattern.
         """
         self._check_in_one_piece()
-        index = self._indices(indices)
+        index = places.checked_indices(self, indices)
         patterns = self._rows(patterns)
         if index.ndim > 1 or index.size != batch_size(patterns):
             raise ValueError(
@@ -200,7 +207,8 @@ class Memory(eqx.Module):
                 f"got shape {index.shape}"
             )
         filled = filling.as_large(self, patterns)
-        changed: Memory = places.replace(self, index.reshape(-1), filled)
+        values = None if values is None else values_for(self, values, index.size)
+        changed: Memory = places.replace(self, index.reshape(-1), filled, values)
         return changed
 
     def remove(self, indices: int | ArrayLike) -> "Memory":
@@ -210,7 +218,7 @@ class Memory(eqx.Module):
         would be left, `TypeError` inside `jax.jit` for a memory without a capacity.
         """
         self._check_in_one_piece()
-        drop = self._indices(indices)
+        drop = places.checked_indices(self, indices)
         if drop.size == 0:
             return self
         if not checks.is_concrete(drop) and self.size is None:
@@ -226,8 +234,9 @@ class Memory(eqx.Module):
             if checks.is_concrete(prior) and (np.asarray(prior)[keep] == -np.inf).all():
                 raise ValueError("log_prior must leave a pattern on; indices have all that are")
             if self.size is None:
-                kept, prior = jax.tree.map(lambda leaf: leaf[keep], (self.patterns, self.log_prior))
-                return store(kept, self.geometry, log_prior=prior)
+                rows = self.patterns, self.log_prior, self.values
+                kept, prior, values = jax.tree.map(lambda leaf: leaf[keep], rows)
+                return store(kept, self.geometry, log_prior=prior, values=values)
         shorter: Memory = places.remove(self, drop.reshape(-1))
         return shorter
 
@@ -264,27 +273,11 @@ class Memory(eqx.Module):
                 patterns = self.geometry.check("patterns", patterns, 0)
             except ValueError:
                 raise of_batch from None
-            patterns = jax.tree.map(_as_row, patterns)
+            patterns = as_row(patterns)
         check_against(self, "patterns", any_of(patterns))
         for leaf in jax.tree.leaves(patterns):
             checks.finite("patterns", leaf)
         return patterns
-
-    def _indices(self, indices: int | ArrayLike) -> Any:
-        """Integers, ≥ 0 and of patterns that are there as far as that is known."""
-        index = indices if isinstance(indices, Array) else np.asarray(indices)
-        if index.size and not jnp.issubdtype(index.dtype, jnp.integer):
-            raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
-        if index.ndim > 1:
-            raise TypeError(f"indices must be an int or a list of ints; got shape {index.shape}")
-        if not checks.is_concrete(index) or not self.size_is_known:
-            return self.from_start(index)
-        index, num = np.asarray(index), len(self)
-        if index.size and not (-num <= index.min() and index.max() < num):
-            raise IndexError(
-                f"indices must be in [−N, N), N = {num}; got {index.min()} to {index.max()}"
-            )
-        return (index % num).astype(np.int32)
 
     def from_start(self, index: Any) -> Int[Array, "..."]:
         """Traced indices, of which those below 0 count from the end of what is stored."""
@@ -298,10 +291,11 @@ class Memory(eqx.Module):
         if self.size is not None:
             known = checks.is_concrete(self.size) and self.size.ndim == 0
             num = f"{int(self.size) if known else '…'} of {self.capacity}"
-        prior = ", log_prior" if self._has_prior() else ""
+        more = ", log_prior" if self._has_prior() else ""
+        more += ", values" if self.values is not None else ""
         spread = f", {self.layout.parts} shards" if self.layout else ""
         kind = describe(self.patterns)
-        return f"Memory({num} × {kind}, {self.geometry}, {self.dtype.name}{prior}{spread})"
+        return f"Memory({num} × {kind}, {self.geometry}, {self.dtype.name}{more}{spread})"
 
     def _has_prior(self) -> bool:
         if self.size is None or self.log_prior is None:
@@ -316,31 +310,33 @@ def store(
     geometry: Geometry | None = None,
     *,
     log_prior: ArrayLike | None = None,
+    values: Any = None,
     capacity: int | None = None,
     progress: bool | None = None,
 ) -> Memory:
     """A memory of `patterns`, a batch (N,) of measures.
 
-    **Arguments:** `patterns`: a `Gaussian`, `DiagonalGaussian` or `PointCloud` with one batch
-    axis, a list of single ones, which is stacked (`jdam.stack`), or an array (N, d). `geometry`:
-    if None, `Bures()` for Gaussians, `MixtureWasserstein()` for mixtures of them and `Euclidean()`
-    for arrays; point clouds need a `Sinkhorn(epsilon)` or `Chamfer(epsilon)`, whose self terms are
-    computed here, once. `log_prior` (N,):
-    log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if None, and −inf
-    switches a pattern off. `capacity` ≥ N: for how many patterns to make room, for a memory that
-    grows; see `Memory`. `progress`: a bar while many patterns are prepared, as of `pairwise`.
+    **Arguments:**
 
-    **Raises:** `TypeError` for patterns that are not this geometry's or not floats;
-    `ValueError` for an empty memory, wrong shapes, point clouds without a geometry, a capacity
-    below N and, where values are concrete, NaN or infinity.
+    - `patterns`: measures with one batch axis, a list of single ones, which is stacked
+      (`jdam.stack`), or an array (N, d).
+    - `geometry`: if None, `Bures()` for Gaussians, `MixtureWasserstein()` for mixtures of them and
+      `Euclidean()` for arrays; point clouds need a `Sinkhorn(epsilon)`, whose self terms
+      OT_ε(Xᵢ, Xᵢ) are computed here, once.
+    - `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if
+      None, and −inf switches a pattern off.
+    - `values`: what goes with the patterns, an array (N, …) of numbers or booleans or a pytree of
+      them, as `memory.values`. `memory.values[result.nearest]` is the label of the pattern that a
+      recall ends at; `jdam.attend(memory, query, beta)` averages values that are floats.
+    - `capacity` ≥ N: for how many patterns to make room, for a memory that grows; see `Memory`.
+    - `progress`: a bar while many patterns are prepared, as of `pairwise`.
+
+    **Raises:** `TypeError` for patterns that are not this geometry's or not floats, and for values
+    that are no numbers; `ValueError` for an empty memory, wrong shapes, point clouds without a
+    geometry, a capacity below N and, where values are concrete, NaN or infinity in patterns.
     """
     progress = check_progress(progress)
     patterns = as_batch(patterns)
-    if geometry is None and isinstance(patterns, PointCloud):
-        raise ValueError(
-            "geometry must be given for point clouds, because it needs its epsilon: "
-            "jdam.store(patterns, jdam.Sinkhorn(epsilon=…))"
-        )
     if geometry is None:
         geometry = _ordinary(patterns)
     if not isinstance(geometry, Geometry):
@@ -352,17 +348,19 @@ def store(
         checks.finite("patterns", leaf)
     prior = None if log_prior is None else checked_prior(patterns, log_prior)
     geometry = in_dtype(geometry, working_dtype(float_dtype(patterns)))
-    memory = Memory(patterns, geometry, prior, *prepare(patterns, geometry, progress))
+    values = None if values is None else checked_values(values, batch_size(patterns))
+    prepared = prepare(patterns, geometry, progress)
+    memory = Memory(patterns, geometry, prior, *prepared, values=values)
     return memory if capacity is None else memory.reserve(capacity)
-
-
-def _as_row(leaf: Array) -> Any:
-    # On the host where the value is there: JAX would compile every shape.
-    return np.asarray(leaf)[None] if checks.is_concrete(leaf) else leaf[None]
 
 
 def _ordinary(patterns: AnyMeasure) -> Geometry:
     """The geometry of these measures unless another is given."""
+    if isinstance(patterns, PointCloud):
+        raise ValueError(
+            "geometry must be given for point clouds, because it needs its epsilon: "
+            "jdam.store(patterns, jdam.Sinkhorn(epsilon=…))"
+        )
     if isinstance(patterns, Gaussian | DiagonalGaussian):
         return Bures()
     if isinstance(patterns, GaussianMixture):
@@ -399,3 +397,4 @@ def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:
     wanted, got = dim_of(memory.patterns), dim_of(measure)
     if got != wanted:
         raise ValueError(f"{name} must have the memory's dimension d = {wanted}; got {got}")
+    check_same_arrays(name, measure, memory.patterns, "the patterns have")

@@ -5,9 +5,12 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
+from jdam._core import checks
 from jdam._core.batching import batch_size
 from jdam._measures.base import AnyMeasure
 from jdam._memory.prepared import prepare
@@ -37,9 +40,9 @@ def reserve(memory: "Memory", capacity: int) -> "Memory":
 
 @jax.jit
 def append(
-    memory: "Memory", patterns: AnyMeasure, log_prior: Float[Array, " M"] | None
+    memory: "Memory", patterns: AnyMeasure, values: Any, log_prior: Float[Array, " M"] | None
 ) -> "Memory":
-    """The memory with patterns at the first free places."""
+    """The memory with patterns and their values at the first free places."""
     count, size = batch_size(patterns), size_of(memory)
     fits = (size >= 0) & (size + count <= memory.capacity)
     first = jnp.where(fits, size, 0)
@@ -49,20 +52,24 @@ def append(
         return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fits, new, kept), first, 0)
 
     prior = jnp.zeros(count, memory.dtype) if log_prior is None else log_prior
-    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns))
+    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns, values))
     return _nan_unless(fits, _with_rows(memory, rows, put(memory.log_weights, prior), size + count))
 
 
 @jax.jit
-def replace(memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure) -> "Memory":
-    """The memory with other patterns at some places."""
+def replace(
+    memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure, values: Any
+) -> "Memory":
+    """The memory with other patterns at some places, and other values unless these are None."""
     there = (index >= 0) & (index < size_of(memory))
     place = jnp.where(there, index, memory.capacity)
 
     def put(old: Array, new: Array) -> Array:
         return old.at[place].set(new, mode="drop")
 
-    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns))
+    if values is None:
+        values = jax.tree.map(lambda leaf: leaf[index], memory.values)
+    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns, values))
     return _nan_unless(there.all(), _with_rows(memory, rows, memory.log_prior, memory.size))
 
 
@@ -86,22 +93,40 @@ def size_of(memory: "Memory") -> Int[Array, ""]:
     return jnp.asarray(memory.capacity if memory.size is None else memory.size, jnp.int32)
 
 
-def _rows(memory: "Memory") -> tuple[Any, Any, Any]:
+def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
+    """Integers, ≥ 0 and of patterns that are there as far as that is known."""
+    index = indices if isinstance(indices, Array) else np.asarray(indices)
+    if index.size and not jnp.issubdtype(index.dtype, jnp.integer):
+        raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
+    if index.ndim > 1:
+        raise TypeError(f"indices must be an int or a list of ints; got shape {index.shape}")
+    if not checks.is_concrete(index) or not memory.size_is_known:
+        return memory.from_start(index)
+    index, num = np.asarray(index), len(memory)
+    if index.size and not (-num <= index.min() and index.max() < num):
+        raise IndexError(
+            f"indices must be in [−N, N), N = {num}; got {index.min()} to {index.max()}"
+        )
+    return (index % num).astype(np.int32)
+
+
+def _rows(memory: "Memory") -> tuple[Any, ...]:
     """All that has a row for each pattern, but for the prior."""
-    return memory.patterns, memory.prepared, memory.fingerprint
+    return memory.patterns, memory.prepared, memory.fingerprint, memory.values
 
 
-def _prepared_rows(memory: "Memory", patterns: AnyMeasure) -> tuple[Any, Any, Any]:
-    return patterns, *prepare(patterns, memory.geometry)
+def _prepared_rows(memory: "Memory", patterns: AnyMeasure, values: Any) -> tuple[Any, ...]:
+    return patterns, *prepare(patterns, memory.geometry), values
 
 
-def _with_rows(memory: "Memory", rows: tuple[Any, Any, Any], prior: Any, size: Any) -> "Memory":
-    patterns, prepared, fingerprint = rows
+def _with_rows(memory: "Memory", rows: tuple[Any, ...], prior: Any, size: Any) -> "Memory":
+    patterns, prepared, fingerprint, values = rows
     return replaced(
         memory,
         patterns=patterns,
         prepared=prepared,
         fingerprint=fingerprint,
+        values=values,
         log_prior=prior,
         size=size,
     )

@@ -47,12 +47,13 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
         raise ValueError(f"memory must not be sharded already; got {memory}")
     parts = parts_of(mesh, axis, len(memory))
     # As each process has all of it, it can serve whichever devices are its own.
-    rows = (memory.patterns, memory.prepared, memory.fingerprint)
-    patterns, prepared, marks = jax.tree.map(lambda leaf: parts.rows(np.asarray(leaf)), rows)
+    rows = (memory.patterns, memory.prepared, memory.fingerprint, memory.values)
+    rows = jax.tree.map(lambda leaf: parts.rows(np.asarray(leaf)), rows)
+    patterns, prepared, marks, values = rows
     held = None if memory.log_prior is None else np.asarray(memory.log_prior)
     prior = parts.prior(held, memory.dtype)
     geometry, units = parts.everywhere((memory.geometry, memory.units_of_patterns()))
-    return Memory(patterns, geometry, prior, prepared, marks, parts.layout, units)
+    return Memory(patterns, geometry, prior, prepared, marks, parts.layout, units, values=values)
 
 
 class Parts(NamedTuple):

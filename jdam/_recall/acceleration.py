@@ -185,7 +185,10 @@ def _newton_step(
     settings: TrustRegion, solver: "Solver", state: "State", problem: "Problem"
 ) -> tuple[AnyMeasure, Region]:
     chart = problem.memory.geometry.chart(state.measure)
-    assert chart is not None  # or the recall would have raised
+    if chart is None:
+        raise ValueError(
+            f"acceleration=jdam.TrustRegion() needs a chart; {problem.memory.geometry} has none"
+        )
     radius = jnp.where(state.history.radius > 0, state.history.radius, state.residual)
     radius = jnp.where(solver.unfinished(state, problem), radius, 0)
     guess = solver.search.settled(problem.memory, state.evaluation.guess)

@@ -16,18 +16,19 @@ from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.batches import as_batch
-from jdam._memory.memory import Memory, length_or_capacity, store
+from jdam._memory.memory import Memory, check_memory, length_or_capacity, store
+from jdam._memory.values import name_of
 from jdam._recall.recall import recall
 
 #: What to do with values that cannot be averaged.
-LABELS = "look labels up by labels[result.nearest], or pass a one-hot array"
+LABELS = "look labels up by memory.values[result.nearest], or average a one-hot array"
 
 
 def attend(
     memory: Memory,
     query: AnyMeasure,
     beta: ArrayLike,
-    values: AnyMeasure | Memory,
+    values: Any = None,
     *,
     separation: Separation = LogSumExp(),
     num_steps: int = 10,
@@ -35,10 +36,11 @@ def attend(
     """What the memory associates with a query: its values averaged with the Gibbs weights wᵢ(ξ).
 
     **Arguments:** `memory`, `query`, `beta`, `separation` as in `energy`; the memory's patterns
-    are the keys. `values`, one for each key:
+    are the keys. `values`, one for each key; the memory's own, `memory.values`, if None:
 
-    - an array (N, …): the result is Σ wᵢ valuesᵢ, of shape (…). For a memory with room to grow
-      there may be a value for each place, so that shapes stay; those of free places weigh nothing;
+    - an array (N, …) of floats: the result is Σ wᵢ valuesᵢ, of shape (…); or a tuple, a dict or
+      another pytree of such. For a memory with room to grow there may be a value for each place, so
+      that shapes stay; those of free places weigh nothing;
     - measures with one batch axis (N,), or a list of single ones, of any type: the result is their
       barycentre, the minimiser of Σ wᵢ D(·, valuesᵢ), by at most `num_steps` fixed-point steps from
       the heaviest value. D is that of the memory's geometry where it takes such measures, else
@@ -51,23 +53,45 @@ def attend(
     weight, the result is 0 for arrays, and the value of the nearest key for measures.
 
     **Raises:** as `energy`; `TypeError` or `ValueError` for values of other kinds, another
-    number than there are keys, or another dtype than the memory's.
+    number than there are keys, or another dtype than the memory's; `TypeError` for integers and
+    booleans, as labels are, which have no mean, and for no values where the memory has none.
     """
     num_steps = checks.positive_int("num_steps", num_steps)
-    values = as_batch(values)
+    check_memory(memory)
+    if values is None and memory.values is None:
+        raise TypeError("values must be given for a memory that was stored without; got None")
+    values = as_batch(memory.values if values is None else values)
     if isinstance(values, Measure):
         values = _store_values(memory, values)
     elif not isinstance(values, Memory):
-        values = checks.float_array("values", values, cure=LABELS)
-        if values.ndim == 0:
-            raise ValueError("values must have shape (N, …); got ()")
+        values = _floats(values)
     weights, nearest = weigh(memory, query, beta, separation)
     held = values.patterns if isinstance(values, Memory) else values
-    weights = _for_values(memory, values, weights)
-    checks.same_dtype(memory=weights, values=jax.tree.leaves(held)[0])
+    for leaf in jax.tree.leaves(held):
+        checks.same_dtype(memory=weights, values=leaf)
     if isinstance(values, Memory):
+        weights = _for_values(memory, values, weights)
         return _barycentre(values, weights, nearest, num_steps)
-    return _mean(values, weights, memory.size)
+
+    def mean(leaf: Array) -> Array:
+        return _mean(leaf, _for_values(memory, leaf, weights), memory.size)
+
+    return jax.tree.map(mean, values)
+
+
+def _floats(values: Any) -> Any:
+    """A pytree of arrays of floats (N, …); a list is an array."""
+
+    def check(path: Any, leaf: Any) -> Array:
+        name = name_of(path)
+        array = checks.float_array(name, leaf, cure=LABELS)
+        if array.ndim == 0:
+            raise ValueError(f"{name} must have shape (N, …); got ()")
+        return array
+
+    return jax.tree_util.tree_map_with_path(
+        check, values, is_leaf=lambda value: isinstance(value, list)
+    )
 
 
 def _for_values(
@@ -76,12 +100,12 @@ def _for_values(
     """The weights, of which there is one for each place, for as many values."""
     patterns = length_or_capacity(memory)
     if isinstance(values, Memory):
-        places, count, wanted = values.capacity, length_or_capacity(values), {patterns}
+        places, count = values.capacity, length_or_capacity(values)
     else:
         places = count = len(values)
-        wanted = {patterns, memory.capacity}
-    if count not in wanted:
-        or_places = f", or of its {memory.capacity} places" if len(wanted) > 1 else ""
+    # Of a sharded memory the last parts are filled up, and its own values with them.
+    if count not in {patterns, memory.capacity, batch_size(memory.patterns)}:
+        or_places = f", or of its {memory.capacity} places" if memory.size is not None else ""
         raise ValueError(
             f"values must have one entry for each of the {patterns} patterns{or_places}; "
             f"got {count}"

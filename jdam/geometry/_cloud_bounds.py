@@ -9,7 +9,8 @@ from jaxtyping import Float
 from jdam._core.batching import map_in_chunks
 from jdam._core.linalg import rounding, safe_sqrt
 from jdam._entropic.bounds import cost_of_masses
-from jdam._entropic.problem import Marginals, Pair, Solver
+from jdam._entropic.problem import Marginals, Pair
+from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import View, about, place, radius_of
 from jdam.geometry.protocol import Patterns
 
@@ -28,7 +29,7 @@ def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[
     shift = view.centre[None] - prepared.centre
     distance = safe_sqrt(jnp.vecdot(shift, shift))
     radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
-    error = rounding(clouds.dim, shift.dtype)
+    error = rounding(shift.shape[-1], shift.dtype)
     gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
     selves = (view.known.cost + prepared.known.cost) / 2
     cost = cost_of_masses(epsilon, rho, gap**2 / 2)
@@ -37,22 +38,22 @@ def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[
 
 
 def by_dual(
-    dual_value: Callable[[Solver, Pair, Array], Array],
-    solver: Solver,
+    dual_value: Callable[[Pair, Array], Array],
+    lift: Callable[[PointCloud], PointCloud],
     marginals: Marginals,
     view: View,
     patterns: Patterns,
 ) -> Float[Array, " B"]:
     """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value; where
     marginals are relaxed, of the clouds where they are."""
-    prepared, clouds = patterns.prepared, patterns.measures
+    prepared, clouds = patterns.prepared, lift(patterns.measures)
     centred = about(prepared.centre, clouds, marginals.epsilon)
     _, means, placed = place(marginals, view, prepared.centre, centred, clouds.weights)
 
     def dual(cloud: tuple[Array, Array, Array]) -> Array:
         points, weights, potential = cloud
         query = view.centred, view.query.weights
-        return dual_value(solver, Pair(*query, points, weights, marginals), potential)
+        return dual_value(Pair(*query, points, weights, marginals), potential)
 
     at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
     guess = prepared.known.potential if patterns.guess is None else patterns.guess

@@ -9,22 +9,25 @@ from jaxtyping import Float
 
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._entropic.cost import Cost, HalfSquaredDistance
 from jdam._entropic.problem import FREE, Marginals, SelfCoupling
-from jdam._measures.point_cloud import PointCloud
+from jdam._measures.point_cloud import PointCloud, unchecked
 
 #: In units of √ε, how far out padding may count where it lies.
 FARTHEST = 100.0
 #: For a typical cost, of how many atoms of a cloud and pairs of all to take the median.
 MOST_ATOMS, MOST_PAIRS = 512, 2**22
+#: Of ε, what is added to the price of features: nothing to see, but the derivative of √λ at λ = 0.
+LEAST = 1e-24
 #: By what factors a step is shortened whose reweighting would not be linear.
 SHORTENING = 2.0
 
 
 class Prepared(NamedTuple):
-    """What is constant about patterns: a centre each, and the coupling with itself."""
+    """What is constant about patterns, lifted: a centre each, and the coupling with itself."""
 
-    centre: Float[Array, "N d"]
-    offset: Float[Array, "N d"]  # of the mean from it: rounding
+    centre: Float[Array, "N z"]
+    offset: Float[Array, "N z"]  # of the mean from it: rounding
     known: SelfCoupling
     radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
 
@@ -36,11 +39,11 @@ class Solved(NamedTuple):
 
 
 class View(NamedTuple):
-    """A query, its centre, its atoms about that, and its coupling with itself."""
+    """A query, and of it lifted its centre, its atoms about that, and its coupling with itself."""
 
     query: PointCloud
-    centre: Float[Array, " d"]
-    centred: Float[Array, "n d"]
+    centre: Float[Array, " z"]
+    centred: Float[Array, "n z"]
     known: SelfCoupling
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
 
@@ -60,20 +63,29 @@ class Tangent(NamedTuple):
     reaction: Float[Array, " n"]
 
 
-def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
-    """The median of ½|x−y|² over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
+def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]) -> PointCloud:
+    """The cloud of zⱼ = (xⱼ, √λ uⱼ), u being its features: the cost ½|x−y|² + ½λ|u−v|² of atoms is
+    ½|z−z'|². A cloud without features is its own."""
+    if cloud.features is None:
+        return cloud
+    root = jnp.sqrt(scale + LEAST * jax.lax.stop_gradient(epsilon))
+    return unchecked(jnp.concatenate([cloud.points, root * cloud.features], -1), cloud.weights)
+
+
+def typical_cost(clouds: PointCloud, cost: Cost) -> Float[Array, ""]:
+    """The median of c(x, y) over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
     counted once; of large batches over some clouds and atoms, evenly spread."""
     step = -(-clouds.num_atoms // MOST_ATOMS)
     points, weights = clouds.points[:, ::step], clouds.weights[:, ::step]
     pairs = points.shape[1] ** 2
     skip = -(-len(points) * pairs // MOST_PAIRS)
     points, weights = points[::skip], weights[::skip]
-    gaps = points[:, :, None] - points[:, None]
+    costs = jax.vmap(cost.matrix)(points, points)
     apart = ~jnp.eye(points.shape[1], dtype=bool)[None]
     masses = jnp.where(apart, weights[:, :, None] * weights[:, None], 0)
     total = masses.sum((1, 2), keepdims=True)
     masses = (masses / jnp.where(total > 0, total, 1)).reshape(-1)
-    costs = jnp.where(masses > 0, (jnp.vecdot(gaps, gaps) / 2).reshape(-1), 0)
+    costs = jnp.where(masses > 0, costs.reshape(-1), 0)
     order = jnp.argsort(costs)
     below = jnp.cumsum(masses[order])
     half = below[-1] / 2
@@ -84,11 +96,12 @@ def typical_cost(clouds: PointCloud) -> Float[Array, ""]:
     return (costs[order[first]] + costs[order[last]]) / 2
 
 
-@compiled(rounded=False)
-def unit_of(patterns: PointCloud) -> Float[Array, ""]:
-    """`typical_cost` of clouds with any batch axes."""
+@compiled(static=("cost",), rounded=False)
+def unit_of(patterns: PointCloud, *, cost: Cost | None = None) -> Float[Array, ""]:
+    """`typical_cost` of clouds with any batch axes; ½|x−y|² if None."""
     batch = len(patterns.batch_shape)
-    return typical_cost(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns))
+    clouds = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns)
+    return typical_cost(clouds, cost or HalfSquaredDistance())
 
 
 def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:

@@ -10,6 +10,8 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._entropic.cost import Cost, HalfSquaredDistance
+from jdam._entropic.ground_cost import GroundCost
 from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import (
     Cloud,
@@ -17,12 +19,13 @@ from jdam._entropic.problem import (
     SelfCoupling,
     Solver,
 )
-from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import (
     Pull,
     Tangent,
     View,
+    lifted,
     shortening,
 )
 from jdam.geometry.protocol import (
@@ -56,8 +59,11 @@ class SHKGeometry(Geometry):
     max_iterations: int = eqx.field(static=True)
     solver: str = eqx.field(static=True)
     safeguard: bool = eqx.field(static=True)
+    #: The default is that of files of before there was one.
+    feature_scale: Float[Array, ""] = 1.0  # type: ignore[assignment]
+    cost: Any = eqx.field(static=True, default=None)
 
-    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale")
+    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale", "feature_scale")
     unprepared: ClassVar[tuple[str, ...]] = ("hellinger_scale",)
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
@@ -66,7 +72,7 @@ class SHKGeometry(Geometry):
         query, rate = view.query, step_size * self.hellinger_scale
         weights = jax.nn.softmax(safe_log(query.weights) - rate * pull.variation)
         weights = jnp.where(rate > 0, weights, query.weights)
-        return PointCloud(query.points + step_size * pull.velocity, weights)
+        return query.with_atoms(query.points + step_size * pull.velocity, weights)
 
     def backtrack(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
@@ -90,7 +96,7 @@ class SHKGeometry(Geometry):
         factor = length * self._transported(view, pull)
         length = length / jnp.where(factor > STABLE, factor, 1)
         points = query.points + length[..., None] * pull.velocity
-        return PointCloud(self._held(view, pull, points), weights)
+        return query.with_atoms(self._held(view, pull, points), weights)
 
     def _held(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
         """With ρ, light atoms in the box of all atoms and of where patterns take them: their own
@@ -116,16 +122,21 @@ class SHKGeometry(Geometry):
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
         """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights; 0 for atoms
-        that carry little of the plans, of which the energy hardly tells where they are."""
+        that carry little of the plans, of which the energy hardly tells where they are, and for
+        features, which do not change."""
         query, kappa = view.query, self.hellinger_scale
         p = query.weights * jnp.minimum(self._transported(view, pull), 1)
         p = jnp.where(p > LIGHT / len(p), p, 0)
         reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        return with_leaves(query, jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+        none: PointCloud = jax.tree.map(jnp.zeros_like, query)
+        return none.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
-    def chart(self, query: AnyMeasure) -> Chart:
+    def chart(self, query: AnyMeasure) -> Chart | None:
         """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
-        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄)."""
+        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄). None for a
+        cost of one's own, which may have no second derivatives."""
+        if self.cost is not None:
+            return None
         weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
 
         def displaced(tangent: Tangent) -> PointCloud:
@@ -133,7 +144,8 @@ class SHKGeometry(Geometry):
             moved = jax.nn.softmax(logits, where=weights > 0)
             # With κ = 0 not even the last digit of a weight changes.
             held = jnp.where(speed > 0, moved, weights)
-            return PointCloud(query.points + tangent.points, held)
+            moved_atoms: PointCloud = query.with_atoms(query.points + tangent.points, held)
+            return moved_atoms
 
         def slope(view: View, pull: Pull) -> Tangent:
             p = view.query.weights
@@ -144,10 +156,10 @@ class SHKGeometry(Geometry):
         return Chart(masses, displaced, slope)
 
     def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """The weights if κ = 0, and always those that are 0."""
-        still = super().conserved(measure, tangent)
+        """The features, the weights if κ = 0, and always those that are 0."""
         fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
-        return with_leaves(still, still.points, jnp.where(fixed, tangent.weights, 0))
+        weights = jnp.where(fixed, tangent.weights, 0)
+        return tangent.with_atoms(jnp.zeros_like(tangent.points), weights)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
@@ -171,7 +183,11 @@ class SHKGeometry(Geometry):
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
         """In units of √ε, below which plans do not tell atoms apart, beside the rounding of
         coordinates: on 48 recalls of outlines, 200 plain steps from where these end move atoms by
-        less than a tenth of it."""
+        less than a tenth of it. For a cost of one's own, in units of ε by the size of the patterns,
+        cost by length as the gradient."""
+        if self.cost is not None:
+            unit = self.epsilon / jnp.where(scale > 0, scale, 1)
+            return RESOLVED[0] * unit, RESOLVED[1] * unit
         rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
         enough, sought = (size * jnp.sqrt(self.epsilon) + rounding for size in RESOLVED)
         return enough, sought
@@ -183,12 +199,15 @@ class SHKGeometry(Geometry):
 
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
-        return 5 if self.safeguard else 0
+        """Not for a cost of one's own, of which no length of step is known to be good."""
+        return 5 if self.safeguard and self.cost is None else 0
 
     @property
     def default_steps(self) -> int:  # type: ignore[override]
-        """More for a given ρ, where atoms that hardly belong to a pattern move slowly."""
-        return 50 if self.rho is None or not self.safeguard else 200
+        """More for a given ρ, where atoms that hardly belong to a pattern move slowly, and for a
+        cost of one's own."""
+        plain = self.rho is None and self.cost is None
+        return 50 if plain or not self.safeguard else 200
 
     @property
     def _tol(self) -> float:
@@ -203,7 +222,15 @@ class SHKGeometry(Geometry):
 
     @property
     def _solver(self) -> Solver:
-        return Solver(self._tol, self.max_iterations, self.solver)
+        return Solver(self._tol, self.max_iterations, self.solver, self._ground)
+
+    @property
+    def _ground(self) -> Cost:
+        return HalfSquaredDistance() if self.cost is None else GroundCost(self.cost)
+
+    def lifted(self, cloud: PointCloud) -> PointCloud:
+        """A cloud with its features as coordinates: `_clouds.lifted`."""
+        return lifted(cloud, self.feature_scale, self.epsilon)
 
     def _couple_with_itself(
         self, points: Array, weights: Array, known: SelfCoupling | None = None

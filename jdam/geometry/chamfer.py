@@ -14,8 +14,9 @@ from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.linalg import safe_log, safe_sqrt
-from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
+from jdam.geometry._clouds import lifted
 from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
@@ -34,7 +35,7 @@ RESOLVED = 1e-4
 class Prepared(NamedTuple):
     """What is constant about patterns."""
 
-    centre: Float[Array, "N d"]
+    centre: Float[Array, "N z"]  # of z, features included
     own_cost: Float[Array, " N"]  # S⁰
 
 
@@ -92,6 +93,9 @@ class Chamfer(Geometry):
       the weights. With κ > 0 mass goes to the atoms that are explained best, in the end to these
       alone, since D is linear in p. It takes some 1/κΔF steps: where F differs little between
       atoms, recall says `Status.MAX_STEPS`, and a few `max_steps` may be what is wanted.
+    - `feature_scale` λ ≥ 0: the price of matching atoms of different features, a squared length for
+      features without unit: with it the cost of atoms is ½|x−y|² + ½λ|u−v|², as in `Sinkhorn`. A
+      step moves points alone. Of clouds without features it means nothing.
 
     All are traced: changing them does not recompile, and they can be differentiated. The step does
     not depend on how small shares are: strays move onto patterns too, unless theirs underflow. So
@@ -109,10 +113,11 @@ class Chamfer(Geometry):
     epsilon: Float[Array, ""]
     rho: Float[Array, ""] | None
     hellinger_scale: Float[Array, ""]
+    feature_scale: Float[Array, ""]
 
     max_backtracks: ClassVar[int] = 0
     default_steps: ClassVar[int] = 256  # they are cheap, and many where patterns overlap
-    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale")
+    positive: ClassVar[tuple[str, ...]] = ("epsilon", "rho", "hellinger_scale", "feature_scale")
     unprepared: ClassVar[tuple[str, ...]] = ("rho", "hellinger_scale")
 
     def __init__(
@@ -121,11 +126,14 @@ class Chamfer(Geometry):
         *,
         rho: ArrayLike | None = None,
         hellinger_scale: ArrayLike = 0.0,
+        feature_scale: ArrayLike = 1.0,
     ):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
         self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
         dtype = checks.scalar_dtype(hellinger_scale)
         self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
+        dtype = checks.scalar_dtype(feature_scale)
+        self.feature_scale = checks.nonnegative_scalar("feature_scale", feature_scale, dtype)
 
     @classmethod
     def relative(
@@ -135,16 +143,20 @@ class Chamfer(Geometry):
         *,
         rho: float | None = 0.1,
         hellinger_scale: float = 0.0,
+        feature_scale: float = 1.0,
     ) -> "Chamfer":
         """A `Chamfer` in units of the patterns, as `Sinkhorn.relative`: with u the median of
-        ½|x−y|² within patterns, `Chamfer(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u)`.
+        ½|x−y|² within patterns, `Chamfer(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
+        feature_scale=feature_scale·u)`.
 
         **Arguments:** `patterns`: clouds with any batch axes, or a list of them.
 
         **Raises:** as `Sinkhorn.relative`.
         """
-        units = Sinkhorn.relative(patterns, epsilon, rho=rho, hellinger_scale=hellinger_scale)
-        return cls(units.epsilon, rho=units.rho, hellinger_scale=units.hellinger_scale)
+        scales = {"hellinger_scale": hellinger_scale, "feature_scale": feature_scale}
+        units = Sinkhorn.relative(patterns, epsilon, rho=rho, **scales)
+        scales = {name: getattr(units, name) for name in scales}
+        return cls(units.epsilon, rho=units.rho, **scales)
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, PointCloud):
@@ -155,9 +167,13 @@ class Chamfer(Geometry):
         return measure
 
     def prepare(self, patterns: AnyMeasure) -> Any:
-        patterns, epsilon = jax.lax.stop_gradient((patterns, self.epsilon))
+        patterns, epsilon = jax.lax.stop_gradient((self._lifted(patterns), self.epsilon))
         centre = patterns.mean
         return Prepared(centre, jax.vmap(_own_cost, (0, 0, None))(centre, patterns, epsilon))
+
+    def _lifted(self, cloud: PointCloud) -> PointCloud:
+        """The cloud of z = (x, √λ u), u its features."""
+        return lifted(cloud, self.feature_scale, self.epsilon)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
         def one(cloud: PointCloud, prepared: Prepared) -> Comparison:
@@ -184,7 +200,9 @@ class Chamfer(Geometry):
         self, query: PointCloud, cloud: PointCloud, prepared: Prepared
     ) -> tuple[Assignment, Float[Array, " n"], Float[Array, " n"]]:
         """How a pattern explains the query, shareⱼ, which of padding is 0, and Fⱼ."""
+        dim, query, cloud = query.dim, self._lifted(query), self._lifted(cloud)
         found = assign(prepared.centre, query, cloud, self.epsilon)
+        found = found._replace(displacement=found.displacement[:, :dim])
         own_cost = _known(prepared.own_cost, prepared.centre, cloud, self.epsilon)
         share, variation = self._shares(found.costs - own_cost)
         return found, jnp.where(query.weights > 0, share, 0), variation
@@ -207,7 +225,7 @@ class Chamfer(Geometry):
         weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
         # With κ = 0 not even the last digit of a weight changes.
         weights = jnp.where((view.weights > 0) & (rate > 0), weights, view.weights)
-        return with_leaves(view, view.points + step_size * _change(pull), weights)
+        return view.with_atoms(view.points + step_size * _change(pull), weights)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """√(Σ pⱼ|Δxⱼ|² + κ Var_p F), Δx the change of the full step."""
@@ -228,13 +246,14 @@ class Chamfer(Geometry):
         query, kappa = view, self.hellinger_scale
         p = query.weights
         reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        return with_leaves(query, jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+        none: PointCloud = jax.tree.map(jnp.zeros_like, query)
+        return none.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
     def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """Padding, and all weights if κ = 0."""
         padding = measure.weights == 0
         weights = jnp.where(padding | (self.hellinger_scale == 0), tangent.weights, 0)
-        return with_leaves(tangent, jnp.where(padding[:, None], tangent.points, 0), weights)
+        return tangent.with_atoms(jnp.where(padding[:, None], tangent.points, 0), weights)
 
     def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square of |x| over all patterns, with which coordinates round."""
@@ -250,7 +269,9 @@ class Chamfer(Geometry):
 
     def __repr__(self) -> str:
         values = {"epsilon": self.epsilon, "rho": self.rho, "hellinger_scale": self.hellinger_scale}
-        shown = (f"{name}={_shown(x)}" for name, x in values.items() if x is not None)
+        shown = [f"{name}={_shown(x)}" for name, x in values.items() if x is not None]
+        scale = _shown(self.feature_scale)
+        shown += [f"feature_scale={scale}"] if scale != "1" else []
         return f"Chamfer({', '.join(shown)})"
 
 

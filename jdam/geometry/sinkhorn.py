@@ -14,10 +14,8 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
-from jdam._entropic.problem import (
-    Coupling,
-    Pair,
-)
+from jdam._entropic.ground_cost import GroundCost, checked_cost, mean_within
+from jdam._entropic.problem import Coupling, Pair
 from jdam._entropic.transport import couple
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
@@ -80,6 +78,8 @@ class Sinkhorn(SHKGeometry):
       partial or cluttered. None, the default, transports all mass.
     - `hellinger_scale` κ ≥ 0: the strength of reweighting, per squared unit of distance; 0 keeps
       the weights.
+    - `feature_scale` λ ≥ 0: the price of matching atoms of different features, a squared length for
+      features without unit: see below. Of clouds without features it means nothing.
     - `tol`: the L1 error of the marginals at which the inner solver stops; eps^0.7 of the dtype if
       None, 1e-5 in float32 and 1e-11 in float64. S_ε errs in its second order, maps and potentials
       in its first.
@@ -89,9 +89,15 @@ class Sinkhorn(SHKGeometry):
     - `solver`: "stabilised", scaling iterations finished by Newton steps, or "ott", the solver of
       ott-jax.
     - `safeguard`: False takes the steps of Algorithm 1 as they are, see above.
+    - `cost`: another ground cost than ½|x−y|², an `ott.geometry.costs.CostFn`: see below.
 
-    `epsilon`, `rho` and `hellinger_scale` are traced: changing them does not recompile, and they
-    can be differentiated.
+    `epsilon`, `rho`, `hellinger_scale` and `feature_scale` are traced: changing them does not
+    recompile, and they can be differentiated.
+
+    **Features.** Of clouds whose atoms carry features u, the cost is ½|x−y|² + ½λ|u−v|²: that of
+    z = (x, √λ u), for which all of the above holds. Of one-hot labels λ is what it costs to match
+    atoms of different labels. A step moves the points alone, and features stay: it is the projected
+    gradient flow, along which the energy falls as well.
 
     **Unbalanced.** With ρ, D = S_{ε,ρ}, the same of
 
@@ -107,6 +113,16 @@ class Sinkhorn(SHKGeometry):
     `jdam.attend(memory, cue, beta, values=memory)`. There is no theory of basins for ρ, as D does
     not grow with distance.
 
+    **Any ground cost.** `cost` is a c(x, y) ≥ 0 of two atoms, symmetric and with c(x, x) = 0, such
+    as `PNormP(1.5)` or `Cosine()`, or a `CostFn` of one's own. D is the same with c for ½|x−y|²,
+    and `epsilon`, `rho` are in units of c. A step moves atoms by −τ∇F(xⱼ), which for ½|x−y|² is
+    the step above; its length is halved until the energy does not rise. Where the curvature of c is
+    far from 1 another `step_size` is faster. S_ε ≥ 0 is known where e^(−c/ε) is positive definite:
+    for |x−y|^p with 0 < p ≤ 2 and for the cosine distance, not for squared distances on a circle
+    or torus (Feydy et al., arXiv:1810.08278). `Certified` compares all patterns, as there are no
+    bounds; the functions of `jdam.theory`, clouds with features and `jdam.save` are refused. The
+    default tolerances are in units of c by length.
+
     **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
     """
 
@@ -116,15 +132,19 @@ class Sinkhorn(SHKGeometry):
         *,
         rho: ArrayLike | None = None,
         hellinger_scale: ArrayLike = 0.0,
+        feature_scale: ArrayLike = 1.0,
         tol: float | None = None,
         max_iterations: int = 2000,
         solver: str = "stabilised",
         safeguard: bool = True,
+        cost: Any = None,
     ):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
         self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
         dtype = checks.scalar_dtype(hellinger_scale)
         self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
+        dtype = checks.scalar_dtype(feature_scale)
+        self.feature_scale = checks.nonnegative_scalar("feature_scale", feature_scale, dtype)
         if tol is not None:
             checks.positive("tol", tol, jnp.dtype(jnp.float32))
         self.tol = None if tol is None else float(tol)
@@ -135,6 +155,7 @@ class Sinkhorn(SHKGeometry):
         if not isinstance(safeguard, bool):
             raise TypeError(f"safeguard must be a bool; got {safeguard!r}")
         self.safeguard = safeguard
+        self.cost = checked_cost(cost)
 
     @classmethod
     def relative(
@@ -144,17 +165,21 @@ class Sinkhorn(SHKGeometry):
         *,
         rho: float | None = None,
         hellinger_scale: float = 0.0,
+        feature_scale: float = 1.0,
         **settings: Any,
     ) -> "Sinkhorn":
         """A `Sinkhorn` in units of the patterns, so that it follows their unit of length: with u
         the median of ½|x−y|² within patterns, over pairs of different atoms of a cloud, it is
-        `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u)`.
+        `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
+        feature_scale=feature_scale·u)`. The median is of points alone, without features; with a
+        `cost`, it is that of c(x, y).
 
         ε = 0.05 places points well; 0.2 is faster and blurs, 0.01 slower and sharper. With cues
-        that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1.
+        that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1. With λ = 1 atoms of
+        different one-hot labels are as far apart as typical atoms of one cloud.
 
-        **Arguments:** `patterns`: clouds with any batch axes, or a list; `settings`: `tol`,
-        `max_iterations` and `solver`.
+        **Arguments:** `patterns`: clouds with any batch axes, or a list; `settings`: the other
+        arguments of `Sinkhorn`.
 
         **Raises:** as `Sinkhorn`; `TypeError` for other measures; `ValueError` where u is 0, as of
         clouds of one atom.
@@ -163,11 +188,17 @@ class Sinkhorn(SHKGeometry):
         if not isinstance(patterns, PointCloud):
             raise TypeError(f"patterns must be jdam.PointClouds; got {type(patterns).__name__}")
         checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
-        unit = unit_of(patterns)
+        cost = checked_cost(settings.get("cost"))
+        unit = unit_of(patterns, cost=None if cost is None else GroundCost(cost))
         if checks.is_concrete(unit) and not unit > 0:
             raise ValueError("patterns must have different atoms in a cloud; got a median of 0")
-        price = None if rho is None else rho * unit
-        return cls(epsilon * unit, rho=price, hellinger_scale=hellinger_scale / unit, **settings)
+        return cls(
+            epsilon * unit,
+            rho=None if rho is None else rho * unit,
+            hellinger_scale=hellinger_scale / unit,
+            feature_scale=feature_scale if patterns.features is None else feature_scale * unit,
+            **settings,
+        )
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         if not isinstance(measure, PointCloud):
@@ -175,10 +206,13 @@ class Sinkhorn(SHKGeometry):
                 f"{name} must be a jdam.PointCloud for {self}; got {type(measure).__name__}"
             )
         check_batch_ndim(name, measure, batch_ndim)
+        if self.cost is not None and measure.features is not None:
+            raise ValueError(f"{name} must have no features for {self}, whose cost is of points")
         return measure
 
     def prepare(self, patterns: AnyMeasure) -> Any:
-        centre = jax.lax.stop_gradient(patterns.mean)
+        patterns = self.lifted(patterns)
+        centre = self._centre(patterns)
         centred = about(centre, patterns, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
         known = known._replace(gradient=None)
@@ -193,29 +227,34 @@ class Sinkhorn(SHKGeometry):
         return None if guess is None else Solved(guess)
 
     def view(self, query: AnyMeasure) -> AnyView:
-        centre = jax.lax.stop_gradient(query.mean)
-        centred = about(centre, query, self.epsilon)
+        atoms = self.lifted(query)
+        centre = self._centre(atoms)
+        centred = about(centre, atoms, self.epsilon)
         known = self._couple_with_itself(centred, query.weights)
         share = self._marginals.share(known.potential)
         assert known.gradient is not None  # it is dropped of patterns only
-        return View(query, centre, centred, known, share[:, None] * known.gradient)
+        force = share[:, None] * known.gradient[:, : query.dim]  # features do not move
+        return View(query, centre, centred, known, force)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        prepared, weights = patterns.prepared, patterns.measures.weights
-        centres = jax.lax.stop_gradient(prepared.centre)
-        centred = about(centres, patterns.measures, self.epsilon)
+        query, prepared, clouds = view.query, patterns.prepared, self.lifted(patterns.measures)
+        weights, centres = clouds.weights, jax.lax.stop_gradient(prepared.centre)
+        centred = about(centres, clouds, self.epsilon)
         known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
         shift, means, placed = place(self._marginals, view, centres, centred, weights)
         found = self._coupled(view, placed, patterns)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
         missed = (found.error > self._tol) | (known.error > self._tol)
-        missed |= rounding_of(view, placed, weights, self._marginals) > jnp.abs(divergence) / 32
+        if self.cost is None:
+            rounded = rounding_of(view, placed, weights, self._marginals)
+            missed |= rounded > jnp.abs(divergence) / 32
         shares = self._marginals.share(found.f)
+        force, moves = shares[..., None] * found.gradient, slice(query.dim)
         variation = self._marginals.variation
         return Comparison(
             divergence,
             Pull(
-                velocity=view.force[None] - shares[..., None] * found.gradient - shift[:, None],
+                velocity=view.force[None] - force[..., moves] - shift[:, None, moves],
                 variation=variation(found.f)
                 + shift @ view.centred.T
                 - variation(view.known.potential)[None],
@@ -242,11 +281,9 @@ class Sinkhorn(SHKGeometry):
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε)."""
-        weights, centres = (
-            patterns.measures.weights,
-            jax.lax.stop_gradient(patterns.prepared.centre),
-        )
-        centred = about(centres, patterns.measures, self.epsilon)
+        clouds, centres = self.lifted(patterns.measures), patterns.prepared.centre
+        weights, centres = clouds.weights, jax.lax.stop_gradient(centres)
+        centred = about(centres, clouds, self.epsilon)
         _, _, placed = place(self._marginals, view, centres, centred, weights)
         found = self._coupled(view, placed, patterns)
 
@@ -263,10 +300,14 @@ class Sinkhorn(SHKGeometry):
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """By means, or by the gap between clouds if ρ is given; and by dual values after half an
-        iteration from the potential of the pattern with itself and after some more."""
+        iteration from the potential of the pattern with itself and after some more. None for a
+        cost of one's own."""
+        if self.cost is not None:
+            return ()
         first = by_means if self.rho is None else partial(by_gap, self.epsilon, self.rho)
         duals = (dual_after_half_iteration, dual_after_some_iterations)
-        return first, *(partial(by_dual, dual, self._solver, self._marginals) for dual in duals)
+        solved = (partial(dual, self._solver) for dual in duals)
+        return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in solved)
 
     def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
@@ -280,9 +321,11 @@ class Sinkhorn(SHKGeometry):
 
     def resolution(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
-        eps = float(jnp.finfo(patterns.dtype).eps)
+        eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
+        if self.cost is not None:
+            variances = mean_within(self._ground, patterns.points, patterns.weights)
         if self.rho is not None:
             variances = jnp.minimum(variances, 2 * (2 * self.rho + self.epsilon))
         return max(eps, self._tol**2) * average(variances, weights) / 2
@@ -300,20 +343,29 @@ class Sinkhorn(SHKGeometry):
         settings = [f"epsilon={_shown(self.epsilon)}"]
         settings += [f"rho={_shown(self.rho)}"] if self.rho is not None else []
         settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
+        scale = _shown(self.feature_scale)
+        settings += [f"feature_scale={scale}"] if scale != "1" else []
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
         settings += [f"solver={self.solver!r}"] if self.solver != "stabilised" else []
         settings += [] if self.safeguard else ["safeguard=False"]
+        settings += [f"cost={type(self.cost).__name__}"] if self.cost is not None else []
         return f"Sinkhorn({', '.join(settings)})"
 
     @property
     def bounds_pay(self) -> bool:  # type: ignore[override]
-        """Not for a given ρ, where D of far patterns hardly differs."""
-        return self.rho is None
+        """Not for a given ρ, where D of far patterns hardly differs; nor without bounds."""
+        return self.rho is None and self.cost is None
 
     @property
     def cost_scale(self) -> float | None:  # type: ignore[override]
-        """½ for the balanced divergence; the other does not grow without bounds."""
-        return 0.5 if self.rho is None else None
+        """½ for the balanced divergence with the cost ½|x−y|²; with ρ it does not grow without
+        bounds."""
+        return 0.5 if self.rho is None and self.cost is None else None
+
+    def _centre(self, clouds: PointCloud) -> Float[Array, "*batch d"]:
+        """About what to compare: the mean, unless the cost changes with a common translation."""
+        mean = jax.lax.stop_gradient(clouds.mean)
+        return mean if self.cost is None else jnp.zeros_like(mean)
 
 
 def _shown(value: Array) -> str:

@@ -95,7 +95,7 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
         return measure
     shift = by_mean[..., None] * directions(for_mean, measure.mean.shape, measure.dtype)
     if isinstance(measure, PointCloud):
-        return with_leaves(measure, measure.points + shift[..., None, :], measure.weights)
+        return measure.with_atoms(measure.points + shift[..., None, :], measure.weights)
     mean, *shape = jax.tree.leaves(measure)
     return with_leaves(measure, mean + shift, *shape)
 
@@ -123,7 +123,7 @@ def _reshape(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> M
         moved = measure.points + ((centred @ basis) * values[..., None, :]) @ basis.mT
         impossible = (size == 0) & (radius > 0)
         moved = jnp.where(impossible[..., None, None], jnp.nan, moved)
-        return with_leaves(measure, moved, measure.weights)
+        return measure.with_atoms(moved, measure.weights)
     moved = spread + basis @ (values[..., None] * (basis.mT @ spread))
     flat = (*batch, dim * spread.shape[-1])
     point = radius[..., None, None] * directions(for_point, flat, dtype).reshape(spread.shape)
@@ -138,7 +138,7 @@ def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) 
     separation = jnp.where(pairs, jnp.sqrt(jnp.vecdot(gaps, gaps)), jnp.inf).min((-1, -2))
     length = jnp.where(radius <= separation / 2, radius, jnp.nan)[..., None, None]
     shift = length * directions(key, cloud.points.shape, cloud.dtype)
-    return with_leaves(cloud, cloud.points + shift, cloud.weights)
+    return cloud.with_atoms(cloud.points + shift, cloud.weights)
 
 
 def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:

@@ -68,9 +68,8 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
 
 @compiled()
 def _constants(memory: Memory, index: Array, step_size: Array) -> ShkConstants:
-    cloud, kappa = memory[index], memory.geometry.hellinger_scale  # type: ignore[attr-defined]
-    on = memory.patterns.weights > 0
-    points = memory.patterns.points
+    patterns, kappa = _lifted(memory), memory.geometry.hellinger_scale  # type: ignore[attr-defined]
+    points, on = patterns.points, patterns.weights > 0
     low = jnp.where(on[..., None], points, jnp.inf).min((0, 1))
     high = jnp.where(on[..., None], points, -jnp.inf).max((0, 1))
     out = points - ((low + high) / 2)[None, None]
@@ -78,8 +77,8 @@ def _constants(memory: Memory, index: Array, step_size: Array) -> ShkConstants:
     tilt = step_size * kappa * diameter**2 / 2
     retraction = jnp.where(tilt > 0, jnp.expm1(tilt) / jnp.where(tilt > 0, tilt, 1), 1)
     curvature, smoothness = _extreme_eigenvalues(memory, index)
-    gaps = cloud.points[:, None] - cloud.points[None]
-    pairs = (on[index][:, None] & on[index][None]) & ~jnp.eye(cloud.num_atoms, dtype=bool)
+    gaps = points[index][:, None] - points[index][None]
+    pairs = (on[index][:, None] & on[index][None]) & ~jnp.eye(patterns.num_atoms, dtype=bool)
     separation = jnp.sqrt(jnp.where(pairs, jnp.vecdot(gaps, gaps), jnp.inf).min())
     by_weights = jnp.log(jnp.asarray(4, memory.dtype)) / (2 * kappa * diameter**2)
     by_atoms = separation / (4 * diameter)
@@ -107,7 +106,7 @@ def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
     def divergence(flat: Array) -> Array:
         moved = flat[: size * dim].reshape(size, dim)
         weighed = flat[size * dim :]
-        query = PointCloud(
+        query = cloud.with_atoms(
             cloud.points + stretch[:, None] * moved,
             cloud.weights + jnp.sqrt(kappa) * root * weighed,
         )
@@ -157,7 +156,7 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         result: Array = epsilon * second / ((1 - second) * (1 + second))
         return result
 
-    result: Array = jax.lax.map(one, (memory.patterns, memory.prepared))
+    result: Array = jax.lax.map(one, (_lifted(memory), memory.prepared))
     return result if memory.occupied is None else jnp.where(memory.occupied, result, 0)
 
 
@@ -206,6 +205,12 @@ def shk_travel_bound(constants: ShkConstants, gap: ArrayLike) -> Float[Array, ""
     """
     root = jnp.sqrt(2 * jnp.asarray(gap) / constants.curvature)
     return 2 * constants.gradient * constants.retraction * root
+
+
+def _lifted(memory: Memory) -> PointCloud:
+    """The patterns with features as coordinates, in which the theory holds as it is."""
+    lifted: PointCloud = memory.geometry.lifted(memory.patterns)  # type: ignore[attr-defined]
+    return lifted
 
 
 def _check_clouds(memory: Memory) -> None:

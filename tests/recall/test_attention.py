@@ -127,7 +127,7 @@ def test_bad_values(rng):
         jdam.attend(memory, query, 1.0, np.ones((6, 2)))
     with pytest.raises(TypeError, match="values must have the dtype of memory, float64"):
         jdam.attend(memory, query, 1.0, np.ones((7, 2), np.float32))
-    cure = r"look labels up by labels\[result.nearest\], or pass a one-hot array"
+    cure = r"look labels up by memory.values\[result.nearest\], or average a one-hot array"
     with pytest.raises(TypeError, match=f"values must have a floating dtype; got int64: {cure}"):
         jdam.attend(memory, query, 1.0, np.arange(7))
     for labels, got in (

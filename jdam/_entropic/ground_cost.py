@@ -1,0 +1,66 @@
+"""Ground costs of ott-jax, and of one's own in its terms."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from jdam._core.derivatives import full_precision
+from jdam._entropic.cost import Cost
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundCost(Cost):
+    """c(x, y) of an `ott.geometry.costs.CostFn`."""
+
+    function: Callable[[Array, Array], Array]
+
+    def matrix(self, x: Array, y: Array) -> Float[Array, "n m"]:
+        found: Array = _costs(self.function, x, y)
+        return found
+
+
+def checked_cost(cost: Any) -> Any:
+    """A cost that is None or a `CostFn` of ott-jax."""
+    if cost is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
+        from ott.geometry.costs import CostFn
+    if not isinstance(cost, CostFn):
+        raise TypeError(
+            f"cost must be None or an ott.geometry.costs.CostFn, c(x, y) of two atoms; got {cost!r}"
+        )
+    return cost
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _costs(
+    function: Callable[[Array, Array], Array], x: Float[Array, "n d"], y: Float[Array, "m d"]
+) -> Float[Array, "n m"]:
+    # Users may have set JAX to be stricter than ott-jax is.
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        costs: Array = jax.vmap(lambda p: jax.vmap(partial(function, p))(y))(x)
+    return costs.astype(x.dtype)
+
+
+@_costs.defjvp
+@full_precision
+def _costs_jvp(function: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    # Of ott-jax's norms only the tangents: at 0 they have another value where differentiated.
+    _, change = jax.jvp(partial(_costs.fun, function), primals, tangents)
+    return _costs(function, *primals), change
+
+
+def mean_within(
+    cost: Cost, points: Float[Array, "N n d"], weights: Float[Array, "N n"]
+) -> Float[Array, " N"]:
+    """Σⱼₖ aⱼaₖ c(xⱼ, xₖ) of each cloud."""
+    costs = jax.vmap(cost.matrix)(points, points)
+    return jnp.vecdot(jnp.matvec(costs, weights), weights)
