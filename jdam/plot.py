@@ -1,8 +1,7 @@
 """Pictures of measures, recalls and energies by matplotlib, which `jdam[plot]` installs.
 
-Every function draws on the axes `ax`, the current ones if None, and returns them; other keyword
-arguments style what is drawn. Axes without labels get them, x₁, x₂, … for coordinates; those of a
-projection say how many coordinates there are.
+Every function draws on the axes `ax`, the current ones if None, and returns them; other keywords
+style what is drawn. Axes without labels get them, x₁, x₂, … for coordinates of measures.
 """
 
 import math
@@ -211,15 +210,14 @@ def match(
     the pattern, or None for the nearest; `axes`, `num_std` and `size` as in `trajectory`; `style`
     of a `matplotlib.collections.LineCollection`.
 
-    **Raises:** as `jdam.match`; `ValueError` for d < 2 and for `axes` that are not two of the
-    coordinates.
+    **Raises:** as `jdam.match`; `ValueError` for d < 2 and for other `axes` than two coordinates.
     """
-    given = isinstance(matched, matching.Match)
-    found = matched if given else matching.match(memory, query, matched)
+    if not isinstance(matched, matching.Match):
+        matched = matching.match(memory, query, matched)
     pair = pictures.coordinates("query", query.dim, axes)
-    pattern, ax = memory[int(found.index)], artists.axes(ax)
+    pattern, ax = memory[int(matched.index)], artists.axes(ax)
     _pattern(pattern, pair, ax, num_std, size)
-    artists.links(ax, *pictures.links(query, pattern, found.plan, pair), style)
+    artists.links(ax, *pictures.links(query, pattern, matched.plan, pair), style)
     if isinstance(query, PointCloud):
         return cloud(query, axes=axes, size=size, ax=ax, zorder=3)
     return ellipses(query, axes=axes, num_std=num_std, ax=ax, zorder=3)
