@@ -67,8 +67,8 @@ def suggest_beta(
     outside of `jax.jit` part by part, and Ctrl-C stops that.
 
     **Arguments:** a `memory`; `queries` with one batch axis (Q,), or a list; `targets` (Q,), ints;
-    `labels` (Q,), ints or strings; `pattern_labels` (N,), the class of each pattern, which labels
-    need; `progress`: a bar, as of `pairwise`.
+    `labels` (Q,), ints or strings; `pattern_labels` (N,), the class of each pattern, those of
+    `memory.values` if None; `progress`: a bar, as of `pairwise`.
 
     **Returns:** a scalar > 0; where all patterns are the same, 1 over the mean square of their
     size.
@@ -111,10 +111,17 @@ def suggest_beta(
 
 
 def _labels_of(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
-    """The classes of the patterns, where they are not given."""
-    if pattern_labels is None:
-        raise ValueError("labels need pattern_labels, the class of each pattern; got none")
-    return pattern_labels
+    """The classes of the patterns: those given, or the values of the memory, one array (N,)."""
+    if pattern_labels is not None:
+        return pattern_labels
+    values = jax.tree.leaves(memory.values)
+    if len(values) != 1 or np.ndim(values[0]) != 1:
+        raise ValueError(
+            "labels need pattern_labels, the class of each pattern, or a memory whose values are "
+            "one array (N,); got neither"
+        )
+    found: np.ndarray = np.asarray(values[0])[: len(memory)]
+    return found
 
 
 def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:

@@ -240,6 +240,9 @@ def test_the_likeliest_for_labels(rng):
         return -np.log((weights * (names[None] == labels[:, None])).sum(1)).mean()
 
     assert loss(beta) <= min(loss(beta * factor) for factor in np.logspace(-2, 2, 41)) + 1e-9
+    numbered = jdam.store(points, values=(names == "south").astype(int))
+    again = jdam.suggest_beta(numbered, queries, labels=(labels == "south").astype(int))
+    np.testing.assert_allclose(again, beta, rtol=1e-9)
 
 
 def test_labels_are_checked(rng):
