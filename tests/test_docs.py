@@ -92,6 +92,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("ignore:JAXopt:DeprecationWarning")  # ott-jax imports it
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 def test_page(page):
     run_page(page)
