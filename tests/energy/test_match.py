@@ -74,6 +74,7 @@ def test_plans_of_clouds(rng, name):
         assert found.pose is None
 
 
+@pytest.mark.full
 def test_plans_of_mixtures(rng):
     """Between components, those of the linear program."""
     patterns = mixtures(rng, 3, 2)
@@ -90,6 +91,7 @@ def test_plans_of_mixtures(rng):
     assert found.inliers is None
 
 
+@pytest.mark.full
 @every_cloud
 def test_a_batch_is_a_loop(rng, name):
     """Inside `jax.jit`, by indices that are traced and by none."""
@@ -104,6 +106,7 @@ def test_a_batch_is_a_loop(rng, name):
                 np.testing.assert_allclose(x[i], y, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full
 @every_cloud
 def test_derivatives(rng, name):
     """Of everything that is not an index, in both clouds and ε."""

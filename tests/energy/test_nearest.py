@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import jdam
-from tests.cases import every_kind, problem
+from tests.cases import every_kind_in_full, problem
 from tests.helpers import clouds, gaussians, near
 
 
-@every_kind
+@every_kind_in_full
 @pytest.mark.parametrize("search", [jdam.Exhaustive(), jdam.Certified(2)])
 def test_as_a_sort_of_all(rng, kind, search):
     memory, query = problem(rng, kind)
@@ -21,6 +21,7 @@ def test_as_a_sort_of_all(rng, kind, search):
     np.testing.assert_allclose(found, np.sort(divergences)[:3], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("make", [gaussians, clouds])
 def test_of_many_patterns_few_are_compared(rng, make):
     """With the default search, for a batch, with room to grow; the prior does not matter."""

@@ -128,10 +128,12 @@ def derivatives_in_everything(rng, rho, function, **settings):
     check_derivatives(outputs, (scalars, patterns, query), rtol=1e-6, atol=1e-7, **settings)
 
 
+@pytest.mark.full
 def test_second_derivatives(rng):
     derivatives_in_everything(rng, 0.4, jdam.energy, order=2)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rho", [0.4, None])
 def test_derivatives_of_energies_and_steps(rng, rho):
     def both(*args):
@@ -159,6 +161,7 @@ def plain_recalls(memory, queries):
     return jdam.energy(memory, queries, 3.0), result.trace.energy
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_the_energy_never_rises(rng, settings):
     patterns, _ = draw(rng)
@@ -168,6 +171,7 @@ def test_the_energy_never_rises(rng, settings):
     assert np.diff(energies, axis=1).max() <= 1e-13 * np.abs(energies).max()
 
 
+@pytest.mark.full
 def test_recalls_of_overlapping_patterns_end(rng):
     """At fixed points that are true: more steps stay there."""
     points = rng.normal(size=(12, 8, 2)) + 0.3 * rng.normal(size=(12, 1, 2))
@@ -224,6 +228,7 @@ def test_limits(rng):
     np.testing.assert_allclose(most, every, rtol=1e-5)
 
 
+@pytest.mark.full
 def test_scaling_law(rng):
     patterns, query = draw(rng)
     expected = divergences(jdam.store(patterns, jdam.Chamfer(0.1, rho=0.3)), query)
@@ -281,6 +286,7 @@ def test_single_precision_far_from_zero(rng):
         np.testing.assert_allclose(far[3].weights, near[3].weights, atol=3e-3)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("far", [1e3, 1e10, 1e18])
 def test_strays_in_single_precision(rng, far):
     """Of share 0, finite in value and derivatives; κ takes their mass."""
@@ -307,6 +313,7 @@ def test_strays_in_single_precision(rng, far):
     np.testing.assert_array_equal(result.measure.points[4], cue[4])
 
 
+@pytest.mark.full
 def test_implicit_is_unrolled(rng):
     patterns = rng.normal(size=(3, 6, 2))
     cue = jdam.PointCloud(patterns[1, :4] + 0.05 * rng.normal(size=(4, 2))).pad(6)

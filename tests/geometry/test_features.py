@@ -70,6 +70,7 @@ def test_they_are_coordinates(rng, patterns, name):
         close(moved.weights, wanted.weights, rtol=1e-9)
 
 
+@pytest.mark.full
 @every_geometry
 def test_recall_lowers_the_energy_and_keeps_features(rng, patterns, name):
     memory, query, _ = problem(rng, patterns, GEOMETRIES[name])
@@ -93,6 +94,7 @@ def test_labels_tell_clouds_apart_that_points_do_not():
         close(jdam.divergences(memory, clouds[0]), np.array([0, scale]), atol=1e-9)
 
 
+@pytest.mark.full
 def test_without_a_price_they_do_not_count(rng, patterns):
     memory = jdam.store(patterns, jdam.Sinkhorn(EPSILON, feature_scale=0.0))
     other = jdam.store(plain(patterns), jdam.Sinkhorn(EPSILON))
@@ -102,6 +104,7 @@ def test_without_a_price_they_do_not_count(rng, patterns):
     close(moved.points, wanted.points, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_derivatives(rng, patterns, rho):
     """In points, features and the price, of query and patterns."""
@@ -120,6 +123,7 @@ def test_derivatives(rng, patterns, rho):
     close(slope(0.0), rise, rtol=1e-4)
 
 
+@pytest.mark.full
 def test_derivatives_of_a_recall(rng, patterns):
     """Where features do not move, the query's own go through."""
     memory, query, _ = problem(rng, patterns, GEOMETRIES["balanced"])
@@ -136,6 +140,7 @@ def test_derivatives_of_a_recall(rng, patterns):
     close(found, wanted, atol=1e-6)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_certified_recall(rng, rho):
     patterns = labelled(rng, 24)
@@ -151,6 +156,7 @@ def test_certified_recall(rng, rho):
         assert (bound(view, held) <= jdam.divergences(memory, query)).all()
 
 
+@pytest.mark.full
 def test_theory(patterns):
     memory, other = (
         jdam.store(clouds, jdam.Sinkhorn(EPSILON, hellinger_scale=0.3, feature_scale=SCALE))
@@ -166,6 +172,7 @@ def test_theory(patterns):
     assert int(theory.certify(memory, memory[1], 50.0).index) in (-1, 1)
 
 
+@pytest.mark.full
 def test_batches(rng, patterns):
     memory, _, _ = problem(rng, patterns, GEOMETRIES["balanced"])
     queries = near(rng, patterns, 0.1)
@@ -175,6 +182,7 @@ def test_batches(rng, patterns):
     assert jdam.pairwise(memory, queries).shape == (4, 4)
 
 
+@pytest.mark.full
 def test_completion(rng, patterns):
     memory, query, _ = problem(rng, patterns, GEOMETRIES["balanced"])
     found = jdam.attend(memory, query, 1e3, memory, num_steps=2)

@@ -61,6 +61,7 @@ def transport(function, first, second):
     return (plan * (cost + EPSILON * np.log(density))).sum()
 
 
+@pytest.mark.full
 @every_cost
 @pytest.mark.parametrize("solver", ["stabilised", "ott"])
 def test_divergences(rng, name, solver):
@@ -75,6 +76,7 @@ def test_divergences(rng, name, solver):
     close(jdam.divergences(memory, memory[2])[2], 0, atol=1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("rho", [None, 0.5])
 def test_half_the_squared_distance_is_one_of_them(rng, rho):
     memory, query = problem(rng, jdam.Sinkhorn(EPSILON, rho=rho, cost=costs.PNormP(2.0)))
@@ -83,6 +85,7 @@ def test_half_the_squared_distance_is_one_of_them(rng, rho):
     close(*(jdam.step(m, query, BETA) for m in (memory, other)), rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.full
 @every_cost
 def test_derivatives(rng, name):
     """In the points and weights of query and patterns, and in ε."""
@@ -101,6 +104,7 @@ def test_derivatives(rng, name):
     check_derivatives(energy, at, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 @every_cost
 @pytest.mark.parametrize("kappa", [0.0, 0.2])
 def test_recall_lowers_the_energy(rng, name, kappa):
@@ -119,6 +123,7 @@ def test_recall_lowers_the_energy(rng, name, kappa):
     close(one.measure, many.measure[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_in_units_of_the_patterns(rng):
     patterns = jdam.PointCloud(rng.normal(size=(2, 3, 2)))
     between = [

@@ -8,6 +8,7 @@ import jdam
 from tests.helpers import gaussians
 
 
+@pytest.mark.full
 def test_as_good_as_a_grid(rng):
     """Where every class has several patterns, its mean is nearer to the truth than any."""
     centres = 3 * rng.normal(size=(5, 3))

@@ -119,6 +119,7 @@ def test_files_of_before_there_were_values(problem, tmp_path):
     same(jdam.load(tmp_path / "old"), memory)
 
 
+@pytest.mark.full
 def test_shards(problem, tmp_path):
     (patterns, values), _ = problem
     memory = jdam.store(patterns, values=values)
@@ -142,6 +143,7 @@ def test_parameters(problem):
     assert np.isfinite(slope["patterns"]).all()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit()])
 def test_derivatives_of_a_recall_see_no_values(rng, adjoint):
     """Integers and booleans have no tangents."""
