@@ -3,6 +3,7 @@ from damaged copies and from parts."""
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ def run(seed: int, beta: float, out: Path) -> None:
     except ImportError as error:
         raise SystemExit(f"jdam: {MISSING} ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
-    for demo in (photographs, molecules):
+    for demo in (partial(photographs.run, beta=beta), molecules.run):
         # None: no bar where there is no terminal, as in logs.
         with tqdm(file=sys.stderr, bar_format="{desc} {elapsed}", disable=None) as progress:
-            found = demo.run(np.random.default_rng(seed), beta, out, progress.set_description)
+            found = demo(np.random.default_rng(seed), out=out, tick=progress.set_description)
         print(found, end="\n\n")
 
 
@@ -42,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--beta",
         type=float,
         default=50.0,
-        help="inverse temperature, in units of 1/(median divergence between a pattern "
-        "and its nearest other) of each memory (default 50)",
+        help="inverse temperature of the photographs, in units of 1/(median divergence between a "
+        "pattern and its nearest other); molecules take jdam.suggest_beta (default 50)",
     )
     parser.add_argument("--out", type=Path, default=Path("jdam-demo"), help="folder for figures")
     options = parser.parse_args(arguments)
