@@ -13,7 +13,7 @@ The folders, from the bottom up; each uses only those above it in this list:
     _measures   the kinds: `Gaussian`, `DiagonalGaussian`, `GaussianMixture`, `PointCloud`
     _entropic   entropic transport between point clouds
     geometry    D and how to move: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
-                `Chamfer`, `Euclidean`, `DotProduct`
+                `Chamfer`, `Aligned`, `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
     _energy     the average over the patterns; separations and searches; `pairwise`, `match`,
                 `suggest_beta`
@@ -85,6 +85,7 @@ from jdam._recall.recall import step as step
 from jdam._recall.result import Recall as Recall
 from jdam._recall.result import Status as Status
 from jdam._recall.result import Trace as Trace
+from jdam.geometry import Aligned as Aligned
 from jdam.geometry import BatchSizes as BatchSizes
 from jdam.geometry import Bures as Bures
 from jdam.geometry import Chamfer as Chamfer
@@ -96,6 +97,7 @@ from jdam.geometry import Euclidean as Euclidean
 from jdam.geometry import Geometry as Geometry
 from jdam.geometry import MixtureWasserstein as MixtureWasserstein
 from jdam.geometry import Patterns as Patterns
+from jdam.geometry import Pose as Pose
 from jdam.geometry import Sinkhorn as Sinkhorn
 
 __version__ = _version("jdam")

@@ -6,7 +6,15 @@ from jdam._energy.separation import Entmax, Epanechnikov
 from jdam._memory.memory import Memory, check_memory
 from jdam._recall.acceleration import Anderson, TrustRegion
 from jdam._recall.adjoint import OneStep
-from jdam.geometry import Bures, DotProduct, EntropicBures, Euclidean, MixtureWasserstein, Sinkhorn
+from jdam.geometry import (
+    Aligned,
+    Bures,
+    DotProduct,
+    EntropicBures,
+    Euclidean,
+    MixtureWasserstein,
+    Sinkhorn,
+)
 
 #: For each paper its authors, title, journal and year.
 PAPERS = {
@@ -102,8 +110,11 @@ def cite(memory: Memory, *used: Any) -> str:
     **Raises:** `TypeError` if `memory` is none.
     """
     check_memory(memory)
-    keys = [key for part in (memory.geometry, *used) for key in BEHIND.get(type(part), ())]
-    if getattr(memory.geometry, "rho", None) is not None:
+    geometry = memory.geometry
+    if isinstance(geometry, Aligned):
+        geometry = geometry.geometry
+    keys = [key for part in (geometry, *used) for key in BEHIND.get(type(part), ())]
+    if getattr(geometry, "rho", None) is not None:
         keys.append("sejourne2019sinkhorn")
     return "\n\n".join(_entry(key) for key in dict.fromkeys(keys))
 

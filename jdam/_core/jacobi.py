@@ -99,9 +99,11 @@ def _sorted(held: Rotated) -> Rotated:
     return Rotated(columns, squares)
 
 
-def small_polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+def small_polar(
+    matrix: Float[Array, "*batch m n"], *, proper: bool = False
+) -> Float[Array, "*batch m n"]:
     """The orthogonal polar factor R = UVᵀ of K = U diag(s) Vᵀ, for m ≤ n ≤ 4, completed where K
-    loses rank."""
+    loses rank. If `proper`, for m = n, U diag(1, …, 1, ±1) Vᵀ of determinant 1."""
     rows, size = matrix.shape[-2:]
     flat = matrix.reshape(-1, rows, size)
     flat = jnp.pad(flat, [(0, 0), (0, size - rows), (0, 0)])
@@ -111,6 +113,8 @@ def small_polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"
     right = [column[size:] for column in found.columns]
     terms = [u[:, None] * v[None] for u, v in zip(left, right, strict=True)]
     factor = reduce(jnp.add, terms)
+    if proper:
+        factor = jnp.where(_determinant(factor)[None, None] < 0, factor - 2 * terms[-1], factor)
     return jnp.moveaxis(factor[:rows], -1, 0).reshape(matrix.shape)
 
 
@@ -123,6 +127,16 @@ def small_principal(matrix: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], F
     found = jnp.stack(rotate((matrix / unit)[None]).columns)[..., 0]
     turned = jnp.where(jnp.arange(size)[None] < rows, unit * found[:, :rows].T, 0)
     return turned, found[:, rows:]
+
+
+def _determinant(matrices: Float[Array, "n n B"]) -> Float[Array, " B"]:
+    """By the first row and its minors."""
+    if len(matrices) == 1:
+        return matrices[0, 0]
+    minors = [jnp.delete(matrices[1:], k, axis=1) for k in range(len(matrices))]
+    terms = [(-1) ** k * matrices[0, k] * _determinant(minor) for k, minor in enumerate(minors)]
+    result: Array = reduce(jnp.add, terms)
+    return result
 
 
 class _Orthonormal(NamedTuple):

@@ -118,6 +118,13 @@ def inverse(matrix: Array) -> Array:
     return result
 
 
+@_unsplit(4e4)
+def determinant(matrix: Array) -> Array:
+    """By LU factors."""
+    result: Array = jnp.linalg.det(matrix)
+    return result
+
+
 @_unsplit(2e5)
 def solve_lower(lower: Array, right: Array) -> Array:
     """L⁻¹B."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_polar
-from jdam._core.lapack import eigh, full_svd, svd
+from jdam._core.lapack import determinant, eigh, full_svd, svd
 from jdam._core.newton import newton_polar
 
 #: How many numbers may be summed one after the other.
@@ -87,6 +87,20 @@ def _polar_derivative(
         outside = dmatrix - inner @ factor
         derivative = derivative + _solve(root, values, left, outside)
     return derivative
+
+
+def nearest_rotation(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
+    """The rotation R, of determinant 1, that maximises ⟨R, K⟩: U diag(1, …, 1, ±1) Vᵀ of
+    K = U diag(s) Vᵀ, completed where K loses rank. It has no derivative."""
+    matrix = jax.lax.stop_gradient(matrix)
+    size = matrix.shape[-1]
+    if size <= SMALL:
+        return small_polar(matrix, proper=True)
+    left, _, right = svd(matrix)
+    sign = determinant(left @ right)[..., None]
+    signs = jnp.where(jnp.arange(size) == size - 1, jnp.sign(sign), jnp.ones_like(sign))
+    rotation: Array = (left * signs[..., None, :]) @ right
+    return rotation
 
 
 class ShrunkPolar(NamedTuple):

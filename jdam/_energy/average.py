@@ -140,15 +140,16 @@ def _in_two_sweeps(
     unsolved = psum(unsolved_mass(found, weights), layout)
     pattern = heaviest(all_weights, *everything)
     row = pattern - first_index(num, layout)
-    inliers = None if zero.inliers is None else found.inliers[jnp.clip(row, 0, num - 1)]
-    inliers = of_one_part(inliers, (row >= 0) & (row < num), layout)
+    details = (found.inliers, found.pose)
+    details = jax.tree.map(lambda rows: rows[jnp.clip(row, 0, num - 1)], details)
+    details = of_one_part(details, (row >= 0) & (row < num), layout)
     energy = settings.separation.energy(*everything, beta)
     return Evaluation(
         view=view,
         energy=energy,
         relative=energy,
         pull=psum(pull, layout),
-        nearest=Nearest(pattern, everything[0][pattern], inliers),
+        nearest=Nearest(pattern, everything[0][pattern], *details),
         weight=all_weights.max(),
         unsolved=jax.lax.stop_gradient(unsolved),
         neglected=jnp.zeros_like(beta),

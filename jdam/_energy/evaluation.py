@@ -15,6 +15,7 @@ class Nearest(NamedTuple):
     pattern: Int[Array, ""]  # its index
     divergence: Float[Array, ""]
     inliers: Float[Array, " n"] | None = None
+    pose: Any = None
 
 
 class Evaluation(NamedTuple):

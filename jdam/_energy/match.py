@@ -17,6 +17,7 @@ from jdam._energy.energy import divergences_of, fit_query, queries_at_once
 from jdam._measures.base import AnyMeasure
 from jdam._measures.mixture import GaussianMixture
 from jdam._memory.memory import Memory, check_memory
+from jdam.geometry import Pose
 from jdam.geometry.protocol import Geometry, Patterns
 
 
@@ -31,7 +32,8 @@ class Match(eqx.Module):
     targets:    (n, d), Σₖ Pⱼₖyₖ / Σₖ Pⱼₖ, the mean of the atoms, or of the means of components, to
                 which atom j belongs; its own place where it belongs to none.
     inliers:    (n,), the shares of `Recall.inliers`, for the query; None where there are none.
-    pose:       None.
+    pose:       the `jdam.Pose` that lays the pattern on the query, under `Aligned`; else None.
+                `targets` are atoms of the pattern in this pose.
     """
 
     index: Int[Array, "*batch"]
@@ -39,7 +41,7 @@ class Match(eqx.Module):
     plan: Float[Array, "*batch n m"]
     targets: Float[Array, "*batch n d"]
     inliers: Float[Array, "*batch n"] | None = None
-    pose: Any = None
+    pose: Pose | None = None
 
 
 def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
@@ -53,6 +55,7 @@ def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
       pⱼ shareⱼ, and the second is free.
     - `MixtureWasserstein`: the exact plan of least cost between components, c = W₂² of Gaussians;
       its marginals are p and b.
+    - `Aligned`: that of the geometry it wraps, with the pattern in its pose.
 
     Unlike a recall it moves nothing: `inliers` tells strays of a cue as they are.
 
@@ -98,14 +101,15 @@ def _match_one(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:
     pattern = jax.tree.map(lambda leaf: leaf[index][None], held)
     found = compare(geometry, view, pattern)
     plan = geometry.plan(view, pattern._replace(guess=found.guess))[0]
-    x, y = places(query), places(pattern.measures)[0]
+    posed = pattern.measures if found.pose is None else found.pose(pattern.measures)
+    x, y = places(query), places(posed)[0]
     mass = plan.sum(1)
     # Of so little mass derivatives of a quotient would overflow.
     on = (mass > float(jnp.finfo(mass.dtype).tiny) ** 0.5)[:, None]
     ways = plan @ (y - y[:1]) / jnp.where(on, mass[:, None], 1)
     targets = jnp.where(on, y[:1] + ways, x)
-    inliers = None if found.inliers is None else found.inliers[0]
-    return Match(index, found.divergence[0], plan, targets, inliers)
+    inliers, pose = jax.tree.map(lambda rows: rows[0], (found.inliers, found.pose))
+    return Match(index, found.divergence[0], plan, targets, inliers, pose)
 
 
 def places(measure: AnyMeasure) -> Float[Array, "*batch n d"]:

@@ -66,7 +66,8 @@ class LogSumExp(Separation):
     def empty(self, zero: Comparison, with_pull: bool) -> "Sums":
         """The sums over no pattern, in the shapes of a comparison with one."""
         nothing, lowest = zero.divergence, jnp.full_like(zero.divergence, jnp.inf)
-        nearest = Nearest(jnp.zeros((), jnp.int32), nothing, zero.inliers if with_pull else None)
+        details = (zero.inliers, zero.pose) if with_pull else ()
+        nearest = Nearest(jnp.zeros((), jnp.int32), nothing, *details)
         pull = zero.pull if with_pull else None
         return Sums(lowest, lowest, nearest, nothing, nothing, nothing, pull, nothing)
 
@@ -87,8 +88,8 @@ class LogSumExp(Separation):
         least, deficit = _deficits(
             sums, jnp.where(prior > 0, found.divergence, jnp.inf), prior, beta
         )
-        inliers = None if sums.nearest.inliers is None else found.inliers
-        rows = Nearest(block.indices, found.divergence, inliers)
+        details = () if sums.pull is None else (found.inliers, found.pose)
+        rows = Nearest(block.indices, found.divergence, *details)
         return Sums(
             lowest=lowest,
             least=least,

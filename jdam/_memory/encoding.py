@@ -13,6 +13,7 @@ from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry import (
+    Aligned,
     Bures,
     Chamfer,
     DotProduct,
@@ -26,7 +27,8 @@ from jdam.geometry import (
 #: What is read without being passed in.
 OWN: tuple[type, ...] = (
     *(Gaussian, DiagonalGaussian, PointCloud, GaussianMixture),
-    *(Bures, EntropicBures, Sinkhorn, Chamfer, MixtureWasserstein, Euclidean, DotProduct),
+    *(Bures, EntropicBures, Sinkhorn, Chamfer, Aligned, MixtureWasserstein),
+    *(Euclidean, DotProduct),
 )
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
 from jdam._measures.base import AnyMeasure
+from jdam.geometry import Pose
 
 
 class Status(enum.IntEnum):
@@ -83,6 +84,7 @@ class Recall(eqx.Module):
                under `Sinkhorn`, e^(−s/(ρ+ε)) under `Chamfer`, the share of its mass that finds a
                partner there. Near 1 for atoms that belong to the pattern, near 0 for strays; None
                for other geometries.
+    pose:      the `jdam.Pose` that lays that pattern on the measure, under `Aligned`; else None.
     energy:    E(measure), a squared distance.
     residual:  how far a full step would go, a distance (W₂ for `Bures`).
     num_steps: steps taken.
@@ -105,6 +107,7 @@ class Recall(eqx.Module):
     status: Int[Array, ""]
     neglected: Float[Array, ""]
     inliers: Float[Array, " n"] | None = None
+    pose: Pose | None = None
     trace: Trace | None = None
 
     @property

@@ -287,6 +287,7 @@ class Solver:
             weight=found.weight,
             divergence=found.nearest.divergence,
             inliers=found.nearest.inliers,
+            pose=found.nearest.pose,
             energy=found.energy,
             residual=state.residual,
             num_steps=state.num_steps,

@@ -1,5 +1,7 @@
 """Divergences between measures, and how to move along their gradients."""
 
+from jdam.geometry._poses import Pose as Pose
+from jdam.geometry.aligned import Aligned as Aligned
 from jdam.geometry.bures import Bures as Bures
 from jdam.geometry.chamfer import Chamfer as Chamfer
 from jdam.geometry.entropic_bures import EntropicBures as EntropicBures

@@ -43,6 +43,8 @@ class Comparison(NamedTuple):
     missed: Bool[Array, " B"] | None = None
     #: Which share of each atom belongs to the pattern.
     inliers: Float[Array, "B n"] | None = None
+    #: The `jdam.Pose` that lays each pattern on the query.
+    pose: Any = None
 
 
 class BatchSizes(NamedTuple):

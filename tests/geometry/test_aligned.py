@@ -1,0 +1,201 @@
+"""Recall in any pose: poses that are known, invariance, derivatives, files."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jdam
+from jdam.geometry._poses import rotations
+from tests.helpers import check_derivatives, orthogonal
+
+GEOMETRIES = {
+    "one-sided": jdam.Chamfer(0.02),
+    "one-sided, rho": jdam.Chamfer(0.02, rho=0.3),
+    "balanced": jdam.Sinkhorn(0.02),
+    "unbalanced": jdam.Sinkhorn(0.02, rho=0.5),
+}
+BETA = 40.0
+
+
+def rotation(rng, dim):
+    turn = orthogonal(rng, dim)
+    turn[:, 0] *= np.sign(np.linalg.det(turn))
+    return turn
+
+
+def problem(rng, dim=2, num=3, atoms=6):
+    """Patterns, a rotation, a translation, and the second pattern so posed."""
+    patterns = jdam.PointCloud(2 * rng.normal(size=(num, atoms, dim)))
+    turn, shift = rotation(rng, dim), 3 * rng.normal(size=dim)
+    return patterns, turn, shift, moved(patterns[1], turn, shift)
+
+
+def moved(cloud, turn, shift):
+    return jdam.PointCloud(np.asarray(cloud.points) @ turn.T + shift[None], cloud.weights)
+
+
+def noisy(rng, cloud, size=0.1):
+    return jdam.PointCloud(cloud.points + size * rng.normal(size=cloud.points.shape), cloud.weights)
+
+
+match = jax.jit(jdam.match)
+
+
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [("one-sided", 2), ("one-sided, rho", 3), ("balanced", 3), ("unbalanced", 2)],
+)
+def test_a_known_pose_is_found(rng, name, dim):
+    patterns, turn, shift, cue = problem(rng, dim)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES[name]))
+    found = match(memory, cue, 1)
+    np.testing.assert_allclose(found.divergence, 0, atol=1e-6)
+    np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-3)
+    np.testing.assert_allclose(found.pose.translation, shift, atol=1e-3)
+    np.testing.assert_allclose(found.targets, cue.points, atol=0.05)
+    assert found.pose.scale == 1
+
+
+def test_a_recall_keeps_the_pose_of_the_cue(rng):
+    """It descends, ends on the pattern in its pose, and moves with the cue."""
+    patterns, turn, shift, _ = problem(rng)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES["one-sided, rho"]))
+    start = noisy(rng, patterns[1], 0.05)
+
+    @jax.jit
+    def run(memory, cue):
+        result = jdam.recall(memory, cue, BETA, save_trace=True, max_steps=12)
+        return result, jdam.divergences(memory, cue)
+
+    (result, before), (other, after) = run(memory, start), run(memory, moved(start, turn, shift))
+    np.testing.assert_allclose(after, before, atol=1e-6)
+    for found in (result, other):
+        assert found.nearest == 1
+        assert np.diff(found.trace.energy).max() <= 1e-12
+        np.testing.assert_allclose(found.pose(patterns[1]).points, found.measure.points, atol=0.1)
+    again = moved(result.measure, turn, shift)
+    np.testing.assert_allclose(other.measure.points, again.points, atol=1e-3)
+    back = other.pose.inverse(other.pose(patterns[1]))
+    np.testing.assert_allclose(back.points, patterns.points[1], atol=1e-12)
+
+
+def test_a_recall_of_transport(rng):
+    patterns, turn, shift, _ = problem(rng)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES["balanced"]))
+    cue = moved(noisy(rng, patterns[1], 0.2), turn, shift)
+    result = jdam.recall(memory, cue, BETA, save_trace=True, max_steps=12)
+    assert result.nearest == 1
+    assert np.diff(result.trace.energy).max() <= 1e-12
+    np.testing.assert_allclose(result.pose(patterns[1]).points, result.measure.points, atol=0.1)
+
+
+def test_a_partial_cue_is_completed(rng):
+    patterns, _, _, whole = problem(rng, dim=3)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES["one-sided, rho"]))
+    part = jdam.PointCloud(whole.points[:5]).pad(6)
+    completed = match(memory, part, 1).pose(memory[1])
+    np.testing.assert_allclose(completed.points, whole.points, atol=0.05)
+
+
+@pytest.mark.parametrize("name", ["one-sided, rho", "balanced"])
+def test_derivatives_of_the_energy(rng, name):
+    patterns, _, _, cue = problem(rng)
+    epsilon = jnp.float64(0.1)
+
+    def of(epsilon, points, cue):
+        inner = (
+            jdam.Chamfer(epsilon, rho=0.3)
+            if name == "one-sided, rho"
+            else jdam.Sinkhorn(epsilon, tol=1e-12)
+        )
+        memory = jdam.store(jdam.PointCloud(points), jdam.Aligned(inner))
+        return jdam.energy(memory, jdam.PointCloud(cue), 3.0)
+
+    check_derivatives(of, (epsilon, patterns.points, noisy(rng, cue).points), rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_is_its_elements(rng):
+    patterns, _, _, cue = problem(rng)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES["one-sided, rho"]))
+    cues = jdam.stack([cue, noisy(rng, cue), patterns[0]])
+    together = jax.jit(jax.vmap(jdam.match, (None, 0, None)))(memory, cues, 1)
+    for i in range(3):
+        alone = match(memory, cues[i], 1)
+        np.testing.assert_allclose(together.divergence[i], alone.divergence, atol=1e-9)
+    posed = together.pose(patterns[jnp.array([1, 1, 1])])
+    np.testing.assert_allclose(posed.points[0], cue.points, atol=1e-3)
+
+
+def test_reflections(rng):
+    """A mirror image is found if that is allowed, and not else."""
+    patterns, turn, shift, _ = problem(rng)
+    mirror = turn * np.array([[1.0, -1.0]])
+    cue = moved(patterns[1], mirror, shift)
+    inner = GEOMETRIES["one-sided"]
+    free = match(jdam.store(patterns, jdam.Aligned(inner, reflections=True)), cue, 1)
+    proper = match(jdam.store(patterns, jdam.Aligned(inner)), cue, 1)
+    np.testing.assert_allclose(free.pose.rotation, mirror, atol=1e-3)
+    np.testing.assert_allclose(np.linalg.det(proper.pose.rotation), 1)
+    assert proper.divergence > free.divergence + 0.05
+
+
+def test_parts_of_the_group(rng):
+    patterns, turn, shift, _ = problem(rng)
+    inner, still = GEOMETRIES["one-sided"], np.zeros(2)
+    only_shifted = jdam.store(patterns, jdam.Aligned(inner, rotations=False))
+    found = match(only_shifted, moved(patterns[1], np.eye(2), shift), 1)
+    np.testing.assert_allclose(found.pose.translation, shift, atol=1e-3)
+    np.testing.assert_array_equal(found.pose.rotation, np.eye(2))
+    only_turned = jdam.store(patterns, jdam.Aligned(inner, translations=False, num_starts=8))
+    found = match(only_turned, moved(patterns[1], turn, still), 1)
+    np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-3)
+    np.testing.assert_array_equal(found.pose.translation, still)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3, 5])
+def test_the_net_of_rotations(dim):
+    net = rotations(64, dim)
+    np.testing.assert_allclose(
+        net @ np.swapaxes(net, 1, 2), np.broadcast_to(np.eye(dim), net.shape), atol=1e-12
+    )
+    np.testing.assert_allclose(np.linalg.det(net), 1)
+    np.testing.assert_allclose(net[0], np.eye(dim), atol=1e-12)
+    if dim == 3:  # some start lies within 45° of every rotation
+        traces = np.einsum("aij,bij->ab", net, rotations(500, 3))
+        angles = np.arccos(np.clip((traces.max(0) - 1) / 2, -1, 1))
+        assert np.degrees(angles.max()) < 55
+
+
+def test_files(rng, tmp_path):
+    patterns, _, _, cue = problem(rng)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES["one-sided, rho"]))
+    jdam.save(tmp_path / "memory", memory)
+    loaded = jdam.load(tmp_path / "memory")
+    assert repr(loaded.geometry) == repr(memory.geometry)
+    found, expected = match(loaded, cue, 1), match(memory, cue, 1)
+    np.testing.assert_array_equal(found.divergence, expected.divergence)
+
+
+def test_messages():
+    inner = jdam.Chamfer(0.1)
+    assert repr(jdam.Aligned(inner, num_starts=8)) == f"Aligned({inner}, num_starts=8)"
+    for geometry in (jdam.Bures(), jdam.Euclidean(), jdam.MixtureWasserstein(), "Chamfer"):
+        with pytest.raises(TypeError, match=r"geometry must be a jdam\.Chamfer"):
+            jdam.Aligned(geometry)
+    for settings, message in [
+        ({"rotations": False, "translations": False}, "rotations or translations must be True"),
+        ({"rotations": False, "reflections": True}, "reflections must be False without"),
+        ({"scale": True}, "scale must be False"),
+        ({"num_starts": 0}, "num_starts must be ≥ 1"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            jdam.Aligned(inner, **settings)
+    with pytest.raises(TypeError, match="rotations must be a bool"):
+        jdam.Aligned(inner, rotations=1)
+    with pytest.raises(TypeError, match=r"patterns must be a jdam\.PointCloud"):
+        jdam.store(np.zeros((3, 2)), jdam.Aligned(inner))
+    pose = jdam.Pose(jnp.eye(2), jnp.ones(2), jnp.ones(()))
+    np.testing.assert_array_equal(pose(np.zeros((4, 3, 2))), np.ones((4, 3, 2)))
+    with pytest.raises(TypeError, match="points must be an array"):
+        pose("points")
