@@ -1,12 +1,14 @@
 """Rigid motions: poses of point clouds, the best one for a plan, and nets of rotations."""
 
 import math
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jdam._core import checks
 from jdam._measures.base import AnyMeasure
@@ -80,3 +82,20 @@ def _from_quaternions(quaternions: Float[np.ndarray, "S 4"]) -> Float[np.ndarray
     unit = np.eye(3)[None]
     turned = unit + 2 * np.cross(axis, np.cross(axis, unit) + real * unit)
     return np.swapaxes(turned, 1, 2)
+
+
+def each(pose: Pose, points: Float[Array, "B z"]) -> Float[Array, "B z"]:
+    """One point in each pose; coordinates that are features stay."""
+    dim = pose.translation.shape[-1]
+    return points.at[:, :dim].set(pose(points[:, None, :dim])[:, 0])
+
+
+def choose_rows(condition: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
+    """New rows where a condition holds, old ones elsewhere."""
+
+    def choose(x: Array, y: Array) -> Array:
+        return jnp.where(
+            condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, y
+        )
+
+    return jax.tree.map(choose, new, old)

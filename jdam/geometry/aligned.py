@@ -19,7 +19,7 @@ from jdam._core.loops import while_loop
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry import chamfer
-from jdam.geometry._poses import Pose, rotations
+from jdam.geometry._poses import Pose, choose_rows, each, rotations
 from jdam.geometry.chamfer import Chamfer
 from jdam.geometry.protocol import AnyView, BatchSizes, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
@@ -30,6 +30,13 @@ LEVELS = 6
 FINALISTS = 3
 #: How often a pose is refined at most.
 REFINEMENTS = 64
+
+
+class Prepared(NamedTuple):
+    """What the wrapped geometry computes once of patterns, and that no pose of theirs is known."""
+
+    inner: Any
+    unknown: Pose  # NaN
 
 
 class Guess(NamedTuple):
@@ -152,9 +159,7 @@ class Aligned(Geometry):
         return self.geometry.plan(view, _posed(patterns, guess))
 
     def first_guess(self, prepared: Any) -> Any:
-        unknown = jnp.full_like(prepared.centre, jnp.nan)
-        rotation = jnp.broadcast_to(unknown[..., None], (*unknown.shape, unknown.shape[-1]))
-        return Guess(Pose(rotation, unknown, unknown[:, 0]), self.geometry.first_guess(prepared))
+        return Guess(prepared.unknown, self.geometry.first_guess(prepared.inner))
 
     def _aligned(self, view: AnyView, patterns: Patterns) -> Guess:
         """The best poses found, and what to start the comparison there from; as constants."""
@@ -172,14 +177,14 @@ class Aligned(Geometry):
 
         def turn(best: Chosen) -> Chosen:
             finalist = jax.tree.map(lambda leaf: leaf[best.rank], finalists)
-            start = _where(known, patterns.guess.pose, finalist)
+            start = choose_rows(known, patterns.guess.pose, finalist)
             pose = self._refined(view, patterns, start)
             found = self.geometry.compare(view, _posed(patterns, Guess(pose, patterns.guess.inner)))
             better = found.divergence < best.divergence
             return Chosen(
                 best.rank + 1,
                 jnp.where(better, found.divergence, best.divergence),
-                _where(better, Guess(pose, found.guess), best.guess),
+                choose_rows(better, Guess(pose, found.guess), best.guess),
             )
 
         start = Chosen(jnp.array(0, jnp.int32), jnp.full(known.shape, jnp.inf), patterns.guess)
@@ -197,7 +202,8 @@ class Aligned(Geometry):
 
         def coarse(level: Array) -> Chamfer:
             exponent = 1 - (level + 1).astype(least.dtype) / LEVELS
-            return Chamfer(least * most**exponent, rho=self.geometry.rho)
+            inner = self.geometry
+            return Chamfer(least * most**exponent, rho=inner.rho, feature_scale=inner.feature_scale)
 
         def turn(state: tuple[Array, Pose]) -> tuple[Array, Pose]:
             level, poses = state
@@ -263,7 +269,7 @@ class Aligned(Geometry):
             moment = (x - to[None]).T @ (plan @ (y - from_[None])) / total
             rotation = (polar if self.reflections else nearest_rotation)(moment)
         best = Pose(rotation, to - rotation @ from_, jnp.ones_like(mass))
-        chosen: Pose = _where(some, best, pose)
+        chosen: Pose = choose_rows(some, best, pose)
         return chosen
 
     def _starts(self, query: PointCloud, patterns: PointCloud) -> Pose:
@@ -292,7 +298,10 @@ class Aligned(Geometry):
         return self.geometry.check(name, measure, batch_ndim)
 
     def prepare(self, patterns: AnyMeasure) -> Any:
-        return self.geometry.prepare(patterns)
+        mean = jax.lax.stop_gradient(patterns.mean)
+        unknown = jnp.full_like(mean, jnp.nan)
+        rotation = jnp.broadcast_to(unknown[..., None], (*unknown.shape, unknown.shape[-1]))
+        return Prepared(self.geometry.prepare(patterns), Pose(rotation, unknown, unknown[:, 0]))
 
     def view(self, query: AnyMeasure) -> AnyView:
         return self.geometry.view(query)
@@ -357,24 +366,19 @@ class Aligned(Geometry):
 
 def _posed(patterns: Patterns, guess: Guess) -> Patterns:
     """Patterns in their poses. What is prepared of them does not change but for their centres."""
-    pose, prepared = guess.pose, patterns.prepared
-    moved = prepared._replace(centre=_each(pose, prepared.centre))
+    pose, prepared = guess.pose, patterns.prepared.inner
+    moved = prepared._replace(centre=each(pose, prepared.centre))
     if hasattr(prepared, "offset"):
-        moved = moved._replace(offset=jnp.matvec(pose.rotation, prepared.offset))
+        turn = Pose(pose.rotation, jnp.zeros_like(pose.translation), pose.scale)
+        moved = moved._replace(offset=each(turn, prepared.offset))
     return Patterns(pose(patterns.measures), moved, guess.inner)
 
 
 def _coarsely_posed(patterns: Patterns, pose: Pose) -> Patterns:
     """The same for a `Chamfer` of another ε, up to a constant of its divergence."""
-    centre = patterns.prepared.centre
-    prepared = chamfer.Prepared(_each(pose, centre), jnp.zeros_like(centre[:, 0]))
+    centre = patterns.prepared.inner.centre
+    prepared = chamfer.Prepared(each(pose, centre), jnp.zeros_like(centre[:, 0]))
     return Patterns(pose(patterns.measures), prepared)
-
-
-def _each(pose: Pose, points: Float[Array, "B d"]) -> Float[Array, "B d"]:
-    """One point in each pose."""
-    moved: Array = pose(points[:, None])[:, 0]
-    return moved
 
 
 def _query(view: AnyView) -> PointCloud:
@@ -386,14 +390,3 @@ def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:
     steps = cloud.points - cloud.mean[..., None, :]
     squares = jnp.where(cloud.weights > 0, jnp.vecdot(steps, steps), 0)
     return jnp.vecdot(cloud.weights, squares)
-
-
-def _where(condition: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
-    """Row by row."""
-
-    def choose(x: Array, y: Array) -> Array:
-        return jnp.where(
-            condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, y
-        )
-
-    return jax.tree.map(choose, new, old)

@@ -199,3 +199,19 @@ def test_messages():
     np.testing.assert_array_equal(pose(np.zeros((4, 3, 2))), np.ones((4, 3, 2)))
     with pytest.raises(TypeError, match="points must be an array"):
         pose("points")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("inner", [jdam.Chamfer, jdam.Sinkhorn])
+def test_features_go_with_the_atoms(rng, inner):
+    """A labelled copy is found in its pose, and keeps its labels."""
+    points, labels = rng.normal(size=(4, 6, 2)), rng.integers(0, 3, size=(4, 6))
+    patterns = jdam.PointCloud(points, None, np.eye(3)[labels])
+    geometry = jdam.Aligned(inner(0.02, feature_scale=0.5))
+    memory, turn = jdam.store(patterns, geometry), np.array([[0.6, -0.8], [0.8, 0.6]])
+    cue = jdam.PointCloud(points[2] @ turn.T + 3, None, np.eye(3)[labels[2]])
+    found = jdam.recall(memory, cue, 50.0)
+    assert found.nearest == 2
+    np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-3)
+    np.testing.assert_array_equal(found.pose(memory[2]).features, cue.features)
+    np.testing.assert_allclose(found.pose(memory[2]).points, cue.points, atol=2e-3)
