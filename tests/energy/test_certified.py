@@ -87,7 +87,7 @@ def test_clouds_keep_potentials(rng):
     clouds = jdam.PointCloud(centres + rng.normal(size=(24, 8, 2)))
     memory, query = jdam.store(clouds, jdam.Sinkhorn(0.3)), clouds[5].points + 0.2
     few = jdam.Certified(2)
-    assert few.start(memory, clouds[5]).guess.shape == (24, 8)
+    assert few.first_guess(memory).shape == (24, 8)
 
     @partial(jax.jit, static_argnums=0)
     def recalled(search, points, beta):

@@ -119,7 +119,7 @@ def test_commuting_covariances_are_bounded_exactly(rng):
 @partial(jax.jit, static_argnums=0)
 def evaluated(search, memory, queries, beta):
     def at(query):
-        return certified._evaluate(search, memory, query, beta, search.start(memory, query))
+        return certified._evaluate(search, memory, query, beta, search.first_guess(memory))
 
     found, candidates = jax.vmap(at)(queries)
     return found, found.neglected, candidates
