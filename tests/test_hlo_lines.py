@@ -9,16 +9,16 @@ pytestmark = pytest.mark.full
 
 #: As `python -m tests.hlo_lines` prints them, with jaxlib 0.10.2.
 LINES = {
-    "recall of vectors": 3493,
-    "step of vectors": 1449,
-    "recall of Gaussians": 6344,
-    "step of Gaussians": 3810,
-    "recall of clouds": 16221,
-    "step of clouds": 16910,
-    "recalls of a batch": 7159,
-    "recall with Certified": 13535,
-    "gradient of a recall": 8120,
-    "suggest_beta": 4736,
+    "recall of vectors": 2983,
+    "step of vectors": 2424,
+    "recall of Gaussians": 5797,
+    "step of Gaussians": 5271,
+    "recall of clouds": 13023,
+    "step of clouds": 10971,
+    "recalls of a batch": 7504,
+    "recall with Certified": 12901,
+    "gradient of a recall": 7467,
+    "suggest_beta": 4745,
 }
 
 
