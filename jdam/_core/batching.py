@@ -99,8 +99,7 @@ def advance_while(
     """`turn(state, args)` as long as the state is `unfinished`. It has no derivative.
 
     Under `jax.vmap` the elements that are not finished take turns, `at_once` of them at a time, so
-    that none of them waits for the slowest. `flat`, and batches that are
-    spread over devices, as in `in_tiles`.
+    that none of them waits for the slowest. `flat` as in `in_tiles`.
     """
 
     @jax.custom_batching.custom_vmap
@@ -119,15 +118,10 @@ def advance_while(
         elif flat:
             found = _flat(many, _lead(size, tuple(batched), given))
         else:
-
-            def in_turns(state: Any, args: Any) -> Any:
-                rows, join = _split(batched[1], args)
-                pending, advance = (lambda s, row, f=f: f(s, join(row)) for f in (unfinished, turn))
-                return _queued(pending, advance, at_once, state, rows)
-
+            rows, join = _split(batched[1], given[1])
+            pending, advance = (lambda s, row, f=f: f(s, join(row)) for f in (unfinished, turn))
             state = _lead(size, batched[0], given[0])
-            led = jax.tree.map(lambda _: True, batched[0]), batched[1]
-            found = where_it_is(in_turns, led, (state, given[1]))
+            found = _queued(pending, advance, at_once, state, rows)
         return found, jax.tree.map(lambda _: True, found)
 
     advanced: T = one(state, args)

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
-from jdam._core.batching import map_in_chunks
+from jdam._core.batching import in_tiles, map_in_chunks
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import where_it_is
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
@@ -74,8 +74,11 @@ def step(
 def _step(
     memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, solver: Solver
 ) -> AnyMeasure:
-    end = solver.run(query, solver.problem(memory, beta, step_size))
-    return end.measure if solver.max_steps else end.candidate
+    def run(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
+        end = solver.run(query, solver.problem(memory, beta, step_size))
+        return end.measure if solver.max_steps else end.candidate
+
+    return in_tiles(run, None, memory, query, beta, step_size)  # a spread batch, where it is
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -335,8 +338,11 @@ def _recall(
     solver: Solver,
     adjoint: Adjoint,
 ) -> Recall:
-    tol, max_steps = limits
-    tol, goal = tolerances(memory, query, tol)
-    problem = solver.problem(memory, beta, step_size)
-    problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
-    return solver.report(adjoint.run(solver, query, problem), problem)
+    def run(memory: Memory, query: AnyMeasure, *others: Any) -> Recall:
+        beta, step_size, (tol, max_steps) = others
+        tol, goal = tolerances(memory, query, tol)
+        problem = solver.problem(memory, beta, step_size)
+        problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
+        return solver.report(adjoint.run(solver, query, problem), problem)
+
+    return in_tiles(run, None, memory, query, beta, step_size, limits)
