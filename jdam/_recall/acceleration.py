@@ -95,7 +95,7 @@ class Anderson(Acceleration):
         combined = unravel(jnp.where(roots > 0, combined, end))
         # Where nothing changes, not even the last digit does.
         measure = jax.tree.map(
-            lambda new, old, moved, kept: jnp.where(moved == kept, old, new),
+            lambda new, old, moved, kept: jnp.where((moved == kept).all(), old, new),
             from_free(plain, combined),
             plain,
             combined,
