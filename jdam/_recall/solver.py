@@ -241,7 +241,7 @@ class Solver:
         all steps are full ones."""
 
         def step(state: State, now: Record | None, following: Attempt | None) -> State:
-            guess = None if now is None else self.search.settled(problem.memory, now.guess)
+            guess = None if now is None else now.guess
             found = self.evaluate(state.candidate, problem, guess)
             residual = _residual(found, problem, state.attempt.caution)
             if now is not None:
