@@ -8,11 +8,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import batch_size, map_in_chunks
+from jdam._core.batching import batch_size, in_tiles, map_in_chunks
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._energy.choosing import owners
-from jdam._energy.energy import divergences_of, fit_queries, fit_query, inverse_temperature
+from jdam._energy.energy import (
+    divergences_of,
+    fit_queries,
+    fit_query,
+    inverse_temperature,
+    queries_at_once,
+)
 from jdam._energy.separation import with_prior
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
@@ -123,8 +129,8 @@ def _scores(
         scores, distance = _score_of(memory, query, beta, classes)
         return scores[own], distance
 
-    at_once = memory.geometry.batch_sizes(memory.patterns).queries
-    found: tuple[Array, Array] = map_in_chunks(one, at_once, (queries, owner))
+    rows = queries, owner
+    found: tuple[Array, Array] = map_in_chunks(one, queries_at_once(memory), rows)
     return found
 
 
@@ -132,7 +138,7 @@ def _scores(
 def _score(
     memory: Memory, query: AnyMeasure, beta: Array, classes: Int[Array, " N"] | None
 ) -> tuple[Float[Array, " N"], Float[Array, ""]]:
-    return _score_of(memory, query, beta, classes)
+    return in_tiles(_score_of, queries_at_once(memory), memory, query, beta, classes)
 
 
 def _score_of(

@@ -216,7 +216,7 @@ def _hunt(
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = memory.capacity, memory.layout
     size, turns = search.sizes(memory)
-    first = _take(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
+    first = rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
     start = _Hunt(
         floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
@@ -244,7 +244,7 @@ def _evaluate_jvp(
     found, picked = _evaluate(search, *primals)
 
     def average(memory: Memory, query: AnyMeasure, beta: Array, guess: Any) -> tuple[Any, ...]:
-        part = _take(memory, picked, picked >= 0, found.guess)
+        part = rows_of(memory, picked, picked >= 0, found.guess)
         measures, prepared, guess = part.patterns
         if found.guess is not None:
             guess = memory.geometry.settled(guess)
@@ -328,7 +328,7 @@ def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]
     memory, view, beta = args
     size, _ = search.sizes(memory)
     index, on = _least(_open(hunt), size)
-    block = _take(memory, index, on, hunt.guess)
+    block = rows_of(memory, index, on, hunt.guess)
     found = compare(memory.geometry, view, block.patterns)
     exact = with_prior(found.divergence, block.log_prior, beta)
     guess = hunt.guess
@@ -349,7 +349,7 @@ def _sharpen(number: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _
     memory, view, beta = args
     size = min(memory.capacity, SHARPENED[min(number, len(SHARPENED)) - 1])
     index, _ = _least(jnp.where(hunt.bounded < number, hunt.floor, jnp.inf), size)
-    block = _take(memory, index, jnp.ones_like(index, bool), hunt.guess)
+    block = rows_of(memory, index, jnp.ones_like(index, bool), hunt.guess)
     bounds = _bounds(memory)[number](view, block.patterns)
     return hunt._replace(
         floor=hunt.floor.at[index].max(with_prior(bounds, block.log_prior, beta)),
@@ -365,7 +365,7 @@ def _least(floor: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool
     return index, floor[index] != jnp.inf  # NaN has to be seen
 
 
-def _take(
+def rows_of(
     memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
 ) -> Block:
     """The patterns at some indices, those that are not on switched off by the prior."""

@@ -12,7 +12,7 @@ from jdam._core import checks
 from jdam._core.batching import advance_while, in_tiles
 from jdam._core.compile import compiled
 from jdam._energy.average import compare, view_of
-from jdam._energy.certified import SHARPENED, Certified, choose
+from jdam._energy.certified import SHARPENED, Certified, choose, rows_of
 from jdam._energy.energy import divergences_of, fit_query, queries_at_once
 from jdam._energy.search import Search
 from jdam._energy.separation import LogSumExp
@@ -128,12 +128,11 @@ def _compared(at: _Progress, num: int) -> Float[Array, " N"]:
 
 
 def _least(floor: Float[Array, " N"], size: int) -> Int[Array, " size"]:
-    """The indices of the least entries; of NaN first, which has to be seen."""
+    """The indices of the least entries; of NaN first, lest they are never compared."""
     index: Array = jax.lax.top_k(-jnp.where(jnp.isnan(floor), -jnp.inf, floor), size)[1]
     return index
 
 
 def _rows(memory: Memory, index: Int[Array, " B"]) -> Patterns:
-    held = memory.patterns, memory.prepared
-    patterns, prepared = jax.tree.map(lambda leaf: leaf[index], held)
-    return Patterns(patterns, prepared, memory.geometry.first_guess(prepared))
+    """The patterns at some indices."""
+    return rows_of(memory, index, jnp.ones_like(index, bool)).patterns

@@ -1,17 +1,21 @@
 """What is known of point clouds before they are compared, and what a step needs of them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from jdam._core import checks
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.cost import Cost, HalfSquaredDistance
 from jdam._entropic.problem import FREE, Marginals, SelfCoupling
+from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud, unchecked
+from jdam.geometry.protocol import Geometry, check_batch_ndim
 
 #: In units of √ε, how far out padding may count where it lies.
 FARTHEST = 100.0
@@ -61,6 +65,42 @@ class Tangent(NamedTuple):
 
     points: Float[Array, "n d"]
     reaction: Float[Array, " n"]
+
+
+def check_cloud(geometry: Geometry, name: str, measure: AnyMeasure, batch_ndim: int) -> PointCloud:
+    """`Geometry.check` of a geometry of point clouds."""
+    if not isinstance(measure, PointCloud):
+        raise TypeError(
+            f"{name} must be a jdam.PointCloud for {geometry}; got {type(measure).__name__}"
+        )
+    check_batch_ndim(name, measure, batch_ndim)
+    return measure
+
+
+def checked_parameters(
+    epsilon: ArrayLike, rho: ArrayLike | None, hellinger_scale: ArrayLike, feature_scale: ArrayLike
+) -> tuple[Array, Array | None, Array, Array]:
+    """ε > 0, ρ > 0 or None, κ ≥ 0 and λ ≥ 0 as scalars."""
+    dtype, least = checks.scalar_dtype, checks.nonnegative_scalar
+    return (
+        checks.positive("epsilon", epsilon, dtype(epsilon)),
+        None if rho is None else checks.positive("rho", rho, dtype(rho)),
+        least("hellinger_scale", hellinger_scale, dtype(hellinger_scale)),
+        least("feature_scale", feature_scale, dtype(feature_scale)),
+    )
+
+
+def shown_parameters(geometry: Any) -> list[str]:
+    """ε, ρ, κ and λ for a repr, without those that are usual."""
+
+    def shown(value: Array) -> str:
+        return f"{float(value):.4g}" if checks.is_concrete(value) and value.ndim == 0 else "…"
+
+    settings = [f"epsilon={shown(geometry.epsilon)}"]
+    settings += [f"rho={shown(geometry.rho)}"] if geometry.rho is not None else []
+    settings += [f"hellinger_scale={shown(geometry.hellinger_scale)}"]
+    scale = shown(geometry.feature_scale)
+    return settings + ([f"feature_scale={scale}"] if scale != "1" else [])
 
 
 def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]) -> PointCloud:

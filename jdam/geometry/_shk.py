@@ -201,8 +201,8 @@ class SHKGeometry(Geometry):
 
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
-        """Not for a given ρ, where derivatives through combined steps have few digits; nor for a
-        cost of one's own, of which no length of step is known to be good."""
+        """Not for a given ρ, where derivatives through combined steps are not known to be right;
+        nor for a cost of one's own, of which no length of step is known to be good."""
         return 5 if self.safeguard and self.rho is None and self.cost is None else 0
 
     @property

@@ -10,13 +10,12 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
-from jdam.geometry._clouds import lifted
+from jdam.geometry._clouds import check_cloud, checked_parameters, lifted, shown_parameters
 from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
@@ -24,7 +23,6 @@ from jdam.geometry.protocol import (
     Geometry,
     Patterns,
     average,
-    check_batch_ndim,
 )
 from jdam.geometry.sinkhorn import Sinkhorn
 
@@ -128,12 +126,9 @@ class Chamfer(Geometry):
         hellinger_scale: ArrayLike = 0.0,
         feature_scale: ArrayLike = 1.0,
     ):
-        self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
-        self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
-        dtype = checks.scalar_dtype(hellinger_scale)
-        self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
-        dtype = checks.scalar_dtype(feature_scale)
-        self.feature_scale = checks.nonnegative_scalar("feature_scale", feature_scale, dtype)
+        self.epsilon, self.rho, self.hellinger_scale, self.feature_scale = checked_parameters(
+            epsilon, rho, hellinger_scale, feature_scale
+        )
 
     @classmethod
     def relative(
@@ -159,12 +154,7 @@ class Chamfer(Geometry):
         return cls(units.epsilon, rho=units.rho, **scales)
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
-        if not isinstance(measure, PointCloud):
-            raise TypeError(
-                f"{name} must be a jdam.PointCloud for {self}; got {type(measure).__name__}"
-            )
-        check_batch_ndim(name, measure, batch_ndim)
-        return measure
+        return check_cloud(self, name, measure, batch_ndim)
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         patterns, epsilon = jax.lax.stop_gradient((self._lifted(patterns), self.epsilon))
@@ -268,11 +258,7 @@ class Chamfer(Geometry):
         return BatchSizes(queries, at_once, at_once)
 
     def __repr__(self) -> str:
-        values = {"epsilon": self.epsilon, "rho": self.rho, "hellinger_scale": self.hellinger_scale}
-        shown = [f"{name}={_shown(x)}" for name, x in values.items() if x is not None]
-        scale = _shown(self.feature_scale)
-        shown += [f"feature_scale={scale}"] if scale != "1" else []
-        return f"Chamfer({', '.join(shown)})"
+        return f"Chamfer({', '.join(shown_parameters(self))})"
 
 
 def coordinates(centre: Float[Array, " d"], cloud: PointCloud) -> Float[Array, "n d"]:
@@ -334,7 +320,3 @@ def _change(pull: Pull) -> Float[Array, "n d"]:
 def _range(like: Array) -> float:
     """How large −log of a positive number may be."""
     return -0.9 * math.log(float(jnp.finfo(like.dtype).tiny))
-
-
-def _shown(value: Array) -> str:
-    return f"{float(value):.4g}" if checks.is_concrete(value) and value.ndim == 0 else "…"

@@ -27,9 +27,12 @@ from jdam.geometry._clouds import (
     Solved,
     View,
     about,
+    check_cloud,
+    checked_parameters,
     place,
     radius_of,
     rounding_of,
+    shown_parameters,
     unit_of,
     without_padding,
 )
@@ -41,7 +44,6 @@ from jdam.geometry.protocol import (
     Comparison,
     Patterns,
     average,
-    check_batch_ndim,
 )
 
 
@@ -139,12 +141,9 @@ class Sinkhorn(SHKGeometry):
         safeguard: bool = True,
         cost: Any = None,
     ):
-        self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
-        self.rho = None if rho is None else checks.positive("rho", rho, checks.scalar_dtype(rho))
-        dtype = checks.scalar_dtype(hellinger_scale)
-        self.hellinger_scale = checks.nonnegative_scalar("hellinger_scale", hellinger_scale, dtype)
-        dtype = checks.scalar_dtype(feature_scale)
-        self.feature_scale = checks.nonnegative_scalar("feature_scale", feature_scale, dtype)
+        self.epsilon, self.rho, self.hellinger_scale, self.feature_scale = checked_parameters(
+            epsilon, rho, hellinger_scale, feature_scale
+        )
         if tol is not None:
             checks.positive("tol", tol, jnp.dtype(jnp.float32))
         self.tol = None if tol is None else float(tol)
@@ -201,11 +200,7 @@ class Sinkhorn(SHKGeometry):
         )
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
-        if not isinstance(measure, PointCloud):
-            raise TypeError(
-                f"{name} must be a jdam.PointCloud for {self}; got {type(measure).__name__}"
-            )
-        check_batch_ndim(name, measure, batch_ndim)
+        measure = check_cloud(self, name, measure, batch_ndim)
         if self.cost is not None and measure.features is not None:
             raise ValueError(f"{name} must have no features for {self}, whose cost is of points")
         return measure
@@ -340,11 +335,7 @@ class Sinkhorn(SHKGeometry):
         return BatchSizes(queries, at_once, min(at_once, plans))
 
     def __repr__(self) -> str:
-        settings = [f"epsilon={_shown(self.epsilon)}"]
-        settings += [f"rho={_shown(self.rho)}"] if self.rho is not None else []
-        settings += [f"hellinger_scale={_shown(self.hellinger_scale)}"]
-        scale = _shown(self.feature_scale)
-        settings += [f"feature_scale={scale}"] if scale != "1" else []
+        settings = shown_parameters(self)
         settings += [f"tol={self.tol:g}"] if self.tol is not None else []
         settings += [f"solver={self.solver!r}"] if self.solver != "stabilised" else []
         settings += [] if self.safeguard else ["safeguard=False"]
@@ -366,7 +357,3 @@ class Sinkhorn(SHKGeometry):
         """About what to compare: the mean, unless the cost changes with a common translation."""
         mean = jax.lax.stop_gradient(clouds.mean)
         return mean if self.cost is None else jnp.zeros_like(mean)
-
-
-def _shown(value: Array) -> str:
-    return f"{float(value):.4g}" if checks.is_concrete(value) and value.ndim == 0 else "…"
