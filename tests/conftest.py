@@ -45,7 +45,7 @@ def forget_programs():
     """A process may map only so many pieces of memory, and each compiled program takes some."""
     yield
     maps = Path("/proc/self/maps")
-    if not maps.exists() or len(maps.read_bytes().splitlines()) > 10_000:
+    if not maps.exists() or len(maps.read_bytes().splitlines()) > 25_000:
         jax.clear_caches()
 
 

@@ -26,6 +26,7 @@ def setting(rng, kind):
     return memory, queries, jnp.arange(12, dtype=jnp.int32) % 3
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gaussians", *only_full("clouds")])
 def test_it_is_attention_and_learns(rng, kind):
     memory, queries, labels = setting(rng, kind)

@@ -221,6 +221,7 @@ def test_matched_atoms_are_joined(rng, ax, given):
     )
 
 
+@pytest.mark.full
 def test_matched_components_are_joined(rng, ax):
     memory = jdam.store(mixtures(rng, 2, 2))
     jdam.plot.match(memory, memory[0], ax=ax)
@@ -273,6 +274,7 @@ def test_way_of_a_cloud(ax, rng):
     assert_allclose(end.get_sizes(), 40 * np.asarray(found.measure.weights))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("of_recall", [True, False])
 def test_ways_end_at_the_pattern(ax, rng, of_recall):
     patterns = clouds(rng)

@@ -32,6 +32,7 @@ def recalled(search, memory, queries, beta):
     return jax.vmap(recall, (None, 0, 0))(memory, queries, beta)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["Gaussians", *only_full("mixtures")])
 def test_recall_is_that_of_exhaustive(rng, name):
     """In one batch: queries of which few patterns, some, and all matter to."""

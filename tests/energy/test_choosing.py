@@ -38,6 +38,7 @@ def setting(rng, kind, unit=1.0, off=0.3):
     return jdam.store(scaled(patterns, unit), geometry(unit)), scaled(queries, unit), targets
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gaussians", "vectors", *only_full("clouds", "unbalanced")])
 def test_recall_is_right_as_often_as_the_nearest_neighbour(rng, kind):
     memory, queries, targets = setting(rng, kind)

@@ -75,6 +75,7 @@ def bounds_of_all(memory, queries):
 divergences = jax.jit(jax.vmap(jdam.divergences, (None, 0)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float64, *only_full(np.float32)])
 def test_bounds_are_below(kind, rng, dtype):
     memory, queries = problem(kind, rng, dtype)

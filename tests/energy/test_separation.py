@@ -155,6 +155,7 @@ def test_blocks_change_nothing(rng, separation):
         assert int(other.nearest) == int(whole.nearest)
 
 
+@pytest.mark.full
 def test_out_of_reach_is_said(rng):
     """In a batch: one query within reach, one outside, one that holds NaN."""
     memory = jdam.store(vectors(rng, 6, 3))

@@ -262,6 +262,7 @@ def test_atoms_may_be_split_permuted_and_padded(rng):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.full
 def test_single_precision_far_from_zero(rng):
     """As near zero, up to the rounding of coordinates."""
     patterns, query = draw(rng)

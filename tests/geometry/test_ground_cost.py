@@ -133,6 +133,7 @@ def test_in_units_of_the_patterns(rng):
     close(found.epsilon, 0.1 * np.median(between), rtol=1e-9)
 
 
+@pytest.mark.full
 def test_what_is_not_known_of_them(rng, tmp_path):
     memory, query = problem(rng, jdam.Sinkhorn(EPSILON, cost=costs.PNormP(1.5)))
     assert repr(memory.geometry) == "Sinkhorn(epsilon=0.4, hellinger_scale=0, cost=PNormP)"

@@ -45,6 +45,7 @@ def test_it_is_the_linear_program(rng, dtype, first, second, d):
     assert isinstance(memory.geometry, jdam.MixtureWasserstein)
 
 
+@pytest.mark.full
 def test_one_component_is_bures_and_points_are_exact_transport(rng):
     ones = gaussians(rng, 5, 3)
     as_mixtures = jdam.GaussianMixture(np.ones((5, 1)), ones.mean[:, None], ones.factor[:, None])

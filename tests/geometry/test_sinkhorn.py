@@ -310,6 +310,7 @@ def test_experiment_2_of_the_paper(rng):
     assert (np.asarray(found.nearest) == truth).mean() < 0.5
 
 
+@pytest.mark.full
 def test_status_when_the_solver_misses(rng):
     patterns, query = clouds(rng, 3, 2), clouds(rng, 1, 2)[0]
     memory = jdam.store(patterns, jdam.Sinkhorn(0.05, max_iterations=2))
@@ -377,6 +378,7 @@ def test_point_clouds_need_epsilon_and_clouds(rng):
     assert np.isnan(traced(-1.0))
 
 
+@pytest.mark.full
 def test_memory_of_clouds(rng):
     patterns = clouds(rng, 3, 2)
     memory = jdam.store(patterns, jdam.Sinkhorn(0.1, hellinger_scale=2))

@@ -291,6 +291,7 @@ def test_single_precision_follows_double(rng):
     np.testing.assert_allclose(single, double, atol=1e-6)
 
 
+@pytest.mark.full
 def test_rho_is_traced_and_checked(rng):
     patterns, query = clouds(rng, 3, 2), clouds(rng, 1, 2)[0]
 

@@ -28,6 +28,7 @@ def test_as_good_as_a_grid(rng):
     assert error(beta, cues) < 0.5 * error(jdam.suggest_beta(memory), cues)
 
 
+@pytest.mark.full
 def test_single_precision_gaussians(rng):
     patterns = gaussians(rng, 6, 2, dtype=np.float32)
     memory = jdam.store(patterns)

@@ -72,6 +72,7 @@ def test_temperature_is_recovered(rng):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["gaussian", "diagonal", "entropic, low rank", "euclidean"])
 def test_measures_stay_measures(rng, kind):
     """However wild the steps."""
@@ -154,6 +155,7 @@ def test_own_loss_and_targets(rng, capsys, monkeypatch):
     assert "30/30" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", [*METRIC, "clouds"])
 def test_descend_finds_a_fixed_point(rng, kind):
     memory, query = problem(rng, kind)

@@ -33,6 +33,7 @@ def test_ranks_and_atoms_are_padded(rng):
     np.testing.assert_array_equal(both.points[1], many.points)
 
 
+@pytest.mark.full
 def test_memories_of_lists(rng):
     patterns = clouds(rng, 3, 2)
     geometry = jdam.Sinkhorn(0.5)

@@ -37,6 +37,7 @@ def pair(rng, kind, num=5, d=3):
     return grown(patterns, geometry), stored, near(rng, stored[2], 0.1)
 
 
+@pytest.mark.full
 @every_kind_in_full
 def test_energies_and_steps(rng, kind):
     memory, stored, query = pair(rng, kind)
@@ -293,6 +294,7 @@ def test_a_memory_with_room_has_a_length_inside_jit_if_it_is_known(rng):
     close(found, jdam.attend(jdam.store(memory[:]), memory[0], BETA, values), rtol=1e-12)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "change",
     [

@@ -42,6 +42,7 @@ def leaves(tree):
     return jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
 
 
+@pytest.mark.full
 @some_kinds
 def test_implicit_is_unrolled_at_convergence(rng, kind):
     make, geometry = KINDS[kind]

@@ -152,6 +152,7 @@ def parts(tree):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_derivatives_are_finite_and_right(kind, name):
     query, patterns = next(rest for found, *rest in points_of(kind) if found == name)

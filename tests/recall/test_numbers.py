@@ -84,6 +84,7 @@ def test_energies_keep_their_digits_as_beta_vanishes(rng):
     np.testing.assert_allclose(found.energy, mean - np.log(prior.sum()) / beta, rtol=1e-12)
 
 
+@pytest.mark.full
 def test_plain_steps_of_the_paper(rng):
     """Twenty steps of Algorithm 1 of arXiv:2603.20656, whether or not the energy rises."""
     epsilon, beta, kappa, num = 0.1, 20.0, 1.0, 6

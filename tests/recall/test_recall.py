@@ -274,6 +274,7 @@ def test_no_step_down_is_stalled_not_converged():
     assert "STALLED" in repr(result)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kappa", [0.0, 1.0])
 def test_converged_means_the_residual_is_within_tol(rng, kappa):
     patterns = jdam.PointCloud(rng.normal(size=(3, 8, 2)).astype(np.float32))

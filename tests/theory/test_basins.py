@@ -100,6 +100,7 @@ def found():
     return of
 
 
+@pytest.mark.full
 @every_kind
 def test_one_step_bound(found, kind):
     case = found(kind)

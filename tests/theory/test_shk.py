@@ -20,6 +20,7 @@ def memory():
     )
 
 
+@pytest.mark.full
 def test_stiffness_is_the_curvature_in_weights(memory):
     """εσ/(1−σ²), from the plan, is the largest eigenvalue of the Hessian in weights."""
     cloud = memory[1]
