@@ -108,23 +108,24 @@ def recall(
     **Arguments:**
 
     - `memory`, `query`, `beta`, `step_size` as in `step`.
-    - `max_steps` ≥ 1; if None 50, 150 for `Sinkhorn` with ρ and 256 for `Chamfer`.
+    - `max_steps` ≥ 1; if None 50, 200 for `Sinkhorn` with ρ and 256 for `Chamfer`.
     - `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
       `max_steps`. If None, eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square
       size of the patterns, W₂(Xᵢ, δ₀). For point clouds, if None, √ε/2000; a residual up to √ε/200
-      (√ε/1000 with ρ) counts as converged where the energy no longer falls. For `Chamfer` √ε/10⁴.
+      counts as converged where the energy no longer falls. For `Chamfer` √ε/10⁴.
     - `search`: which patterns each step compares: all of them, `Exhaustive()`, or few, with a proof
       that the others do not matter, `Certified()`. None chooses: of 512 and more full Gaussians,
       mixtures or point clouds (without ρ) few where that is soon proved, else all; the recall is
       that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
     - `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`.
     - `separation`: the shape of the energy.
-    - `acceleration`: what is tried before each plain step, and taken where the energy does not
-      rise: `Anderson(depth)` combines the last steps, which costs nothing; `TrustRegion()` takes
-      Newton steps, for `Sinkhorn`; None nothing. "auto" is None, and for `Sinkhorn` without ρ
-      `Anderson(5)` after eight plain steps. Fixed points are the same. Where basins meet a query
-      may end in another, of no higher energy. `Anderson(3)` is good where plain steps are many:
-      Gaussians near the β at which patterns merge, and clouds whose atoms are to be placed exactly.
+    - `acceleration`: a bolder step, tried before each plain one and taken where the energy does
+      not rise. `Anderson(depth)` combines the last steps and costs no evaluation; `TrustRegion()`
+      takes Newton steps, for `Sinkhorn`; None takes plain steps. "auto" is `Anderson(5)` after
+      eight plain steps for `Sinkhorn`, and None for all else. Fixed points are the same; a query
+      where basins meet may end in another one, of no higher energy. `Anderson(3)` pays where plain
+      steps are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to
+      be placed exactly.
     - `save_trace`: keep energy, residual and measure after each step.
 
     Changing β, step size, tol or values of the same shape does not recompile, nor does `max_steps`

@@ -189,10 +189,8 @@ class SHKGeometry(Geometry):
             unit = self.epsilon / jnp.where(scale > 0, scale, 1)
             return RESOLVED[0] * unit, RESOLVED[1] * unit
         rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
-        enough, sought = (size * jnp.sqrt(self.epsilon) for size in RESOLVED)
-        if self.rho is not None:  # atoms that slide along others still go far
-            enough = 2 * sought
-        return enough + rounding, sought + rounding
+        enough, sought = (size * jnp.sqrt(self.epsilon) + rounding for size in RESOLVED)
+        return enough, sought
 
     @property
     def max_backtracks(self) -> int:  # type: ignore[override]
@@ -201,16 +199,15 @@ class SHKGeometry(Geometry):
 
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
-        """Not for a given ρ, where derivatives through combined steps are not known to be right;
-        nor for a cost of one's own, of which no length of step is known to be good."""
-        return 5 if self.safeguard and self.rho is None and self.cost is None else 0
+        """Not for a cost of one's own, of which no length of step is known to be good."""
+        return 5 if self.safeguard and self.cost is None else 0
 
     @property
     def default_steps(self) -> int:  # type: ignore[override]
         """More for a given ρ, where atoms that hardly belong to a pattern move slowly, and for a
         cost of one's own."""
         plain = self.rho is None and self.cost is None
-        return 50 if plain or not self.safeguard else 150
+        return 50 if plain or not self.safeguard else 200
 
     @property
     def _tol(self) -> float:
