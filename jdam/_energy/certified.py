@@ -108,10 +108,6 @@ class Certified(Search):
         numbers = sum(leaf.size for leaf in jax.tree.leaves(guess))
         return None if _bounds(memory) and numbers > KEPT else guess
 
-    def settled(self, memory: Memory, guess: Any) -> Any:
-        # Only of candidates it is known; where there are others, it has to be found again.
-        return guess if _bounds(memory) else super().settled(memory, guess)
-
     def evaluate(
         self,
         memory: Memory,
@@ -246,8 +242,6 @@ def _evaluate_jvp(
     def average(memory: Memory, query: AnyMeasure, beta: Array, guess: Any) -> tuple[Any, ...]:
         part = rows_of(memory, picked, picked >= 0, found.guess)
         measures, prepared, guess = part.patterns
-        if found.guess is not None:
-            guess = memory.geometry.settled(guess)
         few = replace(
             memory,
             patterns=measures,

@@ -43,10 +43,6 @@ class Search(ABC):
         """The guess of a first evaluation; later ones start from those before."""
         return memory.geometry.first_guess(memory.prepared)
 
-    def settled(self, memory: Memory, guess: Any) -> Any:
-        """The guess of an evaluation, for derivatives of the same once more."""
-        return memory.geometry.settled(guess)
-
 
 @dataclass(frozen=True)
 class Exhaustive(Search):

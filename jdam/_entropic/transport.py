@@ -47,14 +47,11 @@ from jdam._entropic.scaling import conjugate_gradients, solve
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
-    """The optimal coupling, from a `guess` of g on, which by the method "known" is the solution.
-    Pairs of a vmapped batch are solved a few at a time, each to its own convergence."""
+    """The optimal coupling, from a `guess` of g on. Pairs of a vmapped batch are solved a few at a
+    time, each to its own convergence."""
     x, a, y, b, marginals = pair
     pair = Pair(*Cloud(x, a).normalised(), *Cloud(y, b).normalised(), marginals)
     pairs = pairs_at_once(a.size * b.size)
-    if solver.method == "known":
-        known: Coupling = in_tiles(partial(_known, solver.cost), pairs, pair, guess, flat=True)
-        return known
     if solver.method == "ott":
         state = in_tiles(partial(solve_by_ott, solver), pairs, pair, flat=True)
     else:
@@ -62,12 +59,6 @@ def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
     return Coupling(
         pair.dual_value(state.f, state.g), state.f, state.g, state.gradient, state.error
     )
-
-
-def _known(cost: Cost, pair: Pair, g: Float[Array, " m"]) -> Coupling:
-    columns = columns_of(cost, g, pair)
-    f, gradient = columns.response.potential, columns.response.gradient
-    return Coupling(pair.dual_value(f, g), f, g, gradient, columns.missed)
 
 
 @partial(couple.defjvp, symbolic_zeros=True)

@@ -191,7 +191,7 @@ def _newton_step(
         )
     radius = jnp.where(state.history.radius > 0, state.history.radius, state.residual)
     radius = jnp.where(solver.unfinished(state, problem), radius, 0)
-    guess = solver.search.settled(problem.memory, state.evaluation.guess)
+    guess = state.evaluation.guess
 
     def slope(tangent: Any) -> Any:
         found = solver.evaluate(chart.displaced(tangent), problem, guess)

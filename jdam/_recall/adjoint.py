@@ -130,7 +130,7 @@ def _at_fixed_point_jvp(
     end = _at_fixed_point(solve, solver, *primals)
     (_, problem), (dquery, dproblem) = primals, tangents
     measure = end.measure
-    guess = solver.search.settled(problem.memory, end.evaluation.guess)
+    guess = end.evaluation.guess
 
     def evaluate(measure: AnyMeasure, problem: Problem) -> Evaluation:
         found: Evaluation = solver.evaluate(measure, problem, guess)

@@ -25,7 +25,6 @@ from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration
 from jdam._recall.result import Recall, Status, Trace, is_mixture
 
-
 #: A recall ends after so many steps in a row without a gain: one alone may follow an accelerated
 #: step that failed. With one, 2 of 24 recalls of outlines with ρ end too early.
 PATIENCE = 3

@@ -36,12 +36,6 @@ class Prepared(NamedTuple):
     radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
 
 
-class Solved(NamedTuple):
-    """Potentials of patterns that are known to be the solution."""
-
-    g: Float[Array, "N m"]
-
-
 class View(NamedTuple):
     """A query, and of it lifted its centre, its atoms about that, and its coupling with itself."""
 

@@ -203,11 +203,6 @@ class Geometry(eqx.Module):
         """The `guess` for a first comparison."""
         return None
 
-    def settled(self, guess: Any) -> Any:
-        """The `guess` of a comparison, to compare the same patterns with the same query again, for
-        derivatives alone. Override it where that can be known to need no iteration."""
-        return guess
-
     def view(self, query: AnyMeasure) -> AnyView:
         """What `compare`, `move` and `residual` need of the query, computed once an evaluation."""
         return query

@@ -1,7 +1,6 @@
 """Weighted point clouds under the debiased Sinkhorn divergence, balanced or unbalanced, moved by
 spherical Hellinger–Kantorovich (SHK) gradient flow."""
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,7 +23,6 @@ from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
     Pull,
-    Solved,
     View,
     about,
     check_cloud,
@@ -218,9 +216,6 @@ class Sinkhorn(SHKGeometry):
     def first_guess(self, prepared: Any) -> Any:
         return prepared.known.potential
 
-    def settled(self, guess: Any) -> Any:
-        return None if guess is None else Solved(guess)
-
     def view(self, query: AnyMeasure) -> AnyView:
         atoms = self.lifted(query)
         centre = self._centre(atoms)
@@ -261,15 +256,11 @@ class Sinkhorn(SHKGeometry):
 
     def _coupled(self, view: View, placed: Float[Array, "B m d"], patterns: Patterns) -> Coupling:
         """The couplings of the query with patterns whose atoms count as being there."""
-        guess, solver = patterns.guess, self._solver
-        if guess is None:
-            guess = patterns.prepared.known.potential
-        if isinstance(guess, Solved):
-            guess, solver = guess.g, replace(solver, method="known")
+        guess = patterns.prepared.known.potential if patterns.guess is None else patterns.guess
 
         def one(points: Array, weights: Array, guess: Array) -> Coupling:
             pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
-            return couple(solver, pair, guess)
+            return couple(self._solver, pair, guess)
 
         found: Coupling = jax.vmap(one)(placed, patterns.measures.weights, guess)
         return found
