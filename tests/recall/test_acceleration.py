@@ -176,6 +176,6 @@ def test_arguments(rng):
 
 def test_kinds_choose(rng):
     """Newton steps are for clouds; what comes from outside needs no more than it has."""
-    chart = jdam.Geometry.retraction
-    charted = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).chart is not chart}
-    assert charted == {"clouds"}
+    retraction = jdam.Geometry.retraction
+    smooth = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).retraction is not retraction}
+    assert smooth == {"clouds"}
