@@ -38,6 +38,7 @@ from jdam._cite import cite as cite
 from jdam._energy.calibration import Calibration as Calibration
 from jdam._energy.calibration import calibrate as calibrate
 from jdam._energy.certified import Certified as Certified
+from jdam._energy.choosing import neighbour_divergence as neighbour_divergence
 from jdam._energy.choosing import suggest_beta as suggest_beta
 from jdam._energy.energy import divergences as divergences
 from jdam._energy.energy import energy as energy

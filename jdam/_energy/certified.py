@@ -382,18 +382,19 @@ def rows_of(
 
 
 class Explored(NamedTuple):
-    """What a search learns of all patterns, beside their average."""
+    """What a search learns of all patterns."""
 
     nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
     lowest: Float[Array, ""]  # its D̃
     energy: Float[Array, ""]  # of the candidates: not below that of all patterns
     floor: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
+    compared: Bool[Array, " N"]
 
 
 def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
-    view = view_of(memory.geometry, query)
-    hunt = _hunt(search, memory, view, beta, None, with_pull=False)
+    hunt = _hunt(search, memory, view_of(memory.geometry, query), beta, None, with_pull=False)
     sums = hunt.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    return Explored(sums.nearest.pattern, sums.lowest, energy, hunt.floor)
+    known = hunt.bounded == COMPARED
+    return Explored(sums.nearest.pattern, sums.lowest, energy, hunt.floor, known)
