@@ -33,7 +33,8 @@ from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.batches import stack
 from jdam._measures.gaussian import Gaussian
 from jdam._measures.mixture import GaussianMixture
-from jdam._measures.point_cloud import PointCloud
+from jdam._measures.point_cloud import PointCloud, unchecked
+from jdam._measures.ragged import build, check_ragged
 from jdam._memory.memory import Memory, store
 from jdam.geometry import Chamfer, Geometry, Sinkhorn
 
@@ -207,7 +208,8 @@ class MemoryClassifier(ClassifierMixin, _MemoryEstimator):  # type: ignore[misc]
 
     def predict(self, X: Any) -> np.ndarray:
         """The class of largest probability of each query, (Q,)."""
-        found: np.ndarray = self.classes_[self.predict_proba(X).argmax(1)]
+        probabilities = self.predict_proba(X)
+        found: np.ndarray = self.classes_[probabilities.argmax(1)]
         return found
 
 
@@ -249,15 +251,19 @@ def _batch_of(X: Any) -> Measure:
         for i, array in enumerate(arrays):
             if array.ndim != 2:
                 raise ValueError(f"X[{i}] must be an array (n, d); got shape {array.shape}")
-        return PointCloud.from_ragged(arrays)
+        found: PointCloud = build(unchecked, "cloud", check_ragged("X", "cloud", arrays, None))
+        checks.finite("X", found.points)
+        return found
     array = _floats("X", X)
     if array.ndim != 3 or 0 in array.shape:
         wanted = "a list of arrays (n, d), an array (N, n, d), N, n, d ≥ 1, or measures of jdam"
         raise ValueError(f"X must be {wanted}; got shape {array.shape}")
-    return PointCloud(array, np.full(array.shape[:2], 1 / array.shape[1], array.dtype))
+    checks.finite("X", array)
+    # On the host: the checks of `PointCloud` would be compiled for every shape.
+    return unchecked(array, np.full(array.shape[:2], 1 / array.shape[1], array.dtype))
 
 
-def _floats(name: str, array: Any) -> np.ndarray:
+def _floats(name: str, array: Any) -> Any:
     array = np.asarray(array)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers; got dtype {array.dtype}")
