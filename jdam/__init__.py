@@ -16,10 +16,10 @@ The folders, from the bottom up; each uses only those above it in this list:
                 `Chamfer`, `Aligned`, `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
     _energy     the average over the patterns; separations and searches; `pairwise`, `match`,
-                `suggest_beta`
+                `suggest_beta`, `calibrate`
     _recall     `step`, `recall`, their results and derivatives; `attend`
     _learning   `parametrize`, `fit`, `descend`
-    nn, theory, random, plot, demo
+    nn, sklearn, theory, random, plot, demo
 
 The way of one recall: `_recall/recall.py` checks what is asked, `_recall/solver.py` is the loop of
 steps and evaluations, `_energy/average.py` goes through the patterns for an evaluation, and the
