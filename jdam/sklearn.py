@@ -38,7 +38,7 @@ from jdam._measures.ragged import build, check_ragged
 from jdam._memory.memory import Memory, store
 from jdam.geometry import Chamfer, Geometry, Sinkhorn
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 #: What samples become, and the geometries of clouds that have a name, in units of the patterns.
 MEASURES = ("cloud", "gaussian", "mixture")
 NAMED: dict[str, Any] = {"Sinkhorn": Sinkhorn, "Chamfer": Chamfer}
@@ -108,8 +108,9 @@ class _MemoryEstimator(BaseEstimator):  # type: ignore[misc]
         queries = self._measures(given, self._num_atoms)
         compared = _in_parts(partial(pairwise, self.memory_, progress=False), queries)
         divergences = compared.astype(float)
-        weights: np.ndarray = np.exp(-self.beta_ * (divergences - divergences.min(1)[:, None]))
-        return weights / weights.sum(1, keepdims=True)
+        masses = np.exp(-self.beta_ * (divergences - divergences.min(1)[:, None]))
+        weights: np.ndarray = masses / masses.sum(1, keepdims=True)
+        return weights
 
     def _measures(self, given: Measure, num_atoms: int) -> AnyMeasure:
         """The batch as measures of the kind that is wanted, those of samples filled up to
@@ -245,7 +246,8 @@ def _batch_of(X: Any) -> Measure:
             raise ValueError(f"X must have one batch axis; got batch shape {X.batch_shape}")
         return X
     if isinstance(X, list | tuple) and X and isinstance(X[0], Measure):
-        return stack(X)
+        stacked: Measure = stack(X)
+        return stacked
     if isinstance(X, list | tuple) or (isinstance(X, np.ndarray) and X.dtype.kind == "O"):
         arrays = [_floats(f"X[{i}]", array) for i, array in enumerate(X)]
         for i, array in enumerate(arrays):
@@ -260,7 +262,8 @@ def _batch_of(X: Any) -> Measure:
         raise ValueError(f"X must be {wanted}; got shape {array.shape}")
     checks.finite("X", array)
     # On the host: the checks of `PointCloud` would be compiled for every shape.
-    return unchecked(array, np.full(array.shape[:2], 1 / array.shape[1], array.dtype))
+    uniform: Any = np.full(array.shape[:2], 1 / array.shape[1], array.dtype)
+    return unchecked(array, uniform)
 
 
 def _floats(name: str, array: Any) -> Any:
@@ -270,7 +273,7 @@ def _floats(name: str, array: Any) -> Any:
     return array.astype(jnp.zeros(()).dtype)
 
 
-def _in_parts(function: Callable[[Any], T], measures: AnyMeasure) -> T:
+def _in_parts(function: Callable[[Any], _T], measures: AnyMeasure) -> _T:
     """`function` of the measures, on the host, some at a time: numbers of them that are a power of
     two at most, the last ones filled up with copies of the last."""
     num = batch_size(measures)
@@ -281,7 +284,7 @@ def _in_parts(function: Callable[[Any], T], measures: AnyMeasure) -> T:
         rows = np.minimum(np.arange(start, start + width), num - 1)
         found = function(jax.tree.map(lambda leaf, rows=rows: jax.device_put(leaf[rows]), host))
         parts.append(jax.tree.map(np.asarray, found))
-    joined: T = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *parts)
+    joined: _T = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:num], *parts)
     return joined
 
 

@@ -175,7 +175,7 @@ def _scores(
         if not isinstance(search, Certified):
             divergences = divergences_of(memory, query)
             return _exactly(divergences, memory, beta, classes)[own], divergences.min()
-        score = _bounded(search, memory, query, beta, classes, own).most
+        score = _bounded(search, own, (memory, query, beta, classes)).most
         return score, nearest(memory, query, search=search)[1][0]
 
     rows = queries, owner
@@ -196,20 +196,16 @@ def _score(
     def score(memory: Memory, query: AnyMeasure, beta: Array, classes: Array | None) -> Array:
         if not isinstance(search, Certified):
             return _exactly(divergences_of(memory, query), memory, beta, classes)
-        return _bounded(search, memory, query, beta, classes, jnp.int32(0)).least
+        return _bounded(search, jnp.int32(0), (memory, query, beta, classes)).least
 
     return in_tiles(score, search.queries_at_once(memory), memory, query, beta, classes)
 
 
 def _bounded(
-    search: Certified,
-    memory: Memory,
-    query: AnyMeasure,
-    beta: Array,
-    classes: Int[Array, " N"] | None,
-    own: Int[Array, ""],
+    search: Certified, own: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]
 ) -> _Bounded:
     """By the patterns that the search compares, and bounds on the others."""
+    memory, query, beta, classes = args
     seen = explore(search, memory, query, beta)
     logits = -beta * seen.floor
     inside, outside = -beta * seen.energy, _sum(jnp.where(seen.compared, -jnp.inf, logits))
@@ -230,7 +226,6 @@ def _bounded(
         return found
     at_once = memory.geometry.batch_sizes(memory.patterns).queries
     unproved = ~(outside - jnp.logaddexp(inside, outside) <= math.log(search.tol))
-    args = (memory, query, beta, classes)
     return compute_where(unproved, _by_all, found, own, args, at_once=at_once)
 
 
