@@ -109,7 +109,7 @@ def test_checks_of_scikit_learn_without_data(kind, check):
 )
 @pytest.mark.filterwarnings("ignore")  # of scikit-learn's own data
 def test_checks_of_scikit_learn_with_data(check):
-    check("OfRows", OfRows(geometry="Chamfer"))
+    check("OfRows", OfRows(geometry=jdam.Chamfer(0.1)))
 
 
 @pytest.mark.parametrize("kind", ESTIMATORS)
