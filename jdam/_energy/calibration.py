@@ -11,11 +11,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import batch_size, compute_where, in_tiles, map_in_chunks
+from jdam._core.batching import batch_size, in_batches, map_in_batches, masked_cond
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._energy.average import compare, view_of
-from jdam._energy.certified import Certified, choose, explore, rows_of
+from jdam._energy.certified import Certified, bound_all, choose, rows_of
 from jdam._energy.choosing import owners
 from jdam._energy.energy import (
     divergences_of,
@@ -179,8 +179,8 @@ def _scores(
         return score, nearest(memory, query, search=search)[1][0]
 
     rows = queries, owner
-    at_once = search.queries_at_once(memory)
-    found: tuple[Array, Array] = map_in_chunks(one, at_once, rows)
+    at_once = search.query_batch_size(memory)
+    found: tuple[Array, Array] = map_in_batches(one, at_once, rows)
     return found
 
 
@@ -198,7 +198,7 @@ def _score(
             return _exactly(divergences_of(memory, query), memory, beta, classes)
         return _bounded(search, jnp.int32(0), (memory, query, beta, classes)).least
 
-    return in_tiles(score, search.queries_at_once(memory), memory, query, beta, classes)
+    return in_batches(score, search.query_batch_size(memory), memory, query, beta, classes)
 
 
 def _bounded(
@@ -206,8 +206,8 @@ def _bounded(
 ) -> _Bounded:
     """By the patterns that the search compares, and bounds on the others."""
     memory, query, beta, classes = args
-    seen = explore(search, memory, query, beta)
-    logits = -beta * seen.floor
+    seen = bound_all(search, memory, query, beta)
+    logits = -beta * seen.lower
     inside, outside = -beta * seen.energy, _sum(jnp.where(seen.compared, -jnp.inf, logits))
     # Where its own patterns were not compared, the nearest of them by its bound is.
     owned = (
@@ -226,7 +226,7 @@ def _bounded(
         return found
     at_once = memory.geometry.batch_sizes(memory.patterns).queries
     unproved = ~(outside - jnp.logaddexp(inside, outside) <= math.log(search.tol))
-    return compute_where(unproved, _by_all, found, own, args, at_once=at_once)
+    return masked_cond(unproved, _by_all, found, own, args, at_once=at_once)
 
 
 def _by_all(own: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]) -> _Bounded:

@@ -116,7 +116,7 @@ def suggest_beta(
         owner, classes = owners(memory, targets, pattern_labels, len(divergences))
         beta = _likeliest(divergences, log_prior[None], owner, classes)
         reason = "is the likeliest for " + ("targets" if classes is None else "labels")
-    scale, _ = memory.units_of_patterns()
+    scale, _ = memory.magnitudes()
     beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
     if checks.is_concrete(beta):
         wait(beta)
@@ -147,7 +147,7 @@ def neighbour_divergence(memory: Memory) -> Float[Array, ""]:
     divergences = in_one_piece(pairs(memory, asked, "neighbour_divergence", None))
     if checks.is_concrete(divergences) and jnp.isnan(divergences).any():
         raise ValueError("patterns must be at finite divergences from all patterns; got NaN")
-    scale, _ = memory.units_of_patterns()
+    scale, _ = memory.magnitudes()
     return 1 / _positive(1 / _neighbour(divergences, log_prior), in_one_piece(scale))
 
 
