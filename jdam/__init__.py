@@ -16,10 +16,10 @@ The folders, from the bottom up; each uses only those above it in this list:
                 `Chamfer`, `Aligned`, `Euclidean`, `DotProduct`
     _memory     `Memory`, `store`, room to grow, files, `shard`
     _energy     the average over the patterns; separations and searches; `pairwise`, `match`,
-                `suggest_beta`
+                `suggest_beta`, `calibrate`
     _recall     `step`, `recall`, their results and derivatives; `attend`
     _learning   `parametrize`, `fit`, `descend`
-    nn, theory, random, plot, demo
+    nn, sklearn, theory, random, plot, demo
 
 The way of one recall: `_recall/recall.py` checks what is asked, `_recall/solver.py` is the loop of
 steps and evaluations, `_energy/average.py` goes through the patterns for an evaluation, and the
@@ -38,6 +38,7 @@ from jdam._cite import cite as cite
 from jdam._energy.calibration import Calibration as Calibration
 from jdam._energy.calibration import calibrate as calibrate
 from jdam._energy.certified import Certified as Certified
+from jdam._energy.choosing import neighbour_divergence as neighbour_divergence
 from jdam._energy.choosing import suggest_beta as suggest_beta
 from jdam._energy.energy import divergences as divergences
 from jdam._energy.energy import energy as energy

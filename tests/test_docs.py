@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import io
 import re
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import jdam
 import jdam.nn
 import jdam.plot
 import jdam.random
+import jdam.sklearn
 import jdam.theory
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +28,9 @@ PAGES = sorted(FOLDER.rglob("*.md"))
 REFERENCE = sorted((FOLDER / "reference").glob("*.md"))
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Where users find names, and which are theirs.
-MODULES = (jdam, jdam.random, jdam.theory, jdam.plot, jdam.nn)
+MODULES = (jdam, jdam.random, jdam.theory, jdam.plot, jdam.nn, jdam.sklearn)
+#: What recipes are for, and tests need not have.
+OPTIONAL = {"pandas", "polars", "rdkit", "torch", "trimesh"}
 PUBLIC = {
     f"{module.__name__}.{name}"
     for module in MODULES
@@ -35,6 +39,7 @@ PUBLIC = {
     and getattr(value, "__module__", "").startswith("jdam")
     and (module is not jdam.nn or value.__module__ == "jdam.nn")
     and (module is not jdam.plot or value.__module__ == "jdam.plot")
+    and (module is not jdam.sklearn or value.__module__ == "jdam.sklearn")
 }
 
 
@@ -71,6 +76,15 @@ def run(code: str, scope: dict) -> None:
             )
 
 
+def missing(code: str) -> set[str]:
+    """Which optional packages a block imports that are not there."""
+    nodes = list(ast.walk(ast.parse(code)))
+    names = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    wanted = {name.partition(".")[0] for name in names} & OPTIONAL
+    return {name for name in wanted if importlib.util.find_spec(name) is None}
+
+
 def run_page(page: Path) -> dict:
     """The names that a page's blocks leave, run in order as a user would: in float32."""
     scope: dict = {}
@@ -80,7 +94,8 @@ def run_page(page: Path) -> dict:
         jax.numpy_rank_promotion("allow"),
     ):
         for block in blocks(page):
-            run(block, scope)
+            if not missing(block):
+                run(block, scope)
     return scope
 
 
@@ -96,6 +111,38 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 def test_page(page):
     run_page(page)
+
+
+def test_blocks_are_left_out_for_optional_packages_alone():
+    (package,) = OPTIONAL - (OPTIONAL - {"trimesh"})
+    there = importlib.util.find_spec(package) is not None
+    assert (
+        missing("import trimesh\nfrom trimesh.creation import box") == set() if there else {package}
+    )
+    assert missing("import no_such_package, numpy") == set()
+    needing = {page.stem for page in PAGES for block in blocks(page) if missing(block)}
+    assert needing <= {"recipes"}
+
+
+@pytest.mark.parametrize("word", ["rotation", "label", "nearest", "denois"])
+def test_a_heading_of_the_guides_has_what_is_searched_for(word):
+    """Which is what a search puts first."""
+    pages = (FOLDER / "guides").glob("*.md")
+    headings = [line for page in pages for line in page.read_text().splitlines() if line[:1] == "#"]
+    assert any(word in heading.lower() for heading in headings if heading.startswith("##"))
+
+
+def test_the_glossary_has_each_term_once_in_a_sentence():
+    text = (FOLDER / "guides" / "glossary.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    terms = [term.strip() for term, *_ in rows[1:]]
+    assert len(set(terms)) == len(terms) >= 25
+    for wanted in ("measure", "pattern", "query", "memory", "geometry", "divergence", "energy", "β",
+                   "Gibbs weights", "recall", "step", "fixed point", "residual", "status", "search",
+                   "certificate", "separation", "Sinkhorn ε", "κ", "ρ", "inliers", "Chamfer",
+                   "features", "pose", "values", "prediction set", "denoising"):  # fmt: skip
+        assert any(wanted in term for term in terms), wanted
+    assert all(said.endswith(".") for _, *rest in rows[1:] for said in rest[-1:])
 
 
 def test_every_public_name_is_documented_once():

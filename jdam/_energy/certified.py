@@ -378,18 +378,19 @@ def rows_of(
 
 
 class Bounded(NamedTuple):
-    """What a search learns of all patterns, beside their average."""
+    """What a search learns of all patterns."""
 
     nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
     lowest: Float[Array, ""]  # its D̃
     energy: Float[Array, ""]  # of the candidates: not below that of all patterns
     lower: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
+    compared: Bool[Array, " N"]
 
 
 def bound_all(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Bounded:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
-    view = view_of(memory.geometry, query)
-    state = _search(search, memory, view, beta, None, with_pull=False)
+    state = _search(search, memory, view_of(memory.geometry, query), beta, None, with_pull=False)
     sums = state.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.lower)
+    known = state.bounded == COMPARED
+    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.lower, known)

@@ -61,6 +61,10 @@ def suggest_beta(
       nearest it is small, and recall may mix patterns: the second way makes it decide.
     - **With queries and labels**, the classes that they belong to, the likeliest for classes: the
       same with w summed over all patterns of a class.
+    - **With `pattern_labels` alone**, the likeliest for the classes of the patterns, each asked of
+      all others (leave-one-out, as in neighbourhood components analysis, Goldberger et al. 2004).
+      Of more than 256 patterns 256 are asked. Patterns alone in their class are not; where none is
+      left, or all are of one class, the result is that from the patterns alone.
 
     The reason of the value is logged at level DEBUG by the logger "jdam". Patterns that coincide
     are not told apart at any β, and count as one. All queries are compared with all patterns:
@@ -83,10 +87,15 @@ def suggest_beta(
         targets, pattern_labels = labels, _labels_of(memory, pattern_labels)
     progress = check_progress(progress)
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
+    labelled: np.ndarray | None = None
     if queries is None:
         if targets is not None:
             raise ValueError("targets or labels need queries, whose they are; got none")
-        asked, who = memory[_sample(len(memory), log_prior)], "patterns"
+        own = _sample(len(memory), log_prior)
+        if pattern_labels is not None:
+            labelled = _with_others(memory, log_prior, pattern_labels)
+            own = own if labelled is None else labelled
+        asked, who = memory[own], "patterns"
     else:
         asked, who = fit_queries(memory, queries), "queries"
         if length_of(asked) == 0:
@@ -95,12 +104,17 @@ def suggest_beta(
     nan = jnp.isnan(divergences).any()
     if checks.is_concrete(nan) and nan:
         raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
-    if targets is None:
+    if labelled is not None:
+        owner, classes = owners(memory, np.asarray(pattern_labels)[own], pattern_labels, len(own))
+        others = jnp.tile(log_prior, (len(own), 1)).at[jnp.arange(len(own)), own].set(-jnp.inf)
+        beta = _likeliest(divergences, others, owner, classes)
+        reason = f"is the likeliest for the classes of {len(own)} patterns, each left out"
+    elif targets is None:
         beta = _apart(divergences, log_prior)
         reason = f"tells 95 % of {len(divergences)} {who} apart"
     else:
         owner, classes = owners(memory, targets, pattern_labels, len(divergences))
-        beta = _likeliest(divergences, log_prior, owner, classes)
+        beta = _likeliest(divergences, log_prior[None], owner, classes)
         reason = "is the likeliest for " + ("targets" if classes is None else "labels")
     scale, _ = memory.magnitudes()
     beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
@@ -108,6 +122,41 @@ def suggest_beta(
         wait(beta)
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
     return beta
+
+
+def neighbour_divergence(memory: Memory) -> Float[Array, ""]:
+    """The median over patterns of the divergence to the nearest other pattern, a unit for β:
+
+        u = medianᵢ minⱼ (D(Xᵢ, Xⱼ) − minₖ D(Xᵢ, Xₖ)), over j at which the difference is not 0,
+
+    which is medianᵢ min_{j≠i} D(Xᵢ, Xⱼ) where D(Xᵢ, Xᵢ) = 0. β·u is a number without unit:
+    e^(−βu) is the weight of a pattern's nearest neighbour at the pattern, in units of its own.
+    Patterns that coincide count as one. Of more than 256 patterns 24 are asked, as by
+    `suggest_beta`, the same each time; the standard error then is about that of β there.
+
+    **Arguments:** a `memory`. Patterns that its prior switches off play no part.
+
+    **Returns:** a scalar > 0, in units of D; where all patterns are the same, the mean square of
+    their size, as 1/`suggest_beta`.
+
+    **Raises:** as `pairwise`; `ValueError` for divergences that are NaN.
+    """
+    check_memory(memory)
+    log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
+    asked = memory[_sample(len(memory), log_prior)]
+    divergences = in_one_piece(pairs(memory, asked, "neighbour_divergence", None))
+    if checks.is_concrete(divergences) and jnp.isnan(divergences).any():
+        raise ValueError("patterns must be at finite divergences from all patterns; got NaN")
+    scale, _ = memory.magnitudes()
+    return 1 / _positive(1 / _neighbour(divergences, log_prior), in_one_piece(scale))
+
+
+@compiled()
+def _neighbour(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> Float[Array, ""]:
+    """NaN where no two patterns can be told apart."""
+    gaps, _, rivals = _gaps(divergences, log_prior[None])
+    least = jnp.where(rivals, gaps, jnp.inf).min(1)
+    return jnp.nanmedian(jnp.where(least < jnp.inf, least, jnp.nan))
 
 
 def _labels_of(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
@@ -125,16 +174,43 @@ def _labels_of(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
 
 
 def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:
-    """Which patterns to ask, of those that are on: all if they are few, else one at random of each
-    of equal parts, the same ones each time."""
+    """Which patterns to ask, of those that are on."""
     on = np.arange(num)
     if checks.is_concrete(log_prior):
         on = np.flatnonzero(np.asarray(log_prior)[:num] != -np.inf)
+    return _some(on, SAMPLE)
+
+
+def _some(on: np.ndarray, size: int) -> np.ndarray:
+    """All if they are few, else one at random of each of equal parts, the same ones each time."""
     if len(on) <= ALL:
         return on
-    parts = np.arange(SAMPLE) + np.random.default_rng(0).random(SAMPLE)
-    chosen: np.ndarray = on[(parts * len(on) / SAMPLE).astype(int)]
+    parts = np.arange(size) + np.random.default_rng(0).random(size)
+    chosen: np.ndarray = on[(parts * len(on) / size).astype(int)]
     return chosen
+
+
+def _with_others(
+    memory: Memory, log_prior: Float[Array, " N"], pattern_labels: ArrayLike
+) -> np.ndarray | None:
+    """Which patterns to ask of the others, of those that are on and not alone in their class; None
+    where there is none, or one class."""
+    labels = _checked_labels(memory, pattern_labels)
+    on = np.arange(len(labels))
+    if checks.is_concrete(log_prior):
+        on = np.flatnonzero(np.asarray(log_prior)[: len(labels)] != -np.inf)
+    _, classes, counts = np.unique(labels[on], return_inverse=True, return_counts=True)
+    several = on[counts[classes] > 1]
+    return _some(several, ALL) if len(several) and len(counts) > 1 else None
+
+
+def _checked_labels(memory: Memory, pattern_labels: ArrayLike) -> np.ndarray:
+    labels = np.asarray(pattern_labels)
+    if labels.shape != (len(memory),):
+        raise ValueError(
+            f"pattern_labels must have shape (N,) = ({len(memory)},); got {labels.shape}"
+        )
+    return labels
 
 
 def owners(
@@ -144,11 +220,7 @@ def owners(
     are given and targets are labels, a pattern of its class, and the classes by number."""
     if pattern_labels is None:
         return _indices(memory, targets, num), None
-    labels, wanted = np.asarray(pattern_labels), np.asarray(targets)
-    if labels.shape != (len(memory),):
-        raise ValueError(
-            f"pattern_labels must have shape (N,) = ({len(memory)},); got {labels.shape}"
-        )
+    labels, wanted = _checked_labels(memory, pattern_labels), np.asarray(targets)
     if wanted.shape != (num,):
         raise ValueError(f"labels must have shape (Q,) = ({num},); got {wanted.shape}")
     names, first, classes = np.unique(labels, return_index=True, return_inverse=True)
@@ -181,7 +253,7 @@ def _indices(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
 @compiled()
 def _apart(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> Float[Array, ""]:
     """NaN where no two patterns can be told apart."""
-    gaps, odds, rivals = _gaps(divergences, log_prior)
+    gaps, odds, rivals = _gaps(divergences, log_prior[None])
     odds = jnp.where(rivals, odds, 0)
     least = jnp.where(rivals, gaps, jnp.inf).min(1)
     unit = jnp.where(least < jnp.inf, least, 1)
@@ -204,7 +276,7 @@ def _apart(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> F
 @compiled()
 def _likeliest(
     divergences: Float[Array, "Q N"],
-    log_prior: Float[Array, " N"],
+    log_prior: Float[Array, "#Q N"],
     targets: Int[Array, " Q"],
     classes: Int[Array, " N"] | None,
 ) -> Float[Array, ""]:
@@ -245,16 +317,17 @@ def _likeliest(
 
 
 def _gaps(
-    divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]
+    divergences: Float[Array, "Q N"], log_prior: Float[Array, "#Q N"]
 ) -> tuple[Float[Array, "Q N"], Float[Array, "Q N"], Bool[Array, "Q N"]]:
     """How much farther than the nearest all patterns are, their prior in units of its, and which
     of them are patterns that do not coincide with it."""
-    on = (log_prior > -jnp.inf)[None]
+    log_prior = jnp.broadcast_to(log_prior, divergences.shape)
+    on = log_prior > -jnp.inf
     distances = jnp.where(on, divergences, jnp.inf)
-    nearest = distances.argmin(1)
+    nearest = distances.argmin(1)[:, None]
     lowest = distances.min(1, keepdims=True)
     gaps = jnp.where(on, divergences - lowest, 0)
-    shares = jnp.where(on, log_prior[None] - log_prior[nearest][:, None], 0)
+    shares = jnp.where(on, log_prior - jnp.take_along_axis(log_prior, nearest, 1), 0)
     odds = jnp.where(on, jnp.exp(shares), 0)
     size = jnp.where(on, jnp.abs(divergences), 0)
     return gaps, odds, on & (gaps > _tie(size))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from jdam._core import checks
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.moments import weighted_mean
-from jdam._measures.ragged import build, check_ragged, with_arrays
+from jdam._measures.ragged import build, check_ragged, rows_of_groups, with_arrays
 from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 
 RAGGED = "jdam.PointCloud.from_ragged takes clouds of different sizes"
@@ -118,6 +118,35 @@ class PointCloud(Measure):
         if features is not None:
             rows = with_arrays("features", "points", "cloud", rows, features)
         return build(cls, "cloud", rows)
+
+    @classmethod
+    def from_groups(
+        cls,
+        points: ArrayLike,
+        groups: ArrayLike,
+        weights: ArrayLike | None = None,
+        features: ArrayLike | None = None,
+    ) -> tuple["PointCloud", np.ndarray]:
+        """A cloud of each group of rows of a table, padded as by `from_ragged`.
+
+        **Arguments:**
+
+        - `points` x (R, d), a row for each atom.
+        - `groups` (R,), the label of the group of each row: integers or strings, in any order.
+        - `weights` (R,) ≥ 0, which are divided by their sum over each group; uniform if None.
+        - `features` u (R, k), or None.
+
+        **Returns:** the clouds, a batch (N,), and the names (N,) of their groups, a NumPy array in
+        rising order. Atoms keep the order of their rows.
+
+        **Raises:** as `PointCloud`; `TypeError` for labels that have no order; `ValueError` for
+        shapes that do not go together, missing labels, and groups whose weights sum to 0.
+        """
+        points = np.asarray(points)
+        if points.ndim != 2 or 0 in points.shape:
+            raise ValueError(f"points must have shape (R, d), R, d ≥ 1; got {points.shape}")
+        names, columns = rows_of_groups(groups, points, weights, features)
+        return cls.from_ragged(*columns), names
 
 
 def _checked_features(features: ArrayLike, points: Array) -> Array:

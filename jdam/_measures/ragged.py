@@ -68,6 +68,51 @@ def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[Any, ...]])
         raise
 
 
+def rows_of_groups(
+    groups: ArrayLike, points: np.ndarray, weights: ArrayLike | None, features: ArrayLike | None
+) -> tuple[np.ndarray, Any]:
+    """The labels of groups, and lists of the points (nᵢ, d), weights (nᵢ,) of sum 1 and features
+    (nᵢ, k) of each, None where there are none."""
+    labels = np.asarray(groups)
+    if labels.shape != points.shape[:1]:
+        wanted = f"(R,) = ({len(points)},), a label for each row of points"
+        raise ValueError(f"groups must have shape {wanted}; got {labels.shape}")
+    try:
+        names, owner = np.unique(labels, return_inverse=True)
+    except TypeError as error:
+        raise TypeError(f"groups must be labels of one kind, as integers; got {error}") from error
+    if names[-1] != names[-1]:
+        raise ValueError(f"groups must have a label for each row; got {names[-1]}")
+    order, ends = np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner))[:-1]
+    columns: list[Any] = [np.split(points[order], ends), None, None]
+    if weights is not None:
+        columns[1] = np.split(_shares(weights, owner, names, points)[order], ends)
+    if features is not None:
+        rows = np.asarray(features)
+        if rows.ndim != 2 or len(rows) != len(points):
+            wanted = f"(R, k) = ({len(points)}, k), k numbers for each row of points"
+            raise ValueError(f"features must have shape {wanted}; got {rows.shape}")
+        columns[2] = np.split(rows[order], ends)
+    return names, columns
+
+
+def _shares(
+    weights: ArrayLike, owner: np.ndarray, names: np.ndarray, points: np.ndarray
+) -> np.ndarray:
+    """The weights of rows, divided by their sums over groups."""
+    masses = np.asarray(weights, points.dtype)
+    if masses.shape != owner.shape:
+        wanted = f"(R,) = ({len(owner)},), one for each row of points"
+        raise ValueError(f"weights must have shape {wanted}; got {masses.shape}")
+    if not (masses >= 0).all() or not np.isfinite(masses).all():
+        raise ValueError("weights must be ≥ 0 and finite; got some that are not")
+    sums = np.bincount(owner, masses)
+    if not sums.all():
+        raise ValueError(f"weights must not be 0 in a whole group; got {names[sums.argmin()]!r}")
+    shares: np.ndarray = masses / sums[owner]
+    return shares.astype(points.dtype)
+
+
 def _listed(name: str, one: str, arrays: Any) -> list[Any]:
     try:
         return list(arrays)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import jdam
+from jdam._energy.calibration import _able
 
 
 def draw(rng, points, num):
@@ -85,3 +86,105 @@ def test_mistakes_are_named(drawn):
         jdam.calibrate(memory, queries[:1], [7], 3.0, pattern_labels=np.zeros(12, int))
     with pytest.raises(ValueError, match=r"pattern_labels must have shape \(N,\) = \(12,\)"):
         jdam.calibrate(memory, queries[:1], [0], 3.0, pattern_labels=np.zeros(3, int))
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Of a memory large enough for bounds to leave something out."""
+    rng = np.random.default_rng(3)
+    means, factors = 3 * rng.normal(size=(600, 3)), rng.normal(size=(600, 3, 3))
+
+    def ask(num):
+        owner = rng.integers(600, size=num)
+        factor = factors[owner] + 0.1 * rng.normal(size=(num, 3, 3))
+        return jdam.Gaussian(means[owner] + 0.5 * rng.standard_t(3, size=(num, 3)), factor), owner
+
+    return jdam.store(jdam.Gaussian(means, factors)), ask(200), ask(400)
+
+
+def scores_by_hand(memory, queries, beta, classes=None):
+    """−log w, of patterns or summed over classes, and the least divergence."""
+    divergences = np.asarray(jdam.pairwise(memory, queries), np.longdouble)
+    weights = np.exp(-beta * (divergences - divergences.min(1, keepdims=True)))
+    weights /= weights.sum(1, keepdims=True)
+    if classes is not None:
+        weights = weights @ (classes[:, None] == classes[None])
+    scores = -np.log(np.maximum(weights, np.longdouble("1e-4000")))
+    return scores.astype(float), divergences.min(1).astype(float)
+
+
+class Plain(jdam.Euclidean):
+    """Without bounds."""
+
+    def bounds(self, patterns):
+        return ()
+
+
+SEARCHES = [
+    jdam.Certified(tol=1e-6),
+    jdam.Certified(4, max_candidates=4, tol=1e-6),  # which often proves little
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("search", SEARCHES, ids=["proved", "cut short"])
+@pytest.mark.parametrize("coverage", [0.8, 0.95])
+@pytest.mark.parametrize("by_class", [False, True])
+def test_certified_sets_hold_the_exhaustive_ones(many, search, coverage, by_class):
+    memory, (queries, owner), (new, truth) = many
+    classes = np.arange(600) % 7 if by_class else None
+    given = {"pattern_labels": classes} if by_class else {}
+    targets = classes[owner] if by_class else owner
+    found = jdam.calibrate(memory, queries, targets, 1.0, search=search, **given)
+    sets = np.asarray(jax.vmap(found.prediction_set, (0, None))(new, 1 - coverage))
+    assert sets[np.arange(400), truth].mean() > coverage - 0.05
+
+    own = scores_by_hand(memory, queries, 1.0, classes)[0][np.arange(200), owner]
+    assert (found.scores >= np.sort(own) - 1e-9).all()
+    exhaustive = jdam.calibrate(memory, queries, targets, 1.0, search=jdam.Exhaustive(), **given)
+    np.testing.assert_allclose(exhaustive.scores, np.sort(own), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(found.distances, exhaustive.distances, rtol=1e-9)
+    limit = np.sort(own)[int(np.ceil(201 * coverage - 1e-6)) - 1]
+    wanted = scores_by_hand(memory, new, 1.0, classes)[0] <= limit
+    assert not (wanted & ~sets).any()
+    if search.max_candidates is None and not by_class:
+        # What the certificate allows: two times −log(1 − tol), about 2e-6, at the edge.
+        np.testing.assert_allclose(found.scores, np.sort(own), atol=1.1e-6, rtol=1e-9)
+        edge = scores_by_hand(memory, new, 1.0)[0] <= limit + 2.2e-6
+        assert not (sets & ~edge).any()
+
+
+@pytest.mark.full
+def test_certified_p_values_are_the_exhaustive_ones(many):
+    memory, (queries, owner), (new, _) = many
+    by_all, by_few = (
+        jdam.calibrate(memory, queries, owner, 1.0, search=search)
+        for search in (jdam.Exhaustive(), jdam.Certified())
+    )
+    _, least = scores_by_hand(memory, new[:40], 1.0)
+    _, known = scores_by_hand(memory, queries, 1.0)
+    wanted = (1 + (known[None] >= least[:, None] - 1e-12).sum(1)) / 201
+    for calibration in (by_all, by_few):
+        p = jax.vmap(calibration.p_value)(new[:40])
+        np.testing.assert_allclose(p, wanted, atol=1e-12)
+
+
+@pytest.mark.full
+def test_an_owner_that_was_not_compared_has_a_finite_score(many):
+    """A query at another pattern than its own: the search has no reason to look at that."""
+    memory, _, _ = many
+    search = jdam.Certified(4, max_candidates=4)
+    found = jdam.calibrate(memory, memory[:1], np.array([599]), 1.0, search=search)
+    divergences = np.asarray(jdam.divergences(memory, memory[0]))
+    exact = np.log(np.exp(-divergences).sum()) + divergences[599]
+    assert exact - 1e-9 <= found.scores[0] < exact + 3
+
+
+def test_which_search(many, drawn):
+    memory, (queries, owner), _ = many
+    points, small, *_ = drawn
+    assert isinstance(jdam.calibrate(memory, queries[:3], owner[:3], 1.0).search, jdam.Certified)
+    assert jdam.calibrate(small, points, np.arange(12), 1.0).search == jdam.Exhaustive()
+    assert _able(jdam.Certified(), jdam.store(points, Plain())) == jdam.Exhaustive()
+    with pytest.raises(TypeError, match="search must be .*; got 'all'"):
+        jdam.calibrate(small, points, np.arange(12), 1.0, search="all")

@@ -257,3 +257,84 @@ def test_labels_are_checked(rng):
         jdam.suggest_beta(memory, queries, labels=[0, 2], pattern_labels=[0, 1, 1])
     with pytest.raises(ValueError, match="targets or labels need queries"):
         jdam.suggest_beta(memory, labels=[0, 1], pattern_labels=[0, 1, 1])
+
+
+def separate(rng, num):
+    """Vectors of four classes, each about a centre, some of which are nearer to another's."""
+    classes = np.arange(num) % 4
+    centres = 3.0 * np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    return centres[classes] + rng.normal(size=(num, 2)), np.array(list("abcd"), "U5")[classes]
+
+
+@pytest.mark.parametrize("num", [40, *only_full(500)])
+def test_the_likeliest_for_classes_of_the_patterns_alone(rng, num):
+    """Each pattern asked of all others."""
+    patterns, labels = separate(rng, num)
+    labels[0] = "alone"
+    distances = np.square(patterns[:, None] - patterns[None]).sum(-1)
+    np.fill_diagonal(distances, np.inf)
+    same = labels[:, None] == labels[None]
+
+    def loss(log_beta):
+        logits = -np.exp(log_beta) * distances
+        return (logsumexp(logits, axis=1) - logsumexp(logits, axis=1, b=same))[1:].mean()
+
+    found = float(jdam.suggest_beta(jdam.store(patterns), pattern_labels=labels))
+    best = minimize_scalar(loss, bounds=(-8, 8), method="bounded", options={"xatol": 1e-10})
+    assert best.fun > 1e-2
+    if num <= 256:
+        np.testing.assert_allclose(found, np.exp(best.x), rtol=1e-4)
+    else:  # of which 256 are asked
+        assert loss(np.log(found)) < 1.05 * best.fun
+
+
+def test_classes_that_say_nothing_about_the_patterns(rng):
+    patterns, labels = separate(rng, 12)
+    memory = jdam.store(patterns)
+    alone = jdam.suggest_beta(memory)
+    for classes in (np.arange(12), np.zeros(12)):
+        assert jdam.suggest_beta(memory, pattern_labels=classes) == alone
+    with pytest.raises(ValueError, match=r"pattern_labels must have shape \(N,\) = \(12,\); got"):
+        jdam.suggest_beta(memory, pattern_labels=labels[:3])
+    with pytest.raises(ValueError, match="targets or labels need queries"):
+        jdam.suggest_beta(memory, labels=labels, pattern_labels=labels)
+    roomy = jdam.store(patterns, capacity=20)
+    np.testing.assert_allclose(
+        jdam.suggest_beta(roomy, pattern_labels=labels),
+        jdam.suggest_beta(memory, pattern_labels=labels),
+        rtol=1e-9,
+    )
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e3])
+def test_the_divergence_between_neighbours(rng, unit):
+    patterns = unit * rng.normal(size=(30, 3))
+    distances = np.square(patterns[:, None] - patterns[None]).sum(-1)
+    np.fill_diagonal(distances, np.inf)
+    found = jdam.neighbour_divergence(jdam.store(patterns))
+    np.testing.assert_allclose(found, np.median(distances.min(1)), rtol=1e-9)
+
+
+def test_the_divergence_between_neighbours_of_special_memories(rng):
+    patterns = rng.normal(size=(20, 3))
+    found = jdam.neighbour_divergence(jdam.store(patterns))
+    twice = jdam.store(np.concatenate([patterns, patterns]))
+    np.testing.assert_allclose(jdam.neighbour_divergence(twice), found, rtol=1e-9)
+    roomy = jdam.store(patterns, capacity=30)
+    np.testing.assert_allclose(jdam.neighbour_divergence(roomy), found, rtol=1e-9)
+    off = jdam.store(
+        np.concatenate([patterns, patterns + 1e-3]), log_prior=[0.0] * 20 + [-np.inf] * 20
+    )
+    np.testing.assert_allclose(jdam.neighbour_divergence(off), found, rtol=1e-9)
+    same = jdam.store(np.ones((4, 2)))
+    np.testing.assert_allclose(jdam.neighbour_divergence(same), 1 / jdam.suggest_beta(same))
+
+
+@pytest.mark.full
+def test_the_divergence_between_neighbours_of_many_is_of_some(rng):
+    patterns = rng.normal(size=(3000, 16))
+    memory = jdam.store(patterns)
+    _, second = jax.vmap(lambda query: jdam.nearest(memory, query, 2))(patterns)
+    exact = np.median(second[:, 1])
+    np.testing.assert_allclose(jdam.neighbour_divergence(memory), exact, rtol=0.25)
+    assert jdam.neighbour_divergence(memory) == jdam.neighbour_divergence(memory)

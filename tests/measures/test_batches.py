@@ -122,6 +122,97 @@ def test_weighted_samples_of_any_number(rng):
         jdam.Gaussian.from_ragged_samples([])
 
 
+def table(rng, dtype=np.float32):
+    """Rows of three groups of 4, 1 and 3, in no order, with masses and two features."""
+    labels = np.array(["b", "a", "b", "c", "c", "b", "c", "b"])
+    rows = rng.normal(size=(8, 2)).astype(dtype)
+    return (
+        rows,
+        labels,
+        rng.uniform(0.5, 2, size=8).astype(dtype),
+        np.eye(2, dtype=dtype)[[0, 1] * 4],
+    )
+
+
+def test_clouds_of_groups_of_rows(rng):
+    rows, labels, masses, features = table(rng)
+    clouds, names = jdam.PointCloud.from_groups(rows, labels, masses, features)
+    assert list(names) == ["a", "b", "c"]
+    assert clouds.points.shape == (3, 4, 2)
+    assert clouds.dtype == np.float32
+    for name, cloud in zip(names, clouds, strict=True):
+        own, on = labels == name, np.asarray(cloud.weights) > 0
+        np.testing.assert_array_equal(cloud.points[on], rows[own])
+        np.testing.assert_array_equal(cloud.features[on], features[own])
+        np.testing.assert_allclose(cloud.weights[on], masses[own] / masses[own].sum(), rtol=1e-6)
+    numbers = np.array([7, -2, 7, 0, 0, 7, 0, 7])
+    clouds, names = jdam.PointCloud.from_groups(rows, numbers)
+    np.testing.assert_array_equal(names, [-2, 0, 7])
+    np.testing.assert_allclose(clouds.weights[1, :3], np.full(3, 1 / 3), rtol=1e-6)
+    np.testing.assert_array_equal(clouds.points[2], rows[numbers == 7])
+
+
+def test_clouds_of_data_frames(rng):
+    pandas = pytest.importorskip("pandas")
+    rows, labels, masses, _ = table(rng)
+    frame = pandas.DataFrame({"id": labels, "x": rows[:, 0], "y": rows[:, 1], "mass": masses})
+    clouds, names = jdam.PointCloud.from_groups(frame[["x", "y"]], frame["id"], frame["mass"])
+    for (name, part), own, cloud in zip(frame.groupby("id"), names, clouds, strict=True):
+        assert name == own
+        wanted = np.average(part[["x", "y"]], axis=0, weights=part["mass"])
+        np.testing.assert_allclose(cloud.mean, wanted, rtol=1e-5)
+    # A name by row, as after a merge: the index of a frame plays no part.
+    shuffled = frame.sample(frac=1, random_state=0)
+    again, _ = jdam.PointCloud.from_groups(shuffled[["x", "y"]], shuffled["id"].astype("category"))
+    np.testing.assert_allclose(again.mean[0], clouds.mean[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"points": np.ones(8)}, ValueError, r"points must have shape \(R, d\).*; got \(8,\)"),
+        ({"points": np.ones((8, 2), int)}, TypeError, "points must have a floating dtype"),
+        ({"groups": [1, 2]}, ValueError, r"groups must have shape \(R,\) = \(8,\).*; got \(2,\)"),
+        (
+            {"groups": [1.0] * 7 + [np.nan]},
+            ValueError,
+            "groups must have a label for each row; got",
+        ),
+        ({"groups": np.array(["a"] * 7 + [None])}, TypeError, "groups must be labels of one kind"),
+        ({"weights": np.ones(3)}, ValueError, r"weights must have shape \(R,\) = \(8,\)"),
+        ({"weights": np.full(8, -1.0)}, ValueError, "weights must be ≥ 0 and finite"),
+        ({"weights": np.arange(8) != 1}, ValueError, "weights must not be 0 in a whole .*'a'"),
+        ({"features": np.ones(8)}, ValueError, r"features must have shape \(R, k\) = \(8, k\)"),
+    ],
+)
+def test_mistakes_in_tables_are_named(rng, change, error, message):
+    rows, labels, _, _ = table(rng)
+    with pytest.raises(error, match=message):
+        jdam.PointCloud.from_groups(**{"points": rows, "groups": labels} | change)
+
+
+def test_tensors_of_torch_go_in_and_out_by_dlpack(rng):
+    torch = pytest.importorskip("torch")
+    points = torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(0))
+    clouds = jdam.PointCloud(jnp.from_dlpack(points))
+    assert clouds.dtype == jnp.float32
+    np.testing.assert_array_equal(clouds.points, points.numpy())
+    patterns = torch.from_numpy(rng.normal(size=(6, 3)))
+    memory = jdam.store(jnp.from_dlpack(patterns))
+    assert memory.dtype == jnp.float64
+    result = jdam.recall(memory, jnp.from_dlpack(patterns[2] + 0.01), 20.0)
+    back = torch.from_dlpack(result.measure)
+    assert back.dtype == torch.float64
+    wanted = torch.softmax(-20 * ((patterns - back) ** 2).sum(1), 0) @ patterns
+    torch.testing.assert_close(back, wanted, rtol=1e-5, atol=1e-5)
+    assert int(torch.from_dlpack(result.nearest)) == 2
+
+
+def test_arrays_of_numpy_go_in_and_out_by_dlpack(rng):
+    clouds = jdam.PointCloud(jnp.from_dlpack(rng.normal(size=(4, 5, 3))))
+    np.testing.assert_array_equal(np.from_dlpack(clouds.points), clouds.points)
+
+
 RAGGED = [np.ones((3, 2)), np.ones((4, 2))]
 
 

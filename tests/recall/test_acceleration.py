@@ -177,5 +177,7 @@ def test_arguments(rng):
 def test_kinds_choose(rng):
     """Newton steps are for clouds; what comes from outside needs no more than it has."""
     retraction = jdam.Geometry.retraction
-    smooth = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).retraction is not retraction}
+    smooth = {
+        kind for kind, (_, geometry) in KINDS.items() if type(geometry).retraction is not retraction
+    }
     assert smooth == {"clouds"}
