@@ -39,8 +39,8 @@ from jdam.geometry.protocol import (
 #: The factor by which each backtracking attempt reduces the weight step, and the number of attempts
 #: before the support step is shortened too.
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
-#: The largest residual that counts as converged, which applies if the energy no longer falls, and
-#: the residual at which recall stops, in units of √ε.
+#: The largest residual that counts as converged where the energy stagnates, and the residual at
+#: which recall stops, in units of √ε.
 RESOLVED = 5e-3, 5e-4
 #: With ρ, the curvature of the energy at an atom is its transported fraction, which is unbounded
 #: for light atoms. Above this fraction a step ends at the atom's average target, because a step of
@@ -163,8 +163,8 @@ class SHKGeometry(Geometry):
         return Retraction(masses, retract, slope)
 
     def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """Project a tangent on the gauge: features, weights that are 0 and, if κ = 0, all weights,
-        none of which steps change."""
+        """Project a tangent on the features, on weights that are 0 and, if κ = 0, on all weights,
+        which no step moves."""
         fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
         weights = jnp.where(fixed, tangent.weights, 0)
         return tangent.with_atoms(jnp.zeros_like(tangent.points), weights)

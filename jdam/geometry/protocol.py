@@ -1,7 +1,7 @@
 """The interface between a geometry and the rest of jdam.
 
-Memories, energies and recall use geometries only through these methods, and otherwise see numbers
-and pytrees.
+Memories, energies and recall use a geometry through these methods only, and are otherwise
+independent of the type of measure.
 """
 
 from abc import abstractmethod
@@ -89,8 +89,8 @@ class Geometry(eqx.Module):
 
     #: Whether `bounds` are close and cheap enough that recall uses `Certified` by default.
     bounds_pay: ClassVar[bool] = False
-    #: The largest number of calls of `backtrack`, after a full step that raised the energy: 0 if it
-    #: is proved that full steps never raise it.
+    #: The largest number of more cautious steps tried after a full step that raised the energy: 0 if
+    #: it is proved that full steps never raise it.
     max_backtracks: ClassVar[int] = 12
     #: Defaults of recall: the largest number of steps, and the depth of `Anderson`, 0 for none.
     default_steps: ClassVar[int] = 50
@@ -147,8 +147,8 @@ class Geometry(eqx.Module):
     ) -> AnyMeasure:
         """Return a more cautious step than `move`, after `times` attempts that raised the energy.
 
-        By default each attempt halves the step size. Override it if something other than the length
-        of the step makes the energy rise."""
+        By default each attempt halves the step size; `times` = 0 is the full step. Override it if
+        something other than the length of the step makes the energy rise."""
         return self.move(view, pull, step_size * 0.5 ** jnp.asarray(times, step_size.dtype))
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
@@ -181,8 +181,8 @@ class Geometry(eqx.Module):
     def tolerances(
         self, query: AnyMeasure, scale: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Return the largest residual that counts as converged, and the residual at which recall
-        stops.
+        """Return the largest residual that counts as converged where the energy stagnates, and the
+        residual at which recall stops.
 
         By default both are eps^0.7 times the typical norm `scale` of the patterns: 1e-5 of it in
         float32 and 1e-11 in float64."""
@@ -190,8 +190,8 @@ class Geometry(eqx.Module):
         return tol, tol
 
     def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """Project a tangent at a measure on the gauge, the directions that leave the step
-        unchanged.
+        """Project a tangent at a measure on the gauge: changes that leave the measure the same, and
+        changes of parts that no step moves.
 
         By default it is `Measure.gauge`. `Implicit` derivatives need an override if the gauge is
         larger."""
