@@ -20,7 +20,8 @@ def dual_after_half_iteration(
     """Compute a lower bound on OT, rounding included: the dual value at g and f = s g^{c,ε}, with
     the warm start `guess` as g.
 
-    Every dual value is a lower bound, so costs may be approximate (`Cost.roughly`)."""
+    Every dual value is a lower bound, so potentials need not be optimal. Costs are approximate
+    (`Cost.roughly`), and their rounding error is subtracted."""
     x, a, y, b, marginals = pair
     epsilon, s, g = marginals.epsilon, marginals.tau, jnp.where(b > 0, guess, 0)
     costs = marginals.payable(solver.cost.roughly(y, x, epsilon))

@@ -8,7 +8,7 @@ for μ = Σ aⱼδ(xⱼ) and ν = Σ bₖδ(yₖ) of mass 1, and, for relaxed ma
     OT_{ε,ρ}(μ, ν) = min over π ≥ 0 of ∫ c dπ + ε KL(π | μ⊗ν) + ρ KL(π1 | μ) + ρ KL(πᵀ1 | ν)
         = max over f, g of −ρ⟨a, e^(−f/ρ)−1⟩ − ρ⟨b, e^(−g/ρ)−1⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1)
 
-(Séjourné et al., arXiv:1910.12958). Solvers are stabilised in the log domain. The optimal potentials
+(Séjourné et al., arXiv:1910.12958). Solvers are stabilised in the log domain. Optimal potentials
 satisfy f = s g^{c,ε} and g = s f^{c,ε}, with soft c-transforms damped by s = ρ/(ρ+ε), which is 1
 for exact marginals. Atoms of weight 0 have no effect; c-transforms extend potentials and maps to
 them. First derivatives of costs follow from the envelope theorem, those of potentials and maps from

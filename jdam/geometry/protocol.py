@@ -89,8 +89,8 @@ class Geometry(eqx.Module):
 
     #: Whether `bounds` are close and cheap enough that recall uses `Certified` by default.
     bounds_pay: ClassVar[bool] = False
-    #: The largest number of more cautious steps tried after a full step that raised the energy: 0 if
-    #: it is proved that full steps never raise it.
+    #: The largest number of more cautious steps tried after a full step that raised the energy: 0
+    #: if it is proved that full steps never raise it.
     max_backtracks: ClassVar[int] = 12
     #: Defaults of recall: the largest number of steps, and the depth of `Anderson`, 0 for none.
     default_steps: ClassVar[int] = 50
