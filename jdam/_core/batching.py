@@ -1,8 +1,8 @@
-"""Batches in which time follows the work that is left, and memory a few elements at a time.
+"""Control flow whose time under `jax.vmap` follows the work, not the slowest element.
 
-Four primitives: `map_in_batches` maps over rows that are there; `in_batches`, `masked_cond` and
-`batched_while_loop` are functions of one element, with a rule of their own for `jax.vmap`. The
-functions given to them must close over nothing traced.
+`map_in_batches` maps a function over explicit rows. `in_batches`, `masked_cond` and
+`batched_while_loop` are written for one element and have batching rules of their own for
+`jax.vmap`. Functions passed to them must not close over traced values.
 """
 
 from collections.abc import Callable
@@ -21,20 +21,24 @@ from jdam._core.mesh import on_local_shards
 T = TypeVar("T")
 
 
-#: Rows at a time of a batch whose length is a symbol, as `jax.export` may have it: few, since the
-#: last ones are filled up, and of a batch of one as many are computed.
+#: Chunk size for a batch of symbolic length (`jax.export`). It is small because a chunk is always
+#: computed in full, even for a batch of one.
 OF_A_SYMBOL = 16
 
 
 class _Settings(NamedTuple):
+    """Static arguments of `in_batches` and `masked_cond`."""
+
     function: Callable[..., Any]
     at_once: int | None
     flat: bool
 
 
 def map_in_batches(function: Callable[[Any], T], at_once: int | None, rows: Any) -> T:
-    """`function` of each row, in equal chunks of at most `at_once`, all of them if None, the last
-    one filled up with copies of the last row: `lax.map` would compile what remains once more."""
+    """Map `function` over rows, in equal chunks of at most `at_once` rows (one chunk if None).
+
+    The last chunk is padded with copies of the last row, because `lax.map` would compile the
+    remainder as a second program."""
     size: Any = jax.tree.leaves(rows)[0].shape[0]
     if export.is_symbolic_dim(size):
         width = min(at_once or OF_A_SYMBOL, OF_A_SYMBOL)
@@ -50,26 +54,28 @@ def map_in_batches(function: Callable[[Any], T], at_once: int | None, rows: Any)
         leaf = jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1), mode="edge")
         return leaf.reshape(count, width, *leaf.shape[1:])
 
-    found = jax.lax.map(jax.vmap(function), jax.tree.map(cut, rows))
-    joined: T = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], found)
+    chunks = jax.lax.map(jax.vmap(function), jax.tree.map(cut, rows))
+    joined: T = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:size], chunks)
     return joined
 
 
 def in_batches(
     function: Callable[..., T], at_once: int | None, *args: Any, flat: bool = False
 ) -> T:
-    """`function(*args)`; under `jax.vmap`, `at_once` elements of the batch at a time, all of them
-    if None. A batch that is spread over the devices of a mesh is computed where it is, and so are
-    its results.
+    """Call `function(*args)`; under `jax.vmap`, compute `at_once` elements of the batch at a time.
 
-    Of nested batches the inner is tiled, with what its elements share shared; if `flat`, they are
-    one batch, of which nothing is shared."""
-    found: T = _in_tiles(_Settings(function, at_once, flat), *args)
-    return found
+    If `at_once` is None, all elements are computed at once. A batch that is sharded over the
+    devices of a mesh is computed where its shards lie, and the results stay there.
+
+    Of nested batches, only the inner one is split into tiles, and unbatched arguments are not
+    copied. If `flat`, nested batches are merged into one, and unbatched arguments are copied for
+    each element."""
+    result: T = _in_tiles(_Settings(function, at_once, flat), *args)
+    return result
 
 
 def masked_cond(
-    wanted: Bool[Array, ""],
+    condition: Bool[Array, ""],
     function: Callable[[Any, Any], T],
     default: T,
     operand: Any,
@@ -78,61 +84,60 @@ def masked_cond(
     at_once: int | None = None,
     flat: bool = False,
 ) -> T:
-    """`function(operand, args)` if wanted, else `default`; computed only if needed.
+    """Return `function(operand, args)` if `condition` holds, else `default`.
 
-    Under `jax.vmap` a `lax.cond` computes both sides for every element, and a batch takes as long,
-    in every element, as its slowest. Here the wanted elements are gathered and computed `at_once`
-    at a time; if None, all are computed as soon as one is wanted. `flat` as in `in_batches`.
-    """
+    `lax.cond` under `jax.vmap` computes both branches for every element. Here, elements whose
+    condition holds are gathered and computed `at_once` at a time. If `at_once` is None, all
+    elements are computed as soon as one condition holds. `flat` as in `in_batches`."""
     settings = _Settings(function, at_once, flat)
-    found: T = _compute_where(settings, wanted, default, operand, args)
-    return found
+    result: T = _compute_where(settings, condition, default, operand, args)
+    return result
 
 
 def batched_while_loop(
-    unfinished: Callable[[T, Any], Array],
-    turn: Callable[[T, Any], T],
+    cond_fun: Callable[[T, Any], Array],
+    body_fun: Callable[[T, Any], T],
     state: T,
     args: Any,
     *,
     at_once: int,
     flat: bool = False,
 ) -> T:
-    """`turn(state, args)` as long as the state is `unfinished`. It has no derivative.
+    """Return the last state of `while cond_fun(state, args): state = body_fun(state, args)`.
 
-    Under `jax.vmap` the elements that are not finished take turns, `at_once` of them at a time, so
-    that none of them waits for the slowest. `flat` as in `in_batches`.
-    """
+    Under `jax.vmap` the active elements form a work queue, of which `at_once` are advanced at a
+    time, so that no element waits for the slowest. The loop has no derivative. `flat` as in
+    `in_batches`."""
 
     @jax.custom_batching.custom_vmap
     def one(state: T, args: Any) -> Any:
-        return while_loop(lambda s: unfinished(s, args), lambda s: turn(s, args), state, args)
+        return while_loop(lambda s: cond_fun(s, args), lambda s: body_fun(s, args), state, args)
 
-    def many(given: Any) -> Any:
-        state, rows = given
-        return _queued(unfinished, turn, at_once, state, rows)
+    def over_rows(values: Any) -> Any:
+        state, rows = values
+        return _work_queue(cond_fun, body_fun, at_once, state, rows)
 
     @one.def_vmap
     @full_precision
-    def over_one(size: int, batched: Any, *given: Any) -> Any:
+    def batch_rule(size: int, batched: Any, *values: Any) -> Any:
         if export.is_symbolic_dim(size):
-            found = _some_at_a_time(one, batched, given)
+            result = _in_chunks(one, batched, values)
         elif flat:
-            found = _flat(many, _lead(size, tuple(batched), given))
+            result = _as_one_batch(over_rows, _broadcast_batch(size, tuple(batched), values))
         else:
-            rows, join = _split(batched[1], given[1])
-            pending, advance = (lambda s, row, f=f: f(s, join(row)) for f in (unfinished, turn))
-            state = _lead(size, batched[0], given[0])
-            found = _queued(pending, advance, at_once, state, rows)
-        return found, jax.tree.map(lambda _: True, found)
+            rows, join = _split(batched[1], values[1])
+            row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
+            state = _broadcast_batch(size, batched[0], values[0])
+            result = _work_queue(row_cond, row_body, at_once, state, rows)
+        return result, jax.tree.map(lambda _: True, result)
 
-    advanced: T = one(state, args)
-    return advanced
+    final: T = one(state, args)
+    return final
 
 
 def _with_derivative_of(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """For a function of settings and arguments: its derivative is that of `plain` of the same,
-    which computes the same without regard to batches."""
+    """Decorate `function(settings, *args)` so that its derivative is that of `plain(settings,
+    *args)`, which computes the same values without batching rules."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         wrapped = jax.custom_jvp(function, nondiff_argnums=(0,))
@@ -147,11 +152,11 @@ def _with_derivative_of(plain: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-def _plainly(settings: _Settings, *args: Any) -> Any:
+def _call(settings: _Settings, *args: Any) -> Any:
     return settings.function(*args)
 
 
-@_with_derivative_of(_plainly)
+@_with_derivative_of(_call)
 def _in_tiles(settings: _Settings, *args: Any) -> Any:
     function, at_once = settings.function, settings.at_once
 
@@ -164,85 +169,88 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
 
     @one.def_vmap
     @full_precision
-    def over_one(size: int, batched: Any, *args: Any) -> Any:
+    def batch_rule(size: int, batched: Any, *args: Any) -> Any:
         if settings.flat:
-            found = _flat(many, _lead(size, tuple(batched), args))
-            return found, jax.tree.map(lambda _: True, found)
+            results = _as_one_batch(many, _broadcast_batch(size, tuple(batched), args))
+            return results, jax.tree.map(lambda _: True, results)
 
-        def in_turns(*args: Any) -> Any:
+        def in_tiles(*args: Any) -> Any:
             rows, join = _split(tuple(batched), args)
             return map_in_batches(lambda row: function(*join(row)), at_once, rows)
 
-        found = on_local_shards(in_turns, tuple(batched), args)
-        return found, jax.tree.map(lambda _: True, found)
+        results = on_local_shards(in_tiles, tuple(batched), args)
+        return results, jax.tree.map(lambda _: True, results)
 
     return one(*args)
 
 
-def _selected(settings: _Settings, wanted: Array, default: T, operand: Any, args: Any) -> T:
-    # A loop of unknown length has no reverse mode; what it computes has.
+def _selected(settings: _Settings, condition: Array, default: T, operand: Any, args: Any) -> T:
+    """Compute `masked_cond` without a loop, for derivatives."""
+    # The while loop of `_compute_where` has no reverse mode.
     function = settings.function
     if settings.at_once is not None:
         function = jax.checkpoint(function)
     computed = function(operand, args)
-    selected: T = jax.tree.map(lambda x, y: jnp.where(wanted, x, y), computed, default)
+    selected: T = jax.tree.map(lambda x, y: jnp.where(condition, x, y), computed, default)
     return selected
 
 
 @_with_derivative_of(_selected)
 def _compute_where(
-    settings: _Settings, wanted: Array, default: Any, operand: Any, args: Any
+    settings: _Settings, condition: Array, default: Any, operand: Any, args: Any
 ) -> Any:
     function, at_once = settings.function, settings.at_once
 
     alone = partial(_once, function)
     if at_once is None:
-        return alone(wanted, default, operand, args)
+        return alone(condition, default, operand, args)
     one = jax.custom_batching.custom_vmap(alone)
 
     def many(rows: Any) -> Any:
-        wanted, default, *others = rows
-        return _gathered(lambda row: function(*row), at_once, wanted, others, default)
+        condition, default, *others = rows
+        return _map_active(lambda row: function(*row), at_once, condition, others, default)
 
     @one.def_vmap
     @full_precision
-    def over_one(size: int, batched: Any, *given: Any) -> Any:
+    def batch_rule(size: int, batched: Any, *values: Any) -> Any:
         if export.is_symbolic_dim(size):
-            found = _some_at_a_time(one, batched, given)
+            results = _in_chunks(one, batched, values)
         elif settings.flat:
-            found = _flat(many, _lead(size, tuple(batched), given))
+            results = _as_one_batch(many, _broadcast_batch(size, tuple(batched), values))
         else:
-            wanted, default, operand = _lead(size, tuple(batched[:3]), given[:3])
-            rows, join = _split(batched[3], given[3])
+            condition, default, operand = _broadcast_batch(size, tuple(batched[:3]), values[:3])
+            rows, join = _split(batched[3], values[3])
             compute = lambda row: function(row[0], join(row[1]))  # noqa: E731
-            found = _gathered(compute, at_once, wanted, (operand, rows), default)
-        return found, jax.tree.map(lambda _: True, found)
+            results = _map_active(compute, at_once, condition, (operand, rows), default)
+        return results, jax.tree.map(lambda _: True, results)
 
-    return one(wanted, default, operand, args)
+    return one(condition, default, operand, args)
 
 
-def _some_at_a_time(one: Callable[..., Any], batched: Any, given: tuple[Any, ...]) -> Any:
-    """`one` of each of a batch whose length is a symbol, in batches whose length is known."""
-    rows, join = _split(tuple(batched), given)
+def _in_chunks(one: Callable[..., Any], batched: Any, values: tuple[Any, ...]) -> Any:
+    """Call `one` for each element of a batch of symbolic length, in chunks of known length."""
+    rows, join = _split(tuple(batched), values)
     return map_in_batches(lambda row: one(*join(row)), None, rows)
 
 
 def _once(
-    function: Callable[[Any, Any], T], wanted: Array, default: T, operand: Any, args: Any
+    function: Callable[[Any, Any], T], condition: Array, default: T, operand: Any, args: Any
 ) -> T:
-    """`function(operand, args)` if wanted, by a loop of one turn or none."""
+    """Return `function(operand, args)` if `condition` holds, else `default`, by a loop of at most
+    one iteration."""
 
-    def turn(carry: tuple[Array, T, Any]) -> tuple[Array, T, Any]:
-        # Were the operand to stay as it is, XLA would move the work out of the loop.
+    def body_fun(carry: tuple[Array, T, Any]) -> tuple[Array, T, Any]:
+        # XLA would hoist the call out of the loop if the operand were loop-invariant.
         consumed = jax.tree.map(jnp.zeros_like, carry[2])
-        return jnp.zeros_like(wanted), function(carry[2], args), consumed
+        return jnp.zeros_like(condition), function(carry[2], args), consumed
 
-    found: T = while_loop(lambda carry: carry[0], turn, (wanted, default, operand), args)[1]
-    return found
+    result: T = while_loop(lambda carry: carry[0], body_fun, (condition, default, operand), args)[1]
+    return result
 
 
-def _flat(function: Callable[[Any], Any], rows: Any) -> Any:
-    """`function` of rows; of rows of rows, under `jax.vmap`, as of one batch."""
+def _as_one_batch(function: Callable[[Any], Any], rows: Any) -> Any:
+    """Call `function(rows)`, merging a further batch axis under `jax.vmap` with that of the
+    rows."""
 
     @jax.custom_batching.custom_vmap
     def many(rows: Any) -> Any:
@@ -250,72 +258,74 @@ def _flat(function: Callable[[Any], Any], rows: Any) -> Any:
 
     @many.def_vmap
     @full_precision
-    def over_many(size: int, batched: Any, rows: Any) -> Any:
-        rows = _lead(size, batched[0], rows)
+    def batch_rule(size: int, batched: Any, rows: Any) -> Any:
+        rows = _broadcast_batch(size, batched[0], rows)
         inner = jax.tree.leaves(rows)[0].shape[1]
         flat = jax.tree.map(lambda leaf: leaf.reshape(size * inner, *leaf.shape[2:]), rows)
-        found = jax.tree.map(lambda leaf: leaf.reshape(size, inner, *leaf.shape[1:]), many(flat))
-        return found, jax.tree.map(lambda _: True, found)
+        results = jax.tree.map(lambda leaf: leaf.reshape(size, inner, *leaf.shape[1:]), many(flat))
+        return results, jax.tree.map(lambda _: True, results)
 
     return many(rows)
 
 
-def _gathered(
-    function: Callable[[Any], T], at_once: int, wanted: Array, rows: Any, default: T
+def _map_active(
+    function: Callable[[Any], T], at_once: int, condition: Array, rows: Any, default: T
 ) -> T:
-    """`function` of the rows that are wanted, gathered `at_once` at a time; `default` elsewhere."""
-    size = wanted.shape[0]
+    """Map `function` over the rows whose condition holds, gathered `at_once` at a time; the other
+    rows of the result are those of `default`."""
+    size = condition.shape[0]
     if size == 0:
         return default
     if size == 1:
-        return _once(lambda rows, _: jax.vmap(function)(rows), wanted[0], default, rows, ())
+        return _once(lambda rows, _: jax.vmap(function)(rows), condition[0], default, rows, ())
     width = min(at_once, size)
-    order = jnp.argsort(~wanted).astype(jnp.int32)  # the wanted ones first
-    # One more than are taken: else all are at once, whatever the turn, and XLA would compute them
-    # before the loop.
+    order = jnp.argsort(~condition).astype(jnp.int32)  # active rows first
+    # One entry more than needed: if a single slice took all rows, it would not depend on the
+    # iteration, and XLA would hoist the computation out of the loop.
     order = jnp.pad(order, (0, -size % width + 1))
-    count = wanted.sum(dtype=jnp.int32)
+    count = condition.sum(dtype=jnp.int32)
 
-    def turn(carry: tuple[Array, T]) -> tuple[Array, T]:
-        done, found = carry
-        chosen = jax.lax.dynamic_slice(order, (done,), (width,))
-        computed = jax.vmap(function)(jax.tree.map(lambda leaf: leaf[chosen], rows))
-        chosen = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, chosen, size)
-        written = jax.tree.map(lambda x, y: x.at[chosen].set(y, mode="drop"), found, computed)
+    def body_fun(carry: tuple[Array, T]) -> tuple[Array, T]:
+        done, results = carry
+        indices = jax.lax.dynamic_slice(order, (done,), (width,))
+        computed = jax.vmap(function)(jax.tree.map(lambda leaf: leaf[indices], rows))
+        indices = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, indices, size)
+        written = jax.tree.map(lambda x, y: x.at[indices].set(y, mode="drop"), results, computed)
         return done + width, written
 
     start = (jnp.array(0, jnp.int32), default)
-    return while_loop(lambda carry: carry[0] < count, turn, start, rows)[1]
+    return while_loop(lambda carry: carry[0] < count, body_fun, start, rows)[1]
 
 
-def _queued(
-    unfinished: Callable[[T, Any], Array],
-    turn: Callable[[T, Any], T],
+def _work_queue(
+    cond_fun: Callable[[T, Any], Array],
+    body_fun: Callable[[T, Any], T],
     at_once: int,
     state: T,
     rows: Any,
 ) -> T:
-    """Rounds in which all states that are unfinished have a turn."""
+    """Run rounds in each of which every active state is advanced once, `at_once` states at a
+    time."""
     size = batch_size(state)
     if size == 0:
         return state
 
-    def waiting(state: T) -> Bool[Array, " Q"]:
-        return jax.vmap(unfinished)(state, rows)
+    def active(state: T) -> Bool[Array, " Q"]:
+        return jax.vmap(cond_fun)(state, rows)
 
-    def take_turns(state: T) -> T:
+    def round_fun(state: T) -> T:
         if size <= at_once:
-            ahead = jax.vmap(turn)(state, rows)
-            moved: T = jax.tree.map(partial(jax.vmap(jnp.where), waiting(state)), ahead, state)
-            return moved
-        return _gathered(lambda row: turn(*row), at_once, waiting(state), (state, rows), state)
+            advanced = jax.vmap(body_fun)(state, rows)
+            updated: T = jax.tree.map(partial(jax.vmap(jnp.where), active(state)), advanced, state)
+            return updated
+        return _map_active(lambda row: body_fun(*row), at_once, active(state), (state, rows), state)
 
-    return while_loop(lambda state: waiting(state).any(), take_turns, state, rows)
+    return while_loop(lambda state: active(state).any(), round_fun, state, rows)
 
 
 def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
-    """The leaves of args that are batched, and how to put one row of them back among those
-    that all rows share."""
+    """Return the batched leaves of `args`, and a function that joins one row of them with the
+    unbatched leaves."""
     leaves, structure = jax.tree.flatten(args)
     marks = jax.tree.leaves(batched)
     rows = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
@@ -330,8 +340,8 @@ def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]]
     return rows, join
 
 
-def _lead(size: int, batched: Any, tree: Any) -> Any:
-    """The tree with every leaf led by the batch axis."""
+def _broadcast_batch(size: int, batched: Any, tree: Any) -> Any:
+    """Broadcast the leaves that are not batched along the batch axis."""
 
     def lead(leaf: Array, is_batched: bool) -> Array:
         return leaf if is_batched else jnp.broadcast_to(leaf, (size, *jnp.shape(leaf)))
@@ -340,23 +350,25 @@ def _lead(size: int, batched: Any, tree: Any) -> Any:
 
 
 def by_platform(cpu: int, accelerator: int) -> int:
-    """How much to compute at once: what stays in the cache of a CPU, or what lasts longer on an
-    accelerator than the launch of its kernels."""
+    """Return the number of elements to compute at once on the default backend: `cpu`, chosen to fit
+    the cache, or `accelerator`, chosen to outlast the launch of kernels."""
     return cpu if jax.default_backend() == "cpu" else accelerator
 
 
 def equal_parts(size: int, at_most: int) -> tuple[int, int]:
-    """Into how many parts of what size to cut so many rows; with no rest where that is possible,
-    since filling up the last part takes a copy of all."""
+    """Return the number and the size of equal parts of at most `at_most` rows that cover `size`
+    rows.
+
+    A size above `at_most`/2 that divides `size` is preferred, because padding copies all rows."""
     width = next((w for w in range(at_most, at_most // 2, -1) if size % w == 0), at_most)
     count = -(-size // width)
     return count, -(-size // max(count, 1))
 
 
 def batch_size(tree: Any) -> int:
-    """The length of the leading axis, which all leaves share.
+    """Return the common length of the leading axis of all leaves.
 
-    **Raises:** `ValueError` for a symbol, as `jax.export` may have it."""
+    **Raises:** `ValueError` for a symbolic length (`jax.export`)."""
     size: Any = jax.tree.leaves(tree)[0].shape[0]
     if export.is_symbolic_dim(size):
         raise ValueError(

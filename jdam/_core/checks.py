@@ -1,4 +1,4 @@
-"""Argument checks. Every message names the argument, what it got and what it wants."""
+"""Argument checks, whose messages name the argument, the requirement and the value."""
 
 import contextlib
 import math
@@ -12,28 +12,36 @@ from jax.typing import ArrayLike
 
 
 def is_concrete(*arrays: Array | np.ndarray) -> bool:
-    """Whether the values can be looked at, which is not so under jit, vmap or grad."""
+    """Return whether no array is traced, so that values can be read."""
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
 def kept_concrete(tree: Any) -> contextlib.AbstractContextManager[Any]:
-    """In which what is computed of the tree is concrete if the tree is, even where `jax.jit` or
-    `jax.eval_shape` would trace it."""
+    """Return a context in which computations with a concrete `tree` stay concrete, even while
+    `jax.jit` or `jax.eval_shape` traces."""
     if is_concrete(*jax.tree.leaves(tree)):
-        kept: contextlib.AbstractContextManager[Any] = jax.ensure_compile_time_eval()
-        return kept
+        context: contextlib.AbstractContextManager[Any] = jax.ensure_compile_time_eval()
+        return context
     return contextlib.nullcontext()
 
 
-#: What takes lists of arrays of different lengths, unless a caller knows better.
+#: Default advice of `float_array` for lists of arrays of different lengths.
 RAGGED = "jdam.PointCloud.from_ragged and jdam.Gaussian.from_ragged_samples take those"
 
 
 def float_array(name: str, value: ArrayLike, *, ragged: str = RAGGED, cure: str = "") -> Array:
-    """`value` as a JAX array of floating dtype. An error says what to do: with arrays of different
-    shapes what `ragged` says, with other dtypes what `cure` does, if anything."""
+    """Return `value` as a JAX array of floating dtype.
+
+    **Arguments:**
+
+    - `name`: the argument's name, for messages.
+    - `value`: an array, or nested lists of numbers.
+    - `ragged`: advice in the message for arrays of different shapes.
+    - `cure`: advice in the message for other types and dtypes.
+
+    **Raises:** `TypeError` for values that are not arrays of floats."""
     try:
-        # `device_put` compiles nothing.
+        # Unlike `asarray`, `device_put` compiles nothing.
         put: Any = jax.device_put if isinstance(value, np.ndarray) else jnp.asarray
         array: Array = put(value)
     except (TypeError, ValueError) as error:
@@ -47,13 +55,13 @@ def float_array(name: str, value: ArrayLike, *, ragged: str = RAGGED, cure: str 
 
 
 def _is_ragged(value: Any) -> bool:
-    """Whether it is a list, or an array of objects, of arrays of different shapes."""
+    """Return whether `value` is a list or an object array with entries of different shapes."""
     listed = isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
     if not listed:
         return False
     try:
         return len({_shape(entry) for entry in value}) > 1
-    except ValueError:  # a list among them is ragged itself
+    except ValueError:  # an entry is itself ragged
         return True
 
 
@@ -62,7 +70,7 @@ def _shape(entry: Any) -> tuple[int, ...]:
 
 
 def _describe(value: Any) -> str:
-    """What it is, instead of an array of floats."""
+    """Return a description of a value that is no array of floats, for messages."""
     if _is_ragged(value):
         return f"{len(value)} arrays of different shapes"
     if hasattr(value, "dtype"):
@@ -72,7 +80,7 @@ def _describe(value: Any) -> str:
 
 
 def same_dtype(**arrays: Array) -> None:
-    """Raise unless the arrays, passed by their names, have one dtype."""
+    """Raise `TypeError` unless the arrays, passed as keywords, have one dtype."""
     (first, head), *rest = arrays.items()
     for name, array in rest:
         if array.dtype != head.dtype:
@@ -83,8 +91,8 @@ def same_dtype(**arrays: Array) -> None:
 
 
 def _within_reach(array: Array | np.ndarray) -> tuple[Any, Any]:
-    """NumPy and the values where they are in the host's memory, for every new shape of a JAX array
-    is compiled; else JAX and the array."""
+    """Return NumPy and the values if they are in host memory, else `jax.numpy` and the array. NumPy
+    avoids one compilation for each new shape."""
     if isinstance(array, Array):
         here = array.is_fully_addressable and all(d.platform == "cpu" for d in array.devices())
         return (np, np.asarray(array)) if here else (jnp, array)
@@ -92,7 +100,7 @@ def _within_reach(array: Array | np.ndarray) -> tuple[Any, Any]:
 
 
 def finite(name: str, array: Array | np.ndarray) -> None:
-    """Raise if a concrete array holds NaN or infinity; traced values pass."""
+    """Raise `ValueError` if a concrete array has NaN or infinite entries; traced arrays pass."""
     if is_concrete(array):
         with jax.ensure_compile_time_eval():
             xp, values = _within_reach(array)
@@ -104,7 +112,7 @@ def finite(name: str, array: Array | np.ndarray) -> None:
 
 
 def nonnegative(name: str, array: Array) -> None:
-    """Raise if a concrete array holds a negative entry; traced values pass."""
+    """Raise `ValueError` if a concrete array has negative entries; traced arrays pass."""
     if is_concrete(array) and array.size:
         with jax.ensure_compile_time_eval():
             lowest = float(_within_reach(array)[1].min())
@@ -113,9 +121,19 @@ def nonnegative(name: str, array: Array) -> None:
 
 
 def positive(name: str, value: Any, dtype: jnp.dtype, *, or_zero: bool = False) -> Array:
-    """`value` as a 0-d array of `dtype`, finite and > 0; NaN where a traced value is not > 0. Or
-    ≥ 0 likewise."""
-    wanted = "≥ 0" if or_zero else "> 0"
+    """Return `value` as a finite, positive 0-d array of `dtype`; a traced value that is not
+    positive becomes NaN.
+
+    **Arguments:**
+
+    - `name`: the argument's name, for messages.
+    - `value`: a real number.
+    - `dtype`: the floating dtype of the result.
+    - `or_zero`: whether 0 is allowed.
+
+    **Raises:** `TypeError` for values that are not real numbers; `ValueError` for arrays that are
+    not scalar and for numbers out of range."""
+    condition = "≥ 0" if or_zero else "> 0"
     array = value if isinstance(value, Array) else np.asarray(value)
     real = jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)
     if not real:
@@ -131,38 +149,39 @@ def positive(name: str, value: Any, dtype: jnp.dtype, *, or_zero: bool = False) 
     if or_zero and number == 0:
         return jnp.zeros((), dtype)
     if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and {wanted}; got {number:g}")
+        raise ValueError(f"{name} must be finite and {condition}; got {number:g}")
     if not float(limits.tiny) <= number <= float(limits.max):
         raise ValueError(f"{name} must be within the range of {dtype}; got {number:g}")
-    scalar: Array = jax.device_put(np.asarray(number, dtype))  # which compiles nothing
+    scalar: Array = jax.device_put(np.asarray(number, dtype))  # compiles nothing
     return scalar
 
 
 def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
-    """As `positive`, with 0 allowed."""
+    """Return `value` as `positive` does, with 0 allowed."""
     return positive(name, value, dtype, or_zero=True)
 
 
 def scalar_dtype(value: Any) -> jnp.dtype:
-    """The floating dtype of an array, and JAX's default one for other numbers."""
+    """Return the dtype of a floating array, else JAX's default floating dtype."""
     if isinstance(value, Array) and jnp.issubdtype(value.dtype, jnp.floating):
         return value.dtype
     return jnp.zeros(()).dtype
 
 
 def index(i: Any, size: int, what: str) -> None:
-    """Raise if the integer `i` is out of range, which JAX would clamp; other indices pass."""
+    """Raise `IndexError` if the concrete integer `i` is out of range, because JAX would clamp it;
+    other indices pass."""
     if isinstance(i, int | np.integer) and not -size <= i < size:
         raise IndexError(f"index {i} is out of range for {what} of {size}")
 
 
 def positive_int(name: str, value: Any) -> int:
-    """`value` as an int ≥ 1."""
+    """Return `value` as an int ≥ 1, or raise `TypeError` or `ValueError`."""
     return int_at_least(1, name, value)
 
 
 def int_at_least(least: int, name: str, value: Any) -> int:
-    """`value` as an int ≥ `least`."""
+    """Return `value` as an int ≥ `least`, or raise `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an int; got {value!r}")
     if value < least:

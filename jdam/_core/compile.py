@@ -1,5 +1,8 @@
-"""How jdam's functions are compiled: matrix products in full precision on every platform, and
-in at least float32 inside, whatever the dtype outside."""
+"""The decorator with which jdam's functions are compiled.
+
+It sets full precision for matrix products on every platform, computes in float32 at least, and runs
+functions of a sharded memory on the shards.
+"""
 
 import functools
 from collections.abc import Callable
@@ -19,9 +22,16 @@ R = TypeVar("R")
 def compiled(
     *, static: tuple[str, ...] = (), rounded: bool = True
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """`jax.jit` for a function of arrays whose first argument sets the dtype of the result,
-    which unless `rounded` stays the one worked in. If it is a memory on a mesh of devices, the
-    function runs on the parts."""
+    """Return a decorator like `jax.jit` for functions whose first argument sets the dtype.
+
+    Floating arguments of lower precision than float32 are computed with in float32. If `rounded`,
+    the result is cast back to the dtype of the first argument. If the first argument is a memory on
+    a mesh of devices, the function runs on each shard.
+
+    **Arguments:**
+
+    - `static`: names of the static keyword arguments.
+    - `rounded`: whether to cast the result back."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         whole = cast(Callable[..., Any], function)
@@ -46,8 +56,8 @@ def compiled(
 
         @functools.wraps(whole)
         def in_one_context(*args: Any, **kwargs: Any) -> Any:
-            # Rules of a `custom_vmap` are traced with a mesh set, if only an empty one. Were it not
-            # set outside of them too, all that was traced before would be traced once more.
+            # Rules of a `custom_vmap` are traced with a mesh set, possibly an empty one. Setting it
+            # here too gives both the same cache key, so that nothing is traced twice.
             with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
                 return run(*args, **kwargs)
 
@@ -57,19 +67,20 @@ def compiled(
 
 
 def _validated(first: Any) -> Any:
-    """Of a memory, what may be used."""
+    """Return `first.validated()` if there is such a method, as on a memory, else `first`."""
     return first.validated() if hasattr(first, "validated") else first
 
 
 def float_dtype(tree: Any) -> jnp.dtype:
-    """The dtype of the first array of floats in `tree`."""
+    """Return the dtype of the first floating array in `tree`."""
     dtypes = (leaf.dtype for leaf in jax.tree.leaves(tree))
-    found: jnp.dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
-    return found
+    first: jnp.dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
+    return first
 
 
 def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """The dtype computed in: halves have neither decompositions nor digits to sum with."""
+    """Return the dtype to compute in: float32 for half precision, which has no decompositions and
+    loses too many digits in sums."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 

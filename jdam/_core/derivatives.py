@@ -1,4 +1,4 @@
-"""Forward derivatives in full precision, of which nothing is computed that nobody asked for."""
+"""Helpers for rules of `jax.custom_jvp`: full precision, and no work for symbolic zeros."""
 
 import functools
 from collections.abc import Callable
@@ -9,14 +9,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-#: The name of what is kept rather than found again in the reverse of a scan over blocks.
+#: Checkpoint name of results of iterative solvers: the reverse pass of a scan over blocks stores
+#: them instead of solving again.
 ITERATED = "iterated"
 
 
 def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with matrix products as precise as its numbers, where accelerators would take
-    fewer digits by default. A rule of a `custom_jvp` or `custom_vmap` needs this of its own: it is
-    traced when somebody differentiates or batches, outside of the function it belongs to."""
+    """Return `function` with matrix products in the full precision of their dtype, which
+    accelerators lower by default.
+
+    Rules of a `custom_jvp` or `custom_vmap` need this decorator of their own, since they are traced
+    later than the function they belong to, outside of its context."""
 
     @functools.wraps(function)
     def precise(*args: Any, **kwargs: Any) -> Any:
@@ -29,8 +32,8 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 def jvp(
     function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, Any]:
-    """`jax.jvp`, for the rules of a `jax.custom_jvp` with `symbolic_zeros=True`: what has the
-    tangent zero counts as constant."""
+    """Compute `jax.jvp` in a rule of a `jax.custom_jvp` with `symbolic_zeros=True`; primals whose
+    tangent is a symbolic zero count as constants."""
     leaves, structure = jax.tree.flatten(primals)
     dleaves = jax.tree.leaves(tangents)
     moving = [i for i, dleaf in enumerate(dleaves) if moves(dleaf)]
@@ -45,12 +48,12 @@ def jvp(
 
 
 def moves(tangent: Any) -> bool:
-    """Whether the tangent is any other than a symbolic zero."""
+    """Return whether the tangent is no symbolic zero."""
     return not isinstance(tangent, SymbolicZero)
 
 
 def vdot(coefficients: Array, tangent: Any) -> Array:
-    """⟨c, dx⟩, at no cost where dx is a symbolic zero."""
+    """Compute ⟨c, dx⟩, at no cost if dx is a symbolic zero."""
     if moves(tangent):
         return jnp.vdot(coefficients, tangent)
     return jnp.zeros((), coefficients.dtype)

@@ -1,7 +1,7 @@
-"""Linear systems of the implicit function theorem, by GMRES.
+"""GMRES, for the linear systems of the implicit function theorem.
 
-JAX's and lineax's leave what `jdam` promises of every program: inside `jax.shard_map` the one does
-not compile, and the products of the other are not in full precision.
+JAX's own does not compile inside `jax.shard_map`, and lineax's matrix products are not in full
+precision.
 """
 
 from collections.abc import Callable
@@ -15,37 +15,42 @@ from jdam._core.lapack import svd
 from jdam._core.linalg import safe_sqrt
 from jdam._core.loops import while_loop
 
-#: Dimensions of a Krylov space, and how many are tried after one another.
+#: The dimension of a Krylov space, and the largest number of restarts.
 DIMENSIONS, CYCLES = 32, 32
 
 
 def gmres(
     matvec: Callable[[Array], Array], b: Float[Array, " n"], tol: float
 ) -> Float[Array, " n"]:
-    """x with A x = b, to a residual |b − A x| ≤ tol·|b|, or as near as cycles come of which each
-    halves the residual at least (Saad and Schultz, SIAM J. Sci. Stat. Comput. 7, 1986)."""
+    """Solve A x = b by restarted GMRES (Saad and Schultz, SIAM J. Sci. Stat. Comput. 7, 1986).
+
+    The iteration stops at a residual |b − A x| ≤ tol·|b|, after `CYCLES` restarts, or after a
+    restart that does not halve the residual."""
     goal = tol * _norm(b)
 
-    def unfinished(carry: tuple[Any, ...]) -> Array:
-        count, _, residual, last = carry
-        result: Array = (_norm(residual) > goal) & (_norm(residual) < last / 2) & (count < CYCLES)
+    def cond_fun(carry: tuple[Any, ...]) -> Array:
+        count, _, residual, previous = carry
+        result: Array = (
+            (_norm(residual) > goal) & (_norm(residual) < previous / 2) & (count < CYCLES)
+        )
         return result
 
-    def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         count, x, residual, _ = carry
         x = x + _cycle(matvec, residual, goal)
         return count + 1, x, b - matvec(x), _norm(residual)
 
     infinite = jnp.full((), jnp.inf, b.dtype)
     start = (jnp.array(0, jnp.int32), jnp.zeros_like(b), b, infinite)
-    x = while_loop(unfinished, turn, start, matvec(b))[1]
-    return x + 0 * _norm(b)  # NaN where the system is
+    x = while_loop(cond_fun, body_fun, start, matvec(b))[1]
+    return x + 0 * _norm(b)  # NaN if b contains NaN, for which the loop does not start
 
 
 def _cycle(
     matvec: Callable[[Array], Array], residual: Float[Array, " n"], goal: Array
 ) -> Float[Array, " n"]:
-    """The x of the Krylov space of r that minimises |r − A x|, or the first that is good enough.
+    """Return the x of the Krylov space of r that minimises |r − A x|; the space grows until the
+    residual is at most `goal`.
 
     With A Vⱼ = Vⱼ₊₁H and γᵀH = 0, γ₀ = 1, the least residual is |r|/|γ|."""
     size = min(DIMENSIONS, residual.size)
@@ -56,37 +61,37 @@ def _cycle(
     hessenberg = jnp.zeros((size + 1, size), residual.dtype)
     null = jnp.zeros(size + 1, residual.dtype).at[0].set(1)
 
-    def unfinished(carry: tuple[Any, ...]) -> Array:
+    def cond_fun(carry: tuple[Any, ...]) -> Array:
         count, _, _, null, independent = carry
         result: Array = (whole > goal * _norm(null)) & independent & (count < size)
         return result
 
-    def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         count, bases, hessenberg, null, _ = carry
         image = matvec(bases[count])
         length = _norm(image)
         along = bases @ image
         image = image - along @ bases
-        again = bases @ image  # once more, for what rounding left
-        image, along = image - again @ bases, along + again
-        rest = _norm(image)
-        independent = rest > least * length
-        divisor = jnp.where(independent, rest, 1)
-        following = jnp.where(independent, image / divisor, 0)
-        column = along.at[count + 1].add(jnp.where(independent, rest, 0))
+        correction = bases @ image  # reorthogonalisation
+        image, along = image - correction @ bases, along + correction
+        remainder = _norm(image)
+        independent = remainder > least * length
+        divisor = jnp.where(independent, remainder, 1)
+        next_basis = jnp.where(independent, image / divisor, 0)
+        column = along.at[count + 1].add(jnp.where(independent, remainder, 0))
         return (
             count + 1,
-            bases.at[count + 1].set(following),
+            bases.at[count + 1].set(next_basis),
             hessenberg.at[:, count].set(column),
             null.at[count + 1].set(-jnp.vdot(null, along) / divisor),
             independent,
         )
 
     start = (jnp.array(0, jnp.int32), bases, hessenberg, null, jnp.array(True))
-    _, bases, hessenberg, *_ = while_loop(unfinished, turn, start, residual, goal)
+    _, bases, hessenberg, *_ = while_loop(cond_fun, body_fun, start, residual, goal)
     left, values, right = svd(hessenberg)
-    kept = values > size * least * values[0]
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    regular = values > size * least * values[0]
+    inverse = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
     result: Array = whole * (right.T @ (inverse * left[0])) @ bases[:-1]
     return result
 

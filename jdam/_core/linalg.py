@@ -1,5 +1,8 @@
-"""Polar factors and positive semidefinite roots, with derivatives that survive repeated
-and vanishing singular values, where those of `jnp.linalg.svd` and `eigh` are NaN."""
+"""Polar factors, roots and sums that are safe to differentiate and to round.
+
+Derivatives of `jnp.linalg.svd` and `eigh` are NaN at repeated or vanishing singular values; those
+of the functions here are finite.
+"""
 
 from typing import Any, NamedTuple
 
@@ -13,18 +16,17 @@ from jdam._core.jacobi import SMALL, small_polar
 from jdam._core.lapack import determinant, eigh, full_svd, svd
 from jdam._core.newton import newton_polar
 
-#: How many numbers may be summed one after the other.
+#: The length of the blocks in which long sums are computed.
 LONG = 256
-#: How many products a matrix product may sum, in lanes.
+#: The longest inner product that one matrix product sums, in lanes.
 PIECE = 2048
 
 
 def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """The orthogonal polar factor R of K = H R, for m ≤ n: R Rᵀ = I and H = (K Kᵀ)^½ ⪰ 0.
+    """Compute the orthogonal polar factor R of K = H R, for m ≤ n: R Rᵀ = I and H = (K Kᵀ)^½ ⪰ 0.
 
-    R maximises ⟨R, K⟩ among matrices with orthonormal rows (the Procrustes problem). Where
-    K loses rank, R is completed by an arbitrary orthogonal choice.
-    """
+    R maximises ⟨R, K⟩ among matrices with orthonormal rows (the Procrustes problem). If K is
+    rank-deficient, R is completed to orthonormal rows by an arbitrary choice."""
     return _small_polar(matrix) if matrix.shape[-1] <= SMALL else _polar(matrix)[0]
 
 
@@ -44,11 +46,11 @@ def _small_polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tup
 
 @jax.custom_jvp
 def _polar(matrix: Array) -> tuple[Array, Array, Array]:
-    """R, and U and s of K = U diag(s) Vᵀ, which count as constant."""
-    found: tuple[Array, Array, Array] = jax.lax.platform_dependent(
+    """Compute R, and U and s of K = U diag(s) Vᵀ, which count as constants."""
+    result: tuple[Array, Array, Array] = jax.lax.platform_dependent(
         matrix, cpu=_polar_by_svd, default=_polar_by_newton
     )
-    return found
+    return result
 
 
 def _polar_by_svd(matrix: Array) -> tuple[Array, Array, Array]:
@@ -58,7 +60,7 @@ def _polar_by_svd(matrix: Array) -> tuple[Array, Array, Array]:
 
 def _polar_by_newton(matrix: Array) -> tuple[Array, Array, Array]:
     factor = newton_polar(matrix)
-    values, left = eigh(_symmetric(matrix @ factor.mT))  # compiled for derivatives only
+    values, left = eigh(_symmetric(matrix @ factor.mT))  # XLA drops this unless differentiated
     return factor, left, jnp.maximum(values, 0)
 
 
@@ -69,16 +71,16 @@ def _polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any
     factor, *constant = _polar(matrix)
     left, values = jax.lax.stop_gradient(constant)
     derivative = _polar_derivative(matrix, dmatrix, factor, (left, values))
-    still = jax.tree.map(jnp.zeros_like, (left, values))
-    return (factor, left, values), (derivative, *still)
+    zeros = jax.tree.map(jnp.zeros_like, (left, values))
+    return (factor, left, values), (derivative, *zeros)
 
 
 def _polar_derivative(
     matrix: Array, dmatrix: Array, factor: Array, spectrum: tuple[Array, Array]
 ) -> Array:
-    """dR, given U and s of K."""
-    # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ; and
-    # what of dR lies outside the rows of R is H⁻¹ dK (I − RᵀR).
+    """Compute dR, given U and s of K."""
+    # dK Rᵀ = dH + H W with W = dR Rᵀ skew and dH symmetric, so H W + W H = dK Rᵀ − R dKᵀ. The part
+    # of dR outside the row space of R is H⁻¹ dK (I − RᵀR).
     left, values = spectrum
     root = _symmetric(matrix @ factor.mT)
     inner = dmatrix @ factor.mT
@@ -90,8 +92,10 @@ def _polar_derivative(
 
 
 def nearest_rotation(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
-    """The rotation R, of determinant 1, that maximises ⟨R, K⟩: U diag(1, …, 1, ±1) Vᵀ of
-    K = U diag(s) Vᵀ, completed where K loses rank. It has no derivative."""
+    """Return the rotation R, of determinant 1, that maximises ⟨R, K⟩.
+
+    For K = U diag(s) Vᵀ it is U diag(1, …, 1, ±1) Vᵀ, completed arbitrarily if K is rank-deficient.
+    It has no derivative."""
     matrix = jax.lax.stop_gradient(matrix)
     size = matrix.shape[-1]
     if size <= SMALL:
@@ -104,22 +108,20 @@ def nearest_rotation(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch
 
 
 class ShrunkPolar(NamedTuple):
-    """The shrunk polar factor of a matrix, and its singular value decomposition K = U diag(s) Vᵀ,
-    which counts as constant."""
+    """Result of `shrunk_polar`: the factor, and K = U diag(s) Vᵀ, which counts as constant."""
 
     factor: Float[Array, "*batch m n"]
     left: Float[Array, "*batch m m"]  # U
     values: Float[Array, "*batch m"]  # s
-    right: Float[Array, "*batch n n"]  # Vᵀ, all of it
+    right: Float[Array, "*batch n n"]  # Vᵀ, square
 
 
 @jax.custom_jvp
 def shrunk_polar(matrix: Float[Array, "*batch m n"]) -> ShrunkPolar:
-    """R = U diag(`shrink`(s)) Vᵀ of K = U diag(s) Vᵀ, for m ≤ n: the polar factor, but smooth.
+    """Compute R = U diag(`shrink`(s)) Vᵀ of K = U diag(s) Vᵀ, for m ≤ n: a smooth polar factor.
 
-    With H = (4KKᵀ + I)^½, (H + I) R = 2K and H = 2KRᵀ + I. R maximises 2⟨R, K⟩ +
-    log det(I − RRᵀ). Near K = 0 it is K, and it tends to the polar factor as K grows.
-    """
+    With H = (4KKᵀ + I)^½, (H + I) R = 2K and H = 2KRᵀ + I. R maximises 2⟨R, K⟩ + log det(I − RRᵀ).
+    R ≈ K near K = 0, and R tends to the polar factor as K grows."""
     rows, columns = matrix.shape[-2:]
     left, values, right = (full_svd if rows < columns else svd)(matrix)
     factor = (left * shrink(values)[..., None, :]) @ right[..., :rows, :]
@@ -131,22 +133,22 @@ def shrunk_polar(matrix: Float[Array, "*batch m n"]) -> ShrunkPolar:
 def _shrunk_polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     # H H = 4KKᵀ + I, so H dH + dH H = 4(dK Kᵀ + K dKᵀ); and (H + I) dR = 2dK − dH R.
     (matrix,), (dmatrix,) = primals, tangents
-    found = shrunk_polar(matrix)
-    root = 2 * _symmetric(matrix @ found.factor.mT)
+    primal_out = shrunk_polar(matrix)
+    root = 2 * _symmetric(matrix @ primal_out.factor.mT)
     unit = jnp.broadcast_to(jnp.eye(root.shape[-1], dtype=root.dtype), root.shape)
-    left, values, right = jax.lax.stop_gradient(found[1:])
+    left, values, right = jax.lax.stop_gradient(primal_out[1:])
     sizes = jnp.hypot(2 * values, 1)
     inner = 8 * _symmetric(dmatrix @ matrix.mT)
     droot = _solve_lyapunov(root + unit, sizes, left, inner)
-    rest = 2 * dmatrix - droot @ found.factor
+    rest = 2 * dmatrix - droot @ primal_out.factor
     dfactor = _solve(root + 2 * unit, sizes + 1, left, rest)
-    still = jax.tree.map(jnp.zeros_like, (left, values, right))
-    return found, ShrunkPolar(dfactor, *still)
+    zeros = jax.tree.map(jnp.zeros_like, (left, values, right))
+    return primal_out, ShrunkPolar(dfactor, *zeros)
 
 
 @jax.custom_jvp
 def shrink(values: Array) -> Array:
-    """r = 2s/(√(4s² + 1) + 1), whose inverse is s = r/(1 − r²)."""
+    """Compute r = 2s/(√(4s² + 1) + 1), whose inverse is s = r/(1 − r²)."""
     return 2 * values / (jnp.hypot(2 * values, 1) + 1)
 
 
@@ -160,10 +162,9 @@ def _shrink_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[An
 
 @jax.custom_jvp
 def psd_root(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """The symmetric root S ⪰ 0 of a symmetric matrix A ⪰ 0: S S = A.
+    """Compute the symmetric root S ⪰ 0 of a symmetric matrix A ⪰ 0: S S = A.
 
-    Negative eigenvalues count as zero, so that |S S − A| measures how far A is from ⪰ 0.
-    """
+    Negative eigenvalues count as zero, so that |S S − A| measures how far A is from ⪰ 0."""
     values, basis = eigh(matrix)
     result: Array = (basis * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]) @ basis.mT
     return result
@@ -181,7 +182,7 @@ def _psd_root_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[
 
 
 def rotation_part(factor: Float[Array, "d r"], tangent: Float[Array, "d r"]) -> Array:
-    """The L Ω, Ω skew, that is nearest to a tangent dL: with G = LᵀL, G Ω + Ω G = LᵀdL − dLᵀL."""
+    """Return the L Ω, with Ω skew, nearest to a tangent dL: G Ω + Ω G = LᵀdL − dLᵀL for G = LᵀL."""
     gram = factor.mT @ factor
     values, basis = eigh(jax.lax.stop_gradient(gram))
     inner = factor.mT @ tangent
@@ -189,9 +190,11 @@ def rotation_part(factor: Float[Array, "d r"], tangent: Float[Array, "d r"]) -> 
 
 
 def _solve_lyapunov(root: Array, values: Array, basis: Array, right: Array) -> Array:
-    """Y with S Y + Y S = B, given S and its eigenvalues and eigenvectors; the pseudo-inverse's
-    solution where eigenvalues vanish. As the solution of a linear system it can be
-    differentiated again and again, without the derivatives of the eigenvectors."""
+    """Solve S Y + Y S = B, given S and its eigenvalues and eigenvectors, by the pseudo-inverse if S
+    is singular.
+
+    As the solution of a linear system, Y can be differentiated repeatedly, without derivatives of
+    the eigenvectors."""
     sums = values[..., :, None] + values[..., None, :]
     result: Array = jax.lax.custom_linear_solve(
         lambda y: root @ y + y @ root,
@@ -203,7 +206,7 @@ def _solve_lyapunov(root: Array, values: Array, basis: Array, right: Array) -> A
 
 
 def _solve(root: Array, values: Array, basis: Array, right: Array) -> Array:
-    """Y with S Y = B, likewise."""
+    """Solve S Y = B in the same way."""
     result: Array = jax.lax.custom_linear_solve(
         lambda y: root @ y,
         right,
@@ -218,52 +221,55 @@ def _symmetric(matrix: Array) -> Array:
 
 
 def _pseudo_reciprocal(x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
-    """1/x, and 0 where x is no more than the rounding of the largest: the pseudo-inverse."""
+    """Return 1/x, or 0 where x is at most the rounding error of the largest entry."""
     rounding = max(x.shape[-2:]) * float(jnp.finfo(x.dtype).eps)
-    kept = x > rounding * x.max((-1, -2), keepdims=True)
-    return jnp.where(kept, 1 / jnp.where(kept, x, 1), 0)
+    regular = x > rounding * x.max((-1, -2), keepdims=True)
+    return jnp.where(regular, 1 / jnp.where(regular, x, 1), 0)
 
 
 def safe_sqrt(x: Array) -> Array:
-    """√x with derivative 0 instead of infinity at x = 0."""
+    """Compute √x with derivative 0 at x = 0."""
     return jnp.where(x == 0, 0, jnp.sqrt(jnp.where(x == 0, 1, x)))
 
 
 def safe_log(x: Array) -> Array:
-    """log x, −∞ where x is 0, with derivative 0 there."""
+    """Compute log x, which is −∞ with derivative 0 at x = 0."""
     on = x > 0
     return jnp.where(on, jnp.log(jnp.where(on, x, 1)), -jnp.inf)
 
 
 def rounding(terms: int, dtype: jnp.dtype) -> float:
-    """A bound on the relative error of a sum of so many rounded squares or products."""
+    """Return a bound on the relative error of a sum of `terms` rounded squares or products."""
     return (terms + 8) * float(jnp.finfo(dtype).eps)
 
 
 def long_sum(x: Float[Array, "*batch n"]) -> Float[Array, " *batch"]:
-    """Σₙ xₙ in blocks of blocks, whose rounding grows with log n: a running sum's grows with n."""
+    """Compute Σₙ xₙ by blocks of blocks, so that the rounding error grows with log n instead of
+    n."""
     while x.shape[-1] > 2 * LONG:
         missing = -x.shape[-1] % LONG
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
         x = x.reshape(*x.shape[:-1], -1, LONG).sum(-1)
-        x = jax.lax.optimization_barrier(x)  # XLA would make one running sum of both
+        x = jax.lax.optimization_barrier(x)  # XLA would merge both into one running sum
     return x.sum(-1)
 
 
 def long_vecdot(
     x: Float[Array, "*batch n"], y: Float[Array, "*batch n"]
 ) -> Float[Array, " *batch"]:
-    """⟨x, y⟩ along the last axis, long ones in pieces. As an inner product it is summed in lanes,
-    which in float32 keeps a digit more than one running sum."""
+    """Compute ⟨x, y⟩ along the last axis, long vectors in pieces.
+
+    Inner products are summed in lanes, which in float32 is a digit more accurate than one running
+    sum."""
     if x.shape[-1] <= PIECE:
         return jnp.vecdot(x, y)
     return long_sum(jnp.vecdot(_in_pieces(x), _in_pieces(y)))
 
 
 def long_products(x: Float[Array, " n"], ys: Float[Array, "B n"]) -> Float[Array, " B"]:
-    """⟨x, yᵢ⟩, of a vmapped batch of x by matrix products, of long vectors in pieces."""
+    """Compute ⟨x, yᵢ⟩, long vectors in pieces; under `jax.vmap` over x, by matrix products."""
     if x.size <= PIECE:
-        # In this order the product, vmapped over x, is (queries, patterns) and row-major.
+        # In this order, the product under `jax.vmap` over x is a row-major (queries, patterns).
         return jnp.vecmat(x, ys.mT)
     return long_sum(jnp.einsum("kc,bkc->bk", _in_pieces(x), _in_pieces(ys)))
 
@@ -274,6 +280,6 @@ def _in_pieces(x: Float[Array, "*batch n"]) -> Float[Array, "*batch k c"]:
 
 
 def squared_norm(x: Float[Array, "*batch m n"]) -> Float[Array, " *batch"]:
-    """|x|_F² of each matrix."""
+    """Compute |x|_F² of each matrix."""
     flat = x.reshape(*x.shape[:-2], -1)
     return long_vecdot(flat, flat)

@@ -1,8 +1,8 @@
-"""JAX's loops for programs that may run inside `jax.shard_map`.
+"""JAX's loops, for programs that may run inside `jax.shard_map`.
 
-There values have a type that tells along which axes of the mesh they differ among devices, and a
-loop must end with the types it began with. These begin with what differs wherever the loop's
-results may; anywhere else they are JAX's own.
+There the type of a value records the mesh axes along which it differs among devices, and the carry
+of a loop must keep its type. These loops cast the initial carry to vary along all axes along which
+the result may vary. Outside of `jax.shard_map` they are JAX's own.
 """
 
 from collections.abc import Callable
@@ -16,39 +16,39 @@ U = TypeVar("U")
 
 
 def while_loop(
-    unfinished: Callable[[T], Array], turn: Callable[[T], T], start: T, *others: Any
+    cond_fun: Callable[[T], Array], body_fun: Callable[[T], T], start: T, *others: Any
 ) -> T:
-    """`jax.lax.while_loop`; `others` are what the functions close over."""
+    """Run `jax.lax.while_loop`; `others` are the values that the functions close over."""
     start = varying(start, *others)
-    end: T = jax.lax.while_loop(unfinished, lambda carry: varying(turn(carry), start), start)
+    end: T = jax.lax.while_loop(cond_fun, lambda carry: varying(body_fun(carry), start), start)
     return end
 
 
 def scan(
-    turn: Callable[[T, Any], tuple[T, U]],
+    body_fun: Callable[[T, Any], tuple[T, U]],
     start: T,
     items: Any,
     *others: Any,
     length: int | None = None,
 ) -> tuple[T, U]:
-    """`jax.lax.scan`, likewise."""
+    """Run `jax.lax.scan`; `others` are the values that the function closes over."""
     start = varying(start, items, *others)
 
     def typed(carry: T, item: Any) -> tuple[T, U]:
-        carry, found = turn(carry, item)
-        return varying(carry, start), found
+        carry, output = body_fun(carry, item)
+        return varying(carry, start), output
 
     end, stacked = jax.lax.scan(typed, start, items, length)
     return end, stacked
 
 
-def repeat(count: int, turn: Callable[[T], T], start: T, *others: Any) -> T:
-    """`turn` so many times."""
-    return scan(lambda carry, _: (turn(carry), None), start, None, *others, length=count)[0]
+def repeat(count: int, body_fun: Callable[[T], T], start: T, *others: Any) -> T:
+    """Apply `body_fun` to the carry `count` times."""
+    return scan(lambda carry, _: (body_fun(carry), None), start, None, *others, length=count)[0]
 
 
 def varying(tree: T, *others: Any) -> T:
-    """The tree, each of its leaves varying along the axes that any leaf of all these varies."""
+    """Cast each leaf of the tree to vary along the union of the axes of all leaves and `others`."""
     axes = frozenset().union(*map(_axes, jax.tree.leaves((tree, others))))
     if not axes:
         return tree

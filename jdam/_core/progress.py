@@ -1,8 +1,8 @@
-"""Long computations in parts, so that they can be watched and stopped.
+"""Long computations in parts, with progress bars and prompt interruption.
 
-A compiled program hears of nothing until it has ended. Where values are known, the host asks for
-part after part instead, each a program of bounded work and all of one shape, which is compiled
-once; Ctrl-C ends the computation between them. Inside `jax.jit` there is one program as ever.
+A compiled program cannot be interrupted. If all values are concrete, the host therefore runs one
+part after another, each a bounded program of the same shape that is compiled once; Ctrl-C ends the
+computation between parts. Inside `jax.jit`, the computation stays one program.
 """
 
 import itertools
@@ -22,21 +22,21 @@ from jdam._core.batching import equal_parts
 
 T = TypeVar("T")
 
-#: Seconds after which a bar is drawn that nobody asked for.
+#: Seconds until a bar is drawn if `progress` is None.
 DELAY = 2.0
-#: Seconds between two looks at whether a part is ready, and whether there was a signal.
+#: Seconds between two checks whether a part is ready, which let signals through.
 NAP = 1e-3
 
 
 def check_progress(progress: Any) -> bool | None:
-    """`progress` as it is: True, False or None."""
+    """Return `progress` if it is True, False or None, else raise `TypeError`."""
     if progress is not None and not isinstance(progress, bool):
         raise TypeError(f"progress must be True, False or None; got {progress!r}")
     return progress
 
 
 def is_here(*trees: Any) -> bool:
-    """Whether all values are known, each on one device, and no program is being traced."""
+    """Return whether all values are concrete, each on one device, outside of any trace."""
     for leaf in jax.tree.leaves(trees):
         if isinstance(leaf, jax.core.Tracer):
             return False
@@ -52,38 +52,44 @@ def in_parts(
     name: str,
     progress: bool | None,
 ) -> T:
-    """What `part(*starts, widths=widths)` gives, put together: its leaves lead with axes of the
-    lengths `widths`, at most `at_once`, and those of the whole with axes of `sizes`.
+    """Assemble the results of `part(*starts, widths=widths)` over a grid of parts.
 
-    Equal parts may overlap, where the later one counts. A bar of this name is drawn if `progress`
-    is True, and if None on a terminal after a while."""
+    **Arguments:**
+
+    - `part`: returns a pytree whose leaves lead with axes of lengths `widths`.
+    - `sizes`: the lengths of these axes in the result.
+    - `at_once`: upper bounds of `widths`.
+    - `name`: the title of the progress bar.
+    - `progress`: True draws a bar, False none, and None draws one on a terminal after `DELAY`.
+
+    Parts have equal sizes and may overlap; the later part overwrites the earlier."""
     widths = tuple(equal_parts(*axis)[1] for axis in zip(sizes, at_once, strict=True))
     starts = [_starts(*axis) for axis in zip(sizes, widths, strict=True)]
-    found: Any = None
+    whole: Any = None
     with tqdm(
         total=math.prod(map(len, starts)),
         desc=name,
         unit="part",
         delay=0 if progress else DELAY,
-        # None: no bar where there is no terminal.
+        # For None, tqdm draws no bar outside of a terminal.
         disable=None if progress is None else not progress,
     ) as bar:
-        for place in itertools.product(*starts):
-            new = part(*place, widths=widths)
+        for start in itertools.product(*starts):
+            values = part(*start, widths=widths)
             if widths == sizes:
-                found = new
+                whole = values
             else:
-                found = _written(_empty(new, sizes) if found is None else found, new, place)
-            # Before more is asked for: what the device was given, it ends.
-            wait(found)
+                whole = _written(_empty(values, sizes) if whole is None else whole, values, start)
+            # The device finishes all work it was given, so the next part waits for this one.
+            wait(whole)
             bar.update()
-    whole: T = found
-    return whole
+    result: T = whole
+    return result
 
 
 def wait(tree: Any) -> None:
-    """Return when the values are there. Signals are heard meanwhile, which
-    `jax.block_until_ready` would put off."""
+    """Wait until all values are ready. Unlike `jax.block_until_ready`, this lets signals
+    through."""
     arrays: list[Any] = jax.tree.leaves(tree)
     for array in arrays:
         while not array.is_ready():
@@ -92,7 +98,7 @@ def wait(tree: Any) -> None:
 
 @partial(jax.jit, static_argnames="width")
 def rows_from(tree: T, start: Any, *, width: int) -> T:
-    """So many rows of all leaves, from a traced start."""
+    """Return `width` rows of all leaves, from a traced start."""
     rows: T = jax.tree.map(
         lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, width, axis=0), tree
     )
@@ -100,7 +106,7 @@ def rows_from(tree: T, start: Any, *, width: int) -> T:
 
 
 def _starts(size: int, width: int) -> list[np.int32]:
-    """The last part reaches back: all are full."""
+    """Return the starts of parts of `width`; the last part overlaps its predecessor to be full."""
     return [np.int32(min(start, size - width)) for start in range(0, size, width)]
 
 
@@ -114,7 +120,7 @@ def _empty(part: T, sizes: tuple[int, ...]) -> T:
 
 @partial(jax.jit, donate_argnums=0)
 def _written(whole: T, part: T, starts: tuple[Any, ...]) -> T:
-    """The whole with a part in its place, without a copy of the rest."""
+    """Return the whole with a part written in place; the whole is donated."""
 
     def write(into: Array, rows: Array) -> Array:
         zeros = [np.int32(0)] * (into.ndim - len(starts))

@@ -1,4 +1,6 @@
-"""Lower bounds on the cost of entropic transport: any dual value is one."""
+"""Lower bounds on entropic transport costs, from dual values at potentials that need not be
+optimal.
+"""
 
 from functools import partial
 
@@ -15,8 +17,11 @@ from jdam._entropic.scaling import some_iterations
 def dual_after_half_iteration(
     solver: Solver, pair: Pair, guess: Float[Array, " m"]
 ) -> Float[Array, ""]:
-    """A lower bound on OT: the dual value of f = s g^{c,ε} and g, less its rounding. As any dual
-    value is one, costs may be rough, and potentials come from a `guess` of g."""
+    """Compute a lower bound on OT, rounding included: the dual value at g and f = s g^{c,ε}, with
+    the warm start `guess` as g.
+
+    Every dual value is a lower bound, so potentials need not be optimal. Costs are approximate
+    (`Cost.roughly`), and their rounding error is subtracted."""
     x, a, y, b, marginals = pair
     epsilon, s, g = marginals.epsilon, marginals.tau, jnp.where(b > 0, guess, 0)
     costs = marginals.payable(solver.cost.roughly(y, x, epsilon))
@@ -36,7 +41,8 @@ def dual_after_half_iteration(
 def dual_after_some_iterations(
     solver: Solver, pair: Pair, guess: Float[Array, " m"]
 ) -> Float[Array, ""]:
-    """The same from the g that some scaling iterations make of the guess."""
+    """Compute the same bound after a few scaling iterations from the warm start; it is closer and
+    costs more."""
     pairs = 4 * pair_batch_size(pair.a.size * pair.b.size)
     g = in_batches(partial(some_iterations, solver), pairs, pair, guess, flat=True)
     return dual_after_half_iteration(solver, pair, g)
@@ -45,8 +51,10 @@ def dual_after_some_iterations(
 def cost_of_masses(
     epsilon: Float[Array, ""], rho: Float[Array, ""], least: Float[Array, "*batch"]
 ) -> Float[Array, "*batch"]:
-    """A lower bound on OT_{ε,ρ} of clouds no atoms of which are closer than at the cost `least`:
-    (2ρ+ε)(1 − e^(−c/(2ρ+ε))), the cost of two atoms of mass 1, since merging atoms raises no
-    Kullback–Leibler divergence."""
+    """Compute a lower bound on OT_{ε,ρ} of clouds whose atoms are at costs ≥ `least` from each
+    other.
+
+    The bound is (2ρ+ε)(1 − e^(−c/(2ρ+ε))), c = `least`, the cost between two atoms of mass 1:
+    merging atoms raises no Kullback–Leibler divergence."""
     scale = 2 * rho + epsilon
     return -scale * jnp.expm1(-least / scale)

@@ -1,4 +1,4 @@
-"""Soft c-transforms: what a potential on one cloud says of the atoms of another."""
+"""Soft c-transforms: the optimal potential on one cloud for a given potential on the other."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,17 +15,17 @@ from jdam._entropic.problem import LARGE, Pair, pair_batch_size, soft_minimum
 
 
 class CTransform(NamedTuple):
-    """What a potential on the atoms x of one cloud says of atoms y of another."""
+    """Soft c-transform of a potential f on atoms x, at atoms y."""
 
     potential: Float[Array, " m"]  # g = s f^{c,ε}
     gradient: Float[Array, "m d"]  # Σⱼ Pⱼₖ ∇c(yₖ, xⱼ) / Σⱼ Pⱼₖ
-    spent: Float[Array, " m"]  # Σⱼ PⱼₖCⱼₖ / Σⱼ Pⱼₖ
+    spent: Float[Array, " m"]  # mean cost Σⱼ PⱼₖCⱼₖ / Σⱼ Pⱼₖ
     density: Any  # (m, n), Pⱼₖ/aⱼ / Σⱼ Pⱼₖ; None where dropped
 
 
 def c_transform(cost: Cost, f: Float[Array, " n"], pair: Pair) -> CTransform:
-    """The damped soft c-transform g = s f^{c,ε}, and the plan of f and g, all of whose mass at yₖ
-    is bₖ e^(−g/ρ) whatever f is."""
+    """Compute the damped soft c-transform g = s f^{c,ε}, and the plan of f and g, whose mass at yₖ
+    is bₖ e^(−g/ρ) for any f."""
     x, a, y, _, marginals = pair
     epsilon = marginals.epsilon
     costs = marginals.payable(cost.scaled(y, x, epsilon))
@@ -42,14 +42,15 @@ def c_transform(cost: Cost, f: Float[Array, " n"], pair: Pair) -> CTransform:
 
 
 def c_transform_change(
-    cost: Cost, found: CTransform, df: Float[Array, " n"], pair: Pair
+    cost: Cost, transform: CTransform, df: Float[Array, " n"], pair: Pair
 ) -> tuple[Float[Array, " m"], Float[Array, "m d"]]:
-    """How potential and gradient of a response, with its density, follow a change of f:
+    """Compute the derivatives of potential and gradient of a c-transform, with its density, along
+    df.
 
         dg = −s P̃ df    and    dP̃ = P̃ (df − P̃ df)/ε,
 
-    P̃ being the plan with rows of mass 1."""
-    plan = found.density * pair.a[None]
+    where P̃ is the plan with rows normalised to mass 1."""
+    plan = transform.density * pair.a[None]
     mean = plan @ df
     dplan = plan * (df[None] - mean[:, None]) / pair.marginals.epsilon
     _, dgradient = jax.jvp(partial(cost.gradient, x=pair.y, y=pair.x), (plan,), (dplan,))
@@ -57,29 +58,29 @@ def c_transform_change(
 
 
 class Columns(NamedTuple):
-    """The plan of g and the response f to it, which is right in its rows."""
+    """Column sums of the plan of g and its c-transform f, whose row sums are exact."""
 
     response: CTransform
-    found: Float[Array, " m"]  # what its columns sum to
-    wanted: Float[Array, " m"]  # what they should: b e^(−g/ρ)
+    found: Float[Array, " m"]  # column sums of the plan
+    wanted: Float[Array, " m"]  # their targets, b e^(−g/ρ)
 
     @property
     def marginal_error(self) -> Float[Array, ""]:
-        """The L1 error of the columns."""
+        """The L1 error of the column sums."""
         return jnp.abs(self.found - self.wanted).sum()
 
 
 def columns_of(cost: Cost, g: Float[Array, " m"], pair: Pair) -> Columns:
-    """The columns of the plan of g: as wanted if g is the solution."""
+    """Compute the column sums of the plan of g; they meet their targets if g is optimal."""
     response, marginals = c_transform(cost, g, pair.turned()), pair.marginals
     rows = pair.a * marginals.transported_fraction(response.potential)
-    wanted = pair.b * marginals.transported_fraction(jnp.where(pair.b > 0, g, 0))
-    return Columns(response, pair.b * (rows @ response.density), wanted)
+    target = pair.b * marginals.transported_fraction(jnp.where(pair.b > 0, g, 0))
+    return Columns(response, pair.b * (rows @ response.density), target)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def c_transform_in_batches(cost: Cost, f: Float[Array, " n"], pair: Pair) -> CTransform:
-    """`c_transform` without the density; of a vmapped batch, a few pairs at a time."""
+    """Compute `c_transform` without the density, under `jax.vmap` a few pairs at a time."""
     pairs = pair_batch_size(pair.a.size * len(pair.y))
     return in_batches(partial(_c_transform_without_density, cost), pairs, f, pair, flat=True)
 

@@ -1,4 +1,4 @@
-"""What it costs to move mass from one atom to another, and the derivatives of that."""
+"""Ground costs between atoms, with their derivatives."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -15,42 +15,44 @@ from jdam._core.loops import scan
 
 
 class Cost(ABC):
-    """A ground cost c(x, y) ≥ 0: a frozen dataclass with one method, `matrix`. The others have
-    defaults, which a cost may replace by what is faster or loses fewer digits."""
+    """A ground cost c(x, y) ≥ 0.
+
+    A cost is a frozen dataclass with a method `matrix`. The other methods have defaults, to
+    override where a formula is faster or more accurate."""
 
     @abstractmethod
     def matrix(self, x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-        """c(xⱼ, yₖ), differentiable."""
+        """Compute c(xⱼ, yₖ), differentiable."""
 
     def scaled(
         self, x: Float[Array, "n d"], y: Float[Array, "m d"], epsilon: Float[Array, ""]
     ) -> Float[Array, "n m"]:
-        """c(xⱼ, yₖ)/ε."""
+        """Compute c(xⱼ, yₖ)/ε."""
         return self.matrix(x, y) / epsilon
 
     def roughly(
         self, x: Float[Array, "n d"], y: Float[Array, "m d"], epsilon: Float[Array, ""]
     ) -> Float[Array, "n m"]:
-        """c(xⱼ, yₖ)/ε with an error of some eps·(c(xⱼ, 0) + c(yₖ, 0))/ε, if that is faster."""
+        """Compute c(xⱼ, yₖ)/ε up to a few eps·(c(xⱼ, 0) + c(yₖ, 0))/ε, if that is faster."""
         return self.scaled(x, y, epsilon)
 
     def gradient(
         self, plan: Float[Array, "n m"], x: Float[Array, "n d"], y: Float[Array, "m d"]
     ) -> Float[Array, "n d"]:
-        """Σₖ Pⱼₖ ∇ₓc(xⱼ, yₖ), for plans whose rows sum to 1."""
+        """Compute Σₖ Pⱼₖ ∇ₓc(xⱼ, yₖ) for plans P whose rows sum to 1."""
         result: Array = jax.vjp(partial(self.matrix, y=y), x)[1](plan)[0]
         return result
 
 
 @dataclass(frozen=True)
 class HalfSquaredDistance(Cost):
-    """c = ½|x−y|². Its gradient is x − T(x), T the barycentric map of the plan."""
+    """c = ½|x−y|², whose `gradient` is x − T(x) for the plan's barycentric map T."""
 
     def matrix(self, x: Array, y: Array) -> Float[Array, "n m"]:
         return _half_squared_distances(x, y)
 
     def scaled(self, x: Array, y: Array, epsilon: Array) -> Float[Array, "n m"]:
-        root = jnp.sqrt(epsilon)  # squares may be out of range where their ratio is not
+        root = jnp.sqrt(epsilon)  # x² and ε may be out of range where x²/ε is not
         return _half_squared_distances(x / root, y / root)
 
     def roughly(self, x: Array, y: Array, epsilon: Array) -> Float[Array, "n m"]:
@@ -64,9 +66,11 @@ class HalfSquaredDistance(Cost):
 
 @jax.custom_jvp
 def _half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """½|xⱼ − yₖ|² from differences, one dimension after the other: digits that the expanded
-    square loses, and no array (n, m, d). In a loop, since XLA computes sums that it can look into
-    again wherever they are used, with other rounding: of large costs that is a large difference."""
+    """Compute ½|xⱼ − yₖ|² from differences, one coordinate after another.
+
+    Differences keep digits that the expanded square loses, and no array (n, m, d) is needed. In a
+    loop, because XLA may recompute an unrolled sum in each of its uses, with rounding errors that
+    differ; for large costs the differences matter."""
 
     def add(total: Array, coordinates: tuple[Array, Array]) -> tuple[Array, None]:
         p, q = coordinates
@@ -81,7 +85,7 @@ def _half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> F
 def _half_squared_distances_jvp(
     primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Array, Array]:
-    # ⟨xⱼ − yₖ, dxⱼ − dyₖ⟩ by products: a derivative needs no more digits than coordinates have.
+    # ⟨xⱼ − yₖ, dxⱼ − dyₖ⟩ expanded: derivatives need no more digits than the coordinates have.
     (x, y), (dx, dy) = primals, tangents
     own = jnp.vecdot(x, dx)[:, None] + jnp.vecdot(y, dy)[None]
     return _half_squared_distances(x, y), own - x @ dy.T - dx @ y.T

@@ -1,4 +1,4 @@
-"""Ground costs of ott-jax, and of one's own in its terms."""
+"""Ground costs given as an `ott.geometry.costs.CostFn`."""
 
 import dataclasses
 import warnings
@@ -17,21 +17,21 @@ from jdam._entropic.cost import Cost
 
 @dataclasses.dataclass(frozen=True)
 class GroundCost(Cost):
-    """c(x, y) of an `ott.geometry.costs.CostFn`."""
+    """The ground cost c(x, y) of an `ott.geometry.costs.CostFn`."""
 
     function: Callable[[Array, Array], Array]
 
     def matrix(self, x: Array, y: Array) -> Float[Array, "n m"]:
-        found: Array = _costs(self.function, x, y)
-        return found
+        costs: Array = _costs(self.function, x, y)
+        return costs
 
 
 def checked_cost(cost: Any) -> Any:
-    """A cost that is None or a `CostFn` of ott-jax."""
+    """Return the cost if it is None or a `CostFn` of ott-jax, else raise `TypeError`."""
     if cost is None:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
+        warnings.simplefilter("ignore")  # ott-jax imports deprecated packages
         from ott.geometry.costs import CostFn
     if not isinstance(cost, CostFn):
         raise TypeError(
@@ -44,7 +44,7 @@ def checked_cost(cost: Any) -> Any:
 def _costs(
     function: Callable[[Array, Array], Array], x: Float[Array, "n d"], y: Float[Array, "m d"]
 ) -> Float[Array, "n m"]:
-    # Users may have set JAX to be stricter than ott-jax is.
+    # ott-jax needs JAX's default promotion rules, which users may have made stricter.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         costs: Array = jax.vmap(lambda p: jax.vmap(partial(function, p))(y))(x)
     return costs.astype(x.dtype)
@@ -53,7 +53,7 @@ def _costs(
 @_costs.defjvp
 @full_precision
 def _costs_jvp(function: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    # Of ott-jax's norms only the tangents: at 0 they have another value where differentiated.
+    # The primal output of `jax.jvp` is not used: for ott-jax's norms it differs at 0.
     _, change = jax.jvp(partial(_costs.fun, function), primals, tangents)
     return _costs(function, *primals), change
 
@@ -61,6 +61,6 @@ def _costs_jvp(function: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...
 def mean_within(
     cost: Cost, points: Float[Array, "N n d"], weights: Float[Array, "N n"]
 ) -> Float[Array, " N"]:
-    """Σⱼₖ aⱼaₖ c(xⱼ, xₖ) of each cloud."""
+    """Compute Σⱼₖ aⱼaₖ c(xⱼ, xₖ) of each cloud."""
     costs = jax.vmap(cost.matrix)(points, points)
     return jnp.vecdot(jnp.matvec(costs, weights), weights)

@@ -1,5 +1,4 @@
-"""Entropic transport as a problem: two clouds, how exactly their mass must arrive, and how to solve
-it."""
+"""Data types of entropic transport: problem, solver settings, solver state and solutions."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,48 +11,52 @@ from jaxtyping import Float, Int
 from jdam._core.batching import by_platform
 from jdam._entropic.cost import Cost, HalfSquaredDistance
 
-#: Exponents of the plan's density that count as infinite: only weights of zero allow them.
+#: The largest exponent of the plan's density, which only atoms of weight 0 may exceed.
 LARGE = 80.0
-#: In units of ρ or 2ρ+ε, costs at which no mass is transported.
+#: The cost, in units of ρ or 2ρ+ε, above which no mass is transported.
 FREE = 100.0
-#: A tolerance of the marginal below which a solver is tight.
+#: Solvers with a tolerance of the marginal below this are tight.
 TIGHT = 1e-9
 
 
 class Marginals(NamedTuple):
-    """What it costs a plan π to have another marginal π1 than α: nothing else than α is allowed if
-    ρ is None, and ρ KL(π1|α) is paid otherwise. Of ε and ρ, and of potentials f."""
+    """Regularisation ε and marginal penalty ρ of a transport problem.
+
+    If ρ is None, the marginals of a plan π are exact. Else deviations cost ρ KL(π1|α), and likewise
+    for the second marginal. The methods are functions of potentials f."""
 
     epsilon: Float[Array, ""]
     rho: Float[Array, ""] | None = None
 
     @property
     def tau(self) -> Float[Array, ""] | float:
-        """s = ρ/(ρ+ε), by which soft c-transforms are multiplied: 1 for exact marginals."""
+        """The damping of soft c-transforms, s = ρ/(ρ+ε), ott-jax's tau: 1 for exact marginals."""
         return 1.0 if self.rho is None else 1 / (1 + self.epsilon / self.rho)
 
     def transported_fraction(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """e^(−f/ρ), the share of an atom's mass that is transported: 1 for exact marginals. Less
-        than e^(−45) is nothing, however far it would go."""
+        """Compute e^(−f/ρ), the transported fraction of each atom's mass: 1 for exact marginals,
+        and 0 where it is below e^(−45)."""
         if self.rho is None:
             return jnp.ones_like(f)
         return jnp.where(f > 45 * self.rho, 0, jnp.exp(-f / self.rho))
 
     def dual(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """−ρ(e^(−f/ρ) − 1), what an atom of mass 1 contributes to the dual objective: f for exact
-        marginals."""
+        """Compute −ρ(e^(−f/ρ) − 1), the contribution of an atom of mass 1 to the dual objective: f
+        for exact marginals."""
         return f if self.rho is None else -self.rho * jnp.expm1(-f / self.rho)
 
     def variation(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        """−(ρ+ε)(e^(−f/ρ) − 1), the first variation of the cost in the atom's mass: f for exact
-        marginals."""
+        """Compute −(ρ+ε)(e^(−f/ρ) − 1), the first variation of the cost in the mass of an atom: f
+        for exact marginals."""
         return self.dual(f) / self.tau
 
     def dual_shift(
         self, f: Float[Array, " n"], a: Float[Array, " n"], g: Float[Array, " m"], b: Array
     ) -> Float[Array, ""]:
-        """The t for which g + t has the largest dual value with its own f, which then is f − st:
-        there ⟨a, e^(−f/ρ)⟩ = ⟨b, e^(−g/ρ)⟩."""
+        """Compute the dual shift: the t for which the dual value of g + t and its c-transform f −
+        st is largest, so that ⟨a, e^(−f/ρ)⟩ = ⟨b, e^(−g/ρ)⟩ at these.
+
+        It is 0 for exact marginals, whose dual objective does not depend on t."""
         if self.rho is None:
             return jnp.zeros_like(self.epsilon)
         least_f = soft_minimum(-f[None] / self.rho, a[None])[0]
@@ -61,30 +64,31 @@ class Marginals(NamedTuple):
         return self.rho / (1 + self.tau) * (least_f - least_g)
 
     def payable(self, costs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
-        """Costs c, in units of ε, the largest of which is one at which no mass is transported:
-        e^(−c/(2ρ+ε)) = e^(−100) of it would be. Of larger ones potentials would have no digits."""
+        """Clip costs, in units of ε, at 100(2ρ+ε)/ε, at which a fraction e^(−100) of the mass is
+        transported. Potentials for larger costs would lose all digits."""
         if self.rho is None:
             return costs
         return jnp.minimum(costs, FREE * (1 + 2 * self.rho / self.epsilon))
 
     def scaled(self, factor: Float[Array, ""]) -> "Marginals":
-        """In other units of cost."""
+        """Return ε/factor and ρ/factor, for costs in units of `factor`."""
         return Marginals(self.epsilon / factor, None if self.rho is None else self.rho / factor)
 
 
 class Cloud(NamedTuple):
-    """μ = Σ aⱼδ(xⱼ). Atoms of weight 0 change nothing."""
+    """μ = Σ aⱼδ(xⱼ); atoms of weight 0 have no effect."""
 
     x: Float[Array, "n d"]
     a: Float[Array, " n"]
 
     def normalised(self) -> "Cloud":
-        """Sums of weights may differ by the rounding of another dtype."""
+        """Return the cloud with weights that sum to 1, from which they may differ by the rounding
+        of another dtype."""
         return self._replace(a=self.a / self.a.sum())
 
 
 class Pair(NamedTuple):
-    """μ = Σ aⱼδ(xⱼ), ν = Σ bₖδ(yₖ), and between what marginals to transport."""
+    """A transport problem between μ = Σ aⱼδ(xⱼ) and ν = Σ bₖδ(yₖ)."""
 
     x: Float[Array, "n d"]
     a: Float[Array, " n"]
@@ -93,19 +97,19 @@ class Pair(NamedTuple):
     marginals: Marginals
 
     def dual_value(self, f: Float[Array, " n"], g: Float[Array, " m"]) -> Float[Array, ""]:
-        """The dual objective at a potential g and the response f to it."""
+        """Compute the dual objective at a potential g and its c-transform f."""
         marginals, g = self.marginals, jnp.where(self.b > 0, g, 0)
         return jnp.vdot(marginals.variation(f), self.a) + jnp.vdot(marginals.dual(g), self.b)
 
     def turned(self) -> "Pair":
-        """The same the other way round."""
+        """Return the problem with μ and ν exchanged."""
         return Pair(self.y, self.b, self.x, self.a, self.marginals)
 
 
 @dataclass(frozen=True)
 class Solver:
-    """For what cost, and when to stop: at an L1 error `tol` of the marginal, or after
-    `max_iterations`."""
+    """Settings of a solver: the ground cost, the method ("stabilised" or "ott"), and when to stop,
+    at an L1 error `tol` of the marginal or after `max_iterations`."""
 
     tol: float
     max_iterations: int
@@ -114,27 +118,27 @@ class Solver:
 
     @property
     def tight(self) -> bool:
-        """Whether potentials are wanted to many digits too: of plans that are nearly permutations,
-        marginals say little of them."""
+        """Whether potentials must be accurate too: for plans that are nearly permutations, the
+        marginal error does not control them."""
         return self.tol < TIGHT
 
 
 class State(NamedTuple):
-    """How far the solution of two clouds has come."""
+    """State of the iterations for one pair."""
 
     f: Float[Array, " n"]
     g: Float[Array, " m"]
     gradient: Float[Array, "n d"]
     error: Float[Array, ""]
     iterations: Int[Array, ""]
-    ratio: Float[Array, ""]  # by how much larger an ε the next round takes
-    cooled: Float[Array, ""]  # at what error of the marginal ε becomes smaller
-    #: Of a tight solver, the length of the last Newton step in units of ε; ∞ before the first.
+    ratio: Float[Array, ""]  # of the ε of the next round to the final ε
+    cooled: Float[Array, ""]  # marginal error below which ε is decreased
+    #: For a tight solver, the length of the last Newton step in units of ε; ∞ before the first.
     newton: Float[Array, ""] | None = None
 
 
 class SinkhornOutput(NamedTuple):
-    """The solution for two clouds; the plan is right for f in its rows, for g up to `error`."""
+    """Solution for a pair; the plan's row sums are exact for f, the column sums up to `error`."""
 
     cost: Float[Array, ""]  # OT_ε
     f: Float[Array, " n"]  # potentials: the plan is aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε)
@@ -144,29 +148,30 @@ class SinkhornOutput(NamedTuple):
 
 
 class SelfTransport(NamedTuple):
-    """The solution for a cloud and itself, with one symmetric potential."""
+    """Solution for a cloud and itself, with one symmetric potential."""
 
     cost: Float[Array, ""]
     potential: Float[Array, " n"]
     error: Float[Array, ""]
-    gradient: Float[Array, "n d"] | None = None  # as of a `SinkhornOutput`; None where dropped
+    gradient: Float[Array, "n d"] | None = None  # as in `SinkhornOutput`; None if not stored
 
 
 def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:
-    """−log(Σₖ wₖ exp(lⱼₖ) / Σₖ wₖ), with its derivative in weights of zero too, and with all digits
-    where logits are small."""
+    """Compute −log(Σₖ wₖ exp(lⱼₖ) / Σₖ wₖ).
+
+    The derivative in weights of 0 is right too, and small logits keep all their digits."""
     top = jnp.where(weights > 0, logits, -jnp.inf).max(1, keepdims=True)
     top = jax.lax.stop_gradient(top)
     depth = jnp.minimum(logits - top, LARGE)
-    less = jnp.sum(weights * jnp.expm1(depth), axis=1) / weights.sum()
-    small = less > -0.5
+    excess = jnp.sum(weights * jnp.expm1(depth), axis=1) / weights.sum()
+    small = excess > -0.5
     total = jnp.sum(weights * jnp.exp(depth), axis=1) / weights.sum()
-    near = jnp.log1p(jnp.where(small, less, 0))
-    return -(top[:, 0] + jnp.where(small, near, jnp.log(jnp.where(small, 1, total))))
+    log_small = jnp.log1p(jnp.where(small, excess, 0))
+    return -(top[:, 0] + jnp.where(small, log_small, jnp.log(jnp.where(small, 1, total))))
 
 
 def pair_batch_size(size: int) -> int:
-    """Of plans of so many numbers: on a CPU as many as its cache holds; on accelerators as many as
-    keep them busy."""
+    """Return the number of plans of `size` entries to compute at once: as many as fit the cache of
+    a CPU, or occupy an accelerator."""
     numbers = by_platform(2**14, 2**24)
     return max(1, numbers // size)

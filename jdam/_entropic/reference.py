@@ -1,4 +1,4 @@
-"""The same problem, solved by ott-jax."""
+"""A second solver for the same problem, by ott-jax."""
 
 import warnings
 from typing import Any
@@ -15,17 +15,19 @@ from jdam._entropic.scaling import largest, sharpened
 
 
 def solve_by_ott(solver: Solver, pair: Pair) -> State:
-    """By its Sinkhorn solver or, since that takes no traced ρ, for relaxed marginals by
-    translation-invariant iterations (Séjourné, Vialard and Peyré, arXiv:2201.00730) of the
-    log-domain transforms of its geometry."""
+    """Solve a transport problem by ott-jax.
+
+    Exact marginals are solved by its Sinkhorn solver. Relaxed marginals are solved by
+    translation-invariant iterations (Séjourné, Vialard and Peyré, arXiv:2201.00730) of its
+    log-domain kernels, because its solver takes no traced ρ."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
+        warnings.simplefilter("ignore")  # ott-jax imports deprecated packages
         from ott.geometry.geometry import Geometry
     epsilon = pair.marginals.epsilon
     scaled = pair.marginals.payable(solver.cost.scaled(pair.x, pair.y, epsilon))
     geometry = Geometry(cost_matrix=epsilon * scaled, epsilon=epsilon)  # type: ignore[arg-type]
     iterate = _balanced if pair.marginals.rho is None else _relaxed
-    # Users may have set JAX to be stricter than ott-jax is.
+    # ott-jax needs JAX's default promotion rules, which users may have made stricter.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         g, count = iterate(solver, pair, geometry)
     columns = columns_of(solver.cost, g, pair)
@@ -42,34 +44,36 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
 
 
 def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
+    """Return g and the number of iterations for exact marginals."""
     from ott.problems.linear.linear_problem import LinearProblem
     from ott.solvers.linear.sinkhorn import Sinkhorn
 
     sinkhorn = Sinkhorn(threshold=solver.tol, max_iterations=solver.max_iterations)
-    found = sinkhorn(LinearProblem(geometry, pair.a, pair.b))
-    # ott's potentials are of the plan, ours of its density.
-    return found.g - pair.marginals.epsilon * safe_log(pair.b), jnp.asarray(found.n_iters)
+    output = sinkhorn(LinearProblem(geometry, pair.a, pair.b))
+    # ott's potentials define the plan, ours its density with respect to a⊗b.
+    return output.g - pair.marginals.epsilon * safe_log(pair.b), jnp.asarray(output.n_iters)
 
 
 def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
+    """Return g and the number of iterations for relaxed marginals."""
     _, a, _, b, marginals = pair
     epsilon, s = marginals.epsilon, marginals.tau
 
-    def answer(f: Array, g: Array, weights: Array, axis: int) -> Array:
+    def transform(f: Array, g: Array, weights: Array, axis: int) -> Array:
         result: Array = -s * geometry.apply_lse_kernel(f, g, epsilon, weights, axis)[0]
         return result
 
-    def turn(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def body_fun(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, g, _ = carry
-        f = answer(jnp.zeros_like(a), g, b, 1)
-        g = answer(f, jnp.zeros_like(b), a, 0)
-        g = g + marginals.dual_shift(answer(jnp.zeros_like(a), g, b, 1), a, g, b)
+        f = transform(jnp.zeros_like(a), g, b, 1)
+        g = transform(f, jnp.zeros_like(b), a, 0)
+        g = g + marginals.dual_shift(transform(jnp.zeros_like(a), g, b, 1), a, g, b)
         return count + 1, g, columns_of(solver.cost, g, pair).marginal_error
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+    def cond_fun(carry: tuple[Array, Array, Array]) -> Array:
         count, _, marginal_error = carry
         return (marginal_error > solver.tol) & (count < solver.max_iterations)
 
     start = (jnp.array(0, jnp.int32), jnp.zeros_like(b), jnp.full_like(epsilon, jnp.inf))
-    count, g, _ = while_loop(unfinished, turn, start, pair)
+    count, g, _ = while_loop(cond_fun, body_fun, start, pair)
     return g, count

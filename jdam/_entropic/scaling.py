@@ -1,4 +1,4 @@
-"""Solvers of one entropic transport problem: scaling iterations, Newton steps, annealing."""
+"""Solver of one entropic transport problem: scaling iterations, Newton steps and annealing."""
 
 import math
 from functools import partial
@@ -25,34 +25,34 @@ from jdam._entropic.problem import (
     soft_minimum,
 )
 
-#: Scaling iterations before the first Newton step, and after each.
+#: The number of scaling iterations before the first Newton step, and after each.
 FIRST_BURST, LATER_BURST = 40, 10
-#: Conjugate gradients for a Newton step, at most.
+#: The largest number of conjugate gradient iterations of a Newton step.
 NEWTON = 100
-#: Scaling iterations for a bound.
+#: The number of scaling iterations for a lower bound.
 SOME = 4
-#: An error of the marginal beyond which ε is annealed, and the ratio of its ladder.
+#: The marginal error above which ε is annealed, and the ratio of successive ε.
 POOR, DESCENT = 0.01, 2.5
-#: By how much, as an exponent, mass must exceed what a kernel may have left out.
+#: The exponent by which mass must exceed the mass that may have underflowed in a kernel.
 VISIBLE = 10.0
-#: A Newton step of so many ε, after which a tight solver may end.
+#: The length of a Newton step, in units of ε, below which a tight solver may stop.
 SETTLED = 1e-8
 
 
 class _Plan(NamedTuple):
-    """diag(a u) M diag(v), right in its rows: u = exp(f/ε) of f = s g^{c,ε}."""
+    """diag(a u) M diag(v) with exact row sums: u = exp(f/ε) for f = s g^{c,ε}."""
 
     u: Float[Array, " n"]
     v: Float[Array, " m"]
     sums: Float[Array, " n"]  # M v
-    columns: Float[Array, " m"]  # (a u)ᵀ M, so that the plan's columns sum to columns·v
-    wanted: Float[Array, " m"]  # what they should be: b e^(−g/ρ)
+    columns: Float[Array, " m"]  # (a u)ᵀ M; the plan's column sums are columns·v
+    wanted: Float[Array, " m"]  # their targets, b e^(−g/ρ)
 
 
 def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
-    """Rounds on a fresh kernel each: scaling iterations, which are enough for most pairs, and then
-    Newton steps with a few of these after. Where the first round was far off, the next come down a
-    ladder of larger ε. Pairs of a vmapped batch take turns, a few at a time."""
+    """Solve a pair in rounds on fresh kernels: scaling iterations first, which often suffice, then
+    Newton steps with a few scaling iterations each. If the first round ends far from the solution,
+    ε is annealed from larger values. Under `jax.vmap`, pairs form a work queue."""
     zero = jnp.zeros_like(pair.marginals.epsilon)
     start = State(
         f=jnp.zeros_like(pair.a),
@@ -65,13 +65,13 @@ def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
         newton=zero + jnp.inf if solver.tight else None,
     )
     pairs = pair_batch_size(pair.a.size * pair.b.size)
-    unfinished, turn = partial(_unfinished, solver), partial(_turn, solver)
-    state: State = batched_while_loop(unfinished, turn, start, pair, at_once=pairs, flat=True)
+    cond_fun, body_fun = partial(_cond_fun, solver), partial(_step, solver)
+    state: State = batched_while_loop(cond_fun, body_fun, start, pair, at_once=pairs, flat=True)
     return state
 
 
 def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Float[Array, " m"]:
-    """A better g, by some scaling iterations on the kernel of the guess."""
+    """Improve the guess of g by a few scaling iterations on its kernel."""
     cost = solver.cost.roughly(pair.x, pair.y, pair.marginals.epsilon)
     cost = pair.marginals.payable(cost)
     kernel, g = _kernel(cost, pair, guess)
@@ -79,89 +79,90 @@ def some_iterations(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Fl
     return g + pair.marginals.epsilon * jnp.log(plan.v)
 
 
-def _unfinished(solver: Solver, state: State, pair: Pair) -> Bool[Array, ""]:
-    """Whether the marginal is wrong, or the potentials of a tight solver may be."""
-    wrong = state.error > solver.tol
+def _cond_fun(solver: Solver, state: State, pair: Pair) -> Bool[Array, ""]:
+    """Return whether the marginal error, or a tight solver's Newton step, is still too large."""
+    inaccurate = state.error > solver.tol
     if state.newton is not None:
-        wrong |= state.newton > SETTLED
-    # Pairs that hold NaN may come along with others.
-    more = wrong & ~jnp.isnan(state.error) & (state.iterations < solver.max_iterations)
-    return more | (state.iterations == 0)
+        inaccurate |= state.newton > SETTLED
+    # A pair with NaN must not keep others of its batch waiting.
+    active = inaccurate & ~jnp.isnan(state.error) & (state.iterations < solver.max_iterations)
+    return active | (state.iterations == 0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _turn(solver: Solver, last: State, pair: Pair) -> State:
-    first, marginals = last.iterations == 0, pair.marginals
-    burst = jnp.minimum(solver.max_iterations - last.iterations, LATER_BURST)
+def _step(solver: Solver, previous: State, pair: Pair) -> State:
+    """Run one round and choose the ε of the next one."""
+    first, marginals = previous.iterations == 0, pair.marginals
+    burst = jnp.minimum(solver.max_iterations - previous.iterations, LATER_BURST)
     burst = jnp.where(first, FIRST_BURST, burst)
     newton = jnp.where(first, 0, NEWTON)
-    warmer = pair._replace(marginals=marginals._replace(epsilon=last.ratio * marginals.epsilon))
-    state, hardness = _round(solver, warmer, last.g, burst, newton)
-    # Mass that has to go where the kernel has underflowed moves neither by scaling nor by Newton
-    # steps, however little of the marginal it is.
-    slow = state.error > jnp.maximum(solver.tol, last.error / 2)
-    stuck = slow & ~first & (last.cooled == POOR)
-    cooler = jnp.maximum(last.ratio / DESCENT, 1)
-    hotter = jnp.where(first | stuck, jnp.maximum(hardness, 1), last.ratio)
-    ratio = jnp.where(~stuck & (state.error < last.cooled), cooler, hotter)
-    # Then every ε is solved well, as far as its rounding allows, before the next.
-    relaxed = jnp.where(last.ratio > 1, 1.5 * last.cooled, last.cooled)
-    relaxed = jnp.where(last.cooled == POOR, POOR, jnp.minimum(relaxed, POOR / 2))
-    cooled = jnp.where(stuck, jnp.minimum(state.error / 16, POOR / 2), relaxed)
+    smooth = pair._replace(marginals=marginals._replace(epsilon=previous.ratio * marginals.epsilon))
+    state, start_ratio = _round(solver, smooth, previous.g, burst, newton)
+    # Mass whose target underflows in the kernel is moved neither by scaling iterations nor by
+    # Newton steps, however small the marginal error is.
+    slow = state.error > jnp.maximum(solver.tol, previous.error / 2)
+    stagnated = slow & ~first & (previous.cooled == POOR)
+    smaller = jnp.maximum(previous.ratio / DESCENT, 1)
+    larger = jnp.where(first | stagnated, jnp.maximum(start_ratio, 1), previous.ratio)
+    ratio = jnp.where(~stagnated & (state.error < previous.cooled), smaller, larger)
+    # After stagnation, each ε is solved accurately, up to rounding, before the next.
+    threshold = jnp.where(previous.ratio > 1, 1.5 * previous.cooled, previous.cooled)
+    threshold = jnp.where(previous.cooled == POOR, POOR, jnp.minimum(threshold, POOR / 2))
+    cooled = jnp.where(stagnated, jnp.minimum(state.error / 16, POOR / 2), threshold)
     state = state._replace(
-        # The marginal of a larger ε says nothing of that of the ε asked for.
-        error=jnp.where(last.ratio > 1, jnp.inf, state.error),
-        iterations=last.iterations + jnp.maximum(state.iterations, 1),
+        # The marginal error at a larger ε is no estimate of that at the final ε.
+        error=jnp.where(previous.ratio > 1, jnp.inf, state.error),
+        iterations=previous.iterations + jnp.maximum(state.iterations, 1),
         ratio=ratio,
         cooled=cooled,
     )
-    if state.newton is None or last.newton is None:
+    if state.newton is None or previous.newton is None:
         return state
-    # Steps that no longer become shorter are all rounding.
-    solved = ~first & (last.ratio == 1) & (last.error <= solver.tol)
+    # Newton steps that no longer become shorter are rounding errors.
+    solved = ~first & (previous.ratio == 1) & (previous.error <= solver.tol)
     worse = solved & (state.error > solver.tol)
-    ended = worse | solved & (state.newton > last.newton / 2)
-    step = jnp.where(first, jnp.inf, jnp.where(ended, 0, state.newton))
-    kept = last._replace(iterations=state.iterations)
-    result: State = jax.tree.map(partial(jnp.where, worse), kept, state)._replace(newton=step)
+    converged = worse | solved & (state.newton > previous.newton / 2)
+    step = jnp.where(first, jnp.inf, jnp.where(converged, 0, state.newton))
+    restored = previous._replace(iterations=state.iterations)
+    result: State = jax.tree.map(partial(jnp.where, worse), restored, state)._replace(newton=step)
     return result
 
 
 class _Kernel(NamedTuple):
-    """M = b exp(g − C − top), the largest entry of each row 1; all in units of ε."""
+    """M = b exp(g − C − top), whose largest entry in each row is 1; all in units of ε."""
 
     matrix: Float[Array, "n m"]
     top: Float[Array, " n"]
     a: Float[Array, " n"]
     b: Float[Array, " m"]
-    g: Float[Array, " m"]  # 0 where b is
+    g: Float[Array, " m"]  # 0 where b = 0
     marginals: Marginals
 
     def translated(self) -> tuple["_Kernel", Float[Array, ""]]:
-        """The kernel of g + t, and t, with which its dual value is largest. All that follows does
-        not depend on t but for its rounding: plans change by constants, their shape does not."""
+        """Return the kernel of g + t with the dual shift t, and t. Everything computed from the
+        kernel depends on t only by rounding."""
         f = -self.marginals.tau * (jnp.log(self.matrix.sum(1)) + self.top)
         t = self.marginals.dual_shift(f, self.a, self.g, self.b)
         return self._replace(top=self.top + t, g=self.g + t), t
 
     def plan(self, v: Float[Array, " m"]) -> _Plan:
-        """The plan of g + log v."""
+        """Compute the plan of g + log v."""
         sums = jnp.maximum(self.matrix @ v, _least(v))
         if self.marginals.rho is None:
-            u, wanted = 1 / sums, self.b
+            u, target = 1 / sums, self.b
         else:
             s = self.marginals.tau
             u = jnp.exp((1 - s) * self.top - s * jnp.log(sums))
-            wanted = self.b * self.marginals.transported_fraction(self.g + jnp.log(v))
-        return _Plan(u, v, sums, (self.a * u) @ self.matrix, wanted)
+            target = self.b * self.marginals.transported_fraction(self.g + jnp.log(v))
+        return _Plan(u, v, sums, (self.a * u) @ self.matrix, target)
 
     def rescaled(self, plan: _Plan) -> Float[Array, " m"]:
-        """The v of g = s f^{c,ε}, which is right in its columns for the f that is."""
+        """Compute the v of g = s f^{c,ε}, for the f of the plan."""
         on, least = self.b > 0, _least(plan.v)
         if self.marginals.rho is None:
             columns = jnp.maximum(plan.columns, least)
             return jnp.where(on, self.b / columns, 1)
-        # Mass that finds no partner is given up: what the kernel left out must not look like it.
+        # Underflow in the kernel must not look like mass that ρ leaves untransported.
         left_out = plan.u.max() * math.exp(VISIBLE - LARGE)
         columns = jnp.maximum(plan.columns, jnp.maximum(left_out, least**2))
         s, ratio = self.marginals.tau, columns / jnp.where(on, self.b, 1)
@@ -169,18 +170,18 @@ class _Kernel(NamedTuple):
         return jnp.exp(jnp.clip(log_v, -LARGE, LARGE))
 
     def marginal_error(self, plan: _Plan) -> Float[Array, ""]:
-        """The L1 error of the columns; of plans between relaxed marginals, for the constant that is
-        best, at most."""
-        found = jnp.where(self.b > 0, plan.columns * plan.v, 0)
+        """Return the L1 error of the column sums; for relaxed marginals an upper bound of its
+        minimum over constants in g."""
+        sums = jnp.where(self.b > 0, plan.columns * plan.v, 0)
         if self.marginals.rho is None:
-            return jnp.abs(found - self.b).sum()
-        mass, wanted = found.sum(), plan.wanted.sum()
+            return jnp.abs(sums - self.b).sum()
+        mass, target = sums.sum(), plan.wanted.sum()
         least = _least(mass)
-        shapes = found / jnp.maximum(mass, least) - plan.wanted / jnp.maximum(wanted, least)
-        return jnp.maximum(mass, wanted) * jnp.abs(shapes).sum()
+        difference = sums / jnp.maximum(mass, least) - plan.wanted / jnp.maximum(target, least)
+        return jnp.maximum(mass, target) * jnp.abs(difference).sum()
 
     def f(self, plan: _Plan) -> Float[Array, " n"]:
-        """The potential of the plan's rows."""
+        """Compute the potential of the plan's rows."""
         return -self.marginals.tau * (jnp.log(plan.sums) + self.top)
 
 
@@ -190,17 +191,17 @@ def _least(like: Array) -> float:
 
 
 def largest(cost: Float[Array, "n m"], pair: Pair) -> Float[Array, ""]:
-    """Of the costs between atoms with mass."""
-    held = (pair.a[:, None] > 0) & (pair.b[None] > 0)
-    return jnp.where(held, cost, 0).max()
+    """Return the largest cost between atoms of positive weight."""
+    occupied = (pair.a[:, None] > 0) & (pair.b[None] > 0)
+    return jnp.where(occupied, cost, 0).max()
 
 
 def _round(
     solver: Solver, pair: Pair, g: Array, burst: Array, newton: Array
 ) -> tuple[State, Float[Array, ""]]:
-    """A kernel whose rows are right for g, a Newton step by at most `newton` conjugate gradients, a
-    burst of scaling iterations on it, and what follows. And how far above ε annealing would have to
-    start: at the largest cost, or at ρ, beyond which costs are not paid."""
+    """Run a Newton step, of at most `newton` conjugate gradient iterations, and a burst of scaling
+    iterations on a kernel for g. Return the state, and the ratio of the largest annealed ε to ε:
+    the largest cost over ε, or ρ/ε if less."""
     marginals, epsilon = pair.marginals, pair.marginals.epsilon
     cost = marginals.payable(solver.cost.scaled(pair.x, pair.y, epsilon))
     kernel, g = _kernel(cost, pair, g)
@@ -218,53 +219,52 @@ def _round(
         newton=size if solver.tight else None,
     )
     top = largest(cost, pair)
-    hardness = top if marginals.rho is None else jnp.minimum(top, marginals.rho / epsilon)
-    return sharpened(state, cost, pair, top), hardness
+    start_ratio = top if marginals.rho is None else jnp.minimum(top, marginals.rho / epsilon)
+    return sharpened(state, cost, pair, top), start_ratio
 
 
 def sharpened(
     state: State, cost: Float[Array, "n m"], pair: Pair, largest: Float[Array, ""]
 ) -> State:
-    """The same with the best constant in its potentials, `cost` being in units of ε; and, where ε
-    is larger than all costs, or than ρ, so that logarithms of scalings have no digits, with
-    potentials that do."""
+    """Return the state after the dual shift, for `cost` in units of ε. If ε exceeds all costs, or
+    ρ, logarithms of scalings have no digits, and c-transforms recompute the potentials."""
     _, a, _, b, marginals = pair
-    epsilon, inside = marginals.epsilon, marginals.scaled(marginals.epsilon)
-    blurred = largest < 1
+    epsilon, unit = marginals.epsilon, marginals.scaled(marginals.epsilon)
+    inaccurate = largest < 1
     if marginals.rho is not None:
-        blurred |= 16 * marginals.rho < epsilon
+        inaccurate |= 16 * marginals.rho < epsilon
 
-    def turn(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def body_fun(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, f, _ = carry
         if marginals.rho is None:
-            f = f - jnp.vdot(a, f)  # a constant, free to choose, may be large
+            f = f - jnp.vdot(a, f)  # a constant is free, and may be large
         f = jnp.where(a > 0, f, 0)
-        g = inside.tau * soft_minimum(f[None] - cost.T, a[None])
-        f = inside.tau * soft_minimum(g[None] - cost, b[None])
-        return (count + 1, *best(f, g))
+        g = unit.tau * soft_minimum(f[None] - cost.T, a[None])
+        f = unit.tau * soft_minimum(g[None] - cost, b[None])
+        return (count + 1, *with_dual_shift(f, g))
 
-    def best(f: Array, g: Array) -> tuple[Array, Array]:
-        t = inside.dual_shift(f, a, jnp.where(b > 0, g, 0), b)
-        return f - inside.tau * t, g + t
+    def with_dual_shift(f: Array, g: Array) -> tuple[Array, Array]:
+        t = unit.dual_shift(f, a, jnp.where(b > 0, g, 0), b)
+        return f - unit.tau * t, g + t
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        # What one turn leaves of the rounding is a constant.
-        return blurred & (carry[0] < 2)
+    def cond_fun(carry: tuple[Array, Array, Array]) -> Array:
+        # One iteration removes the rounding error up to a constant.
+        return inaccurate & (carry[0] < 2)
 
-    start = (jnp.array(0, jnp.int32), *best(state.f / epsilon, state.g / epsilon))
-    _, f, g = while_loop(unfinished, turn, start, cost, pair)
+    start = (jnp.array(0, jnp.int32), *with_dual_shift(state.f / epsilon, state.g / epsilon))
+    _, f, g = while_loop(cond_fun, body_fun, start, cost, pair)
     return state._replace(f=epsilon * f, g=epsilon * g)
 
 
 def _kernel(cost: Array, pair: Pair, g: Array) -> tuple[_Kernel, Array]:
-    """The kernel of g + t, t the best constant, and g + t."""
+    """Compute the kernel of g + t with the dual shift t, and g + t."""
     _, a, _, b, marginals = pair
     epsilon = marginals.epsilon
     scaled = g / epsilon
     logits = (scaled + safe_log(b))[None] - cost
     top = logits.max(1)
     depth = logits - top[:, None]
-    matrix = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers would be slow
+    matrix = jnp.where(depth < -LARGE, 0, jnp.exp(depth))  # denormal numbers are slow
     kernel = _Kernel(matrix, top, a, b, jnp.where(b > 0, scaled, 0), marginals.scaled(epsilon))
     kernel, t = kernel.translated()
     return kernel, g + epsilon * t
@@ -273,34 +273,34 @@ def _kernel(cost: Array, pair: Pair, g: Array) -> tuple[_Kernel, Array]:
 def _scaled(
     solver: Solver, kernel: _Kernel, v: Float[Array, " m"], most: Any
 ) -> tuple[_Plan, Float[Array, ""], Int[Array, ""]]:
-    """The plan of g + log v after scaling iterations, its error, and how many there were."""
+    """Run scaling iterations; return the plan of g + log v, its marginal error and their number."""
 
-    def rescale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
+    def body_fun(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
         plan = kernel.plan(jnp.where(count < 0, v, kernel.rescaled(plan)))
         return count + 1, plan, kernel.marginal_error(plan)
 
-    def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
+    def cond_fun(carry: tuple[Array, _Plan, Array]) -> Array:
         count, _, error = carry
         result: Array = (error > solver.tol) & (count < most)
         return result
 
-    # The first turn makes the plan.
-    nothing = _Plan(jnp.ones_like(kernel.a), v, jnp.ones_like(kernel.a), v, v)
-    start = (jnp.array(-1, jnp.int32), nothing, jnp.full_like(kernel.marginals.epsilon, jnp.inf))
-    count, plan, error = while_loop(unfinished, rescale, start, kernel)
+    # The first iteration computes the plan of v.
+    empty = _Plan(jnp.ones_like(kernel.a), v, jnp.ones_like(kernel.a), v, v)
+    start = (jnp.array(-1, jnp.int32), empty, jnp.full_like(kernel.marginals.epsilon, jnp.inf))
+    count, plan, error = while_loop(cond_fun, body_fun, start, kernel)
     return plan, error, count
 
 
 def _newton_step(
     solver: Solver, kernel: _Kernel, most: Array
 ) -> tuple[Float[Array, " m"], Float[Array, ""], Array]:
-    """A step δ of g along the Newton direction of the semi-dual objective J, in units of ε,
+    """Return a damped Newton step δ of g in units of ε, its undamped size and the iterations spent.
 
-        (diag(c + w/ρ) − s Pᵀ diag(1/P1) P) δ = w − c,
+        (diag(c + w/ρ) − s Pᵀ diag(1/P1) P) δ = w − c
 
-    c the plan's columns and w what they should be, as long as it surely ascends; the length of
-    the direction; and the number of iterations that it took."""
+    is the Newton equation of the semi-dual objective J, for the plan's column sums c and their
+    targets w. The damped step increases J."""
     s, rho = kernel.marginals.tau, kernel.marginals.rho
     plan = kernel.plan(jnp.ones_like(kernel.b))
     columns, weight = plan.columns, kernel.a * plan.u / plan.sums  # v = 1
@@ -310,16 +310,16 @@ def _newton_step(
         return diagonal * d - s * (weight * (kernel.matrix @ d)) @ kernel.matrix
 
     gradient = jnp.where(kernel.b > 0, plan.wanted - columns, 0)
-    # Precise enough for superlinear convergence, and no more.
+    # This precision suffices for superlinear convergence.
     error = jnp.abs(gradient).sum()
     precision = jnp.minimum(0.1, error)
     if solver.tight:
-        # Where little is left to mend it is left in the directions that residuals show least.
+        # Small errors lie in directions to which the residual is least sensitive.
         precision = jnp.where(error > TIGHT, precision, 1e-9)
     step, iterations = conjugate_gradients(hessian, gradient, diagonal, precision, most)
-    # J is self-concordant with respect to this size: a step of this length always ascends.
+    # J is self-concordant with respect to this size, so a step of this length increases it.
     if rho is None:
-        step = step - step.max()  # a constant changes nothing, and may be large
+        step = step - step.max()  # a constant is free, and may be large
         size = -step.min()
     else:
         largest = jnp.abs(step).max()
@@ -332,18 +332,18 @@ def _newton_step(
 def conjugate_gradients(
     matvec: Any, right: Array, diagonal: Array, precision: Any, most: Any
 ) -> tuple[Array, Array]:
-    """The solution of a semidefinite system, preconditioned by its diagonal, to a relative L1
-    residual `precision`, and the number of iterations. Where it breaks down it stops."""
+    """Solve a semidefinite system, preconditioned by its diagonal, to a relative L1 residual
+    `precision`; return the solution and the number of iterations. Stop at a breakdown."""
     least = _least(right)
     inverse = jnp.where(diagonal > least, 1 / jnp.maximum(diagonal, least), 0)
     goal = precision * jnp.abs(right).sum()
 
-    def unfinished(carry: tuple[Any, ...]) -> Array:
+    def cond_fun(carry: tuple[Any, ...]) -> Array:
         count, _, residual, _, decrement = carry
         result: Array = (jnp.abs(residual).sum() > goal) & (decrement > 0) & (count < most)
         return result
 
-    def turn(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         count, solution, residual, direction, decrement = carry
         image = matvec(direction)
         curvature = jnp.vdot(direction, image)
@@ -351,21 +351,21 @@ def conjugate_gradients(
         length = jnp.where(convex, decrement / jnp.where(convex, curvature, 1), 0)
         solution, residual = solution + length * direction, residual - length * image
         scaled = inverse * residual
-        following = jnp.where(convex, jnp.vdot(residual, scaled), 0)
-        direction = scaled + following / decrement * direction
-        return count + 1, solution, residual, direction, following
+        new_decrement = jnp.where(convex, jnp.vdot(residual, scaled), 0)
+        direction = scaled + new_decrement / decrement * direction
+        return count + 1, solution, residual, direction, new_decrement
 
     scaled = inverse * right
     start = (jnp.array(0, jnp.int32), jnp.zeros_like(right), right, scaled, jnp.vdot(right, scaled))
-    count, solution, *_ = while_loop(unfinished, turn, start, diagonal)
+    count, solution, *_ = while_loop(cond_fun, body_fun, start, diagonal)
     return solution, count
 
 
 @partial(jax.jit, static_argnums=0)
 def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfTransport:
-    """h ← (h + 2h^{c,ε}) s/(2+s): the coupling's spectrum lies in [0, 1], so that each iteration
-    takes two thirds off the error at least. exp(h/ε) lies between √min a and 1/√min a: no
-    kernel on the way overflows or vanishes."""
+    """Solve for the symmetric potential of a cloud by h ← (h + 2h^{c,ε}) s/(2+s). The coupling's
+    spectrum lies in [0, 1], so each iteration reduces the error to a third at most. exp(h/ε) stays
+    between √min a and 1/√min a, so no kernel overflows or vanishes."""
     (x, a), epsilon = cloud, marginals.epsilon
     cost = marginals.payable(solver.cost.scaled(x, x, epsilon))
     marginals = marginals.scaled(epsilon)
@@ -375,24 +375,24 @@ def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfTransp
     def marginal_error(u: Array, sums: Array) -> Array:
         return jnp.vdot(a, jnp.abs(u * sums - marginals.transported_fraction(jnp.log(u))))
 
-    def average(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def body_fun(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, u, sums = carry
         log_u = (jnp.log(u) - 2 * jnp.log(sums)) * (s / (2 + s))
         u = jnp.where(a > 0, jnp.exp(log_u), 1)
         return count + 1, u, kernel @ (a * u)
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
+    def cond_fun(carry: tuple[Array, Array, Array]) -> Array:
         count, u, sums = carry
         return (marginal_error(u, sums) > solver.tol) & (count < solver.max_iterations)
 
     start = (jnp.array(0, jnp.int32), jnp.ones_like(a), kernel @ a)
-    _, u, sums = while_loop(unfinished, average, start, kernel)
+    _, u, sums = while_loop(cond_fun, body_fun, start, kernel)
     error = marginal_error(u, sums)
-    # Where ε is large log u is all rounding, but not the answer to it, up to a constant.
+    # For large ε, log u is all rounding error; its c-transform is exact up to a constant.
     h = jnp.where(a > 0, jnp.log(u), 0)
-    answer = s * soft_minimum(h[None] - cost, a[None])
-    value = jnp.vdot(a, marginals.dual(h) + marginals.variation(answer))
-    potential = answer + jnp.vdot(a, h - answer) * (s / (1 + s))
+    transform = s * soft_minimum(h[None] - cost, a[None])
+    value = jnp.vdot(a, marginals.dual(h) + marginals.variation(transform))
+    potential = transform + jnp.vdot(a, h - transform) * (s / (1 + s))
     plan = a[None] * jnp.exp(jnp.minimum(potential[:, None] + potential[None] - cost, LARGE))
     plan = plan / plan.sum(1, keepdims=True)
     gradient = solver.cost.gradient(plan, x, x)

@@ -1,4 +1,4 @@
-"""A cloud and itself: one symmetric potential h = s h^{c,ε}."""
+"""Entropic transport of a cloud to itself, with one symmetric potential h = s h^{c,ε}."""
 
 import math
 from functools import partial
@@ -21,8 +21,10 @@ from jdam._entropic.transport import change_by_atoms, change_by_marginals
 def self_transport(
     solver: Solver, cloud: Cloud, marginals: Marginals, known: SelfTransport | None = None
 ) -> SelfTransport:
-    """The optimal coupling of a cloud with itself, unless it is `known`, in which case only
-    derivatives are computed."""
+    """Compute the optimal coupling of a cloud with itself.
+
+    If the coupling is `known`, it is returned, and only derivatives are computed. Under `jax.vmap`,
+    a few clouds are solved at a time."""
     if known is not None:
         return known
     pairs = pair_batch_size(len(cloud.x) ** 2)
@@ -34,7 +36,7 @@ def self_transport(
 
 @partial(self_transport.defjvp, symbolic_zeros=True)
 @full_precision
-def _couple_with_itself_jvp(
+def _self_transport_jvp(
     solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[SelfTransport, SelfTransport]:
     solved = self_transport(solver, *primals)
@@ -42,28 +44,29 @@ def _couple_with_itself_jvp(
     cloud, marginals = problem
     dcloud, dmarginals = tangents[:2]
 
-    def answer(cloud: Cloud, marginals: Marginals) -> CTransform:
+    def transform(cloud: Cloud, marginals: Marginals) -> CTransform:
         return c_transform(solver.cost, h, _with_itself(cloud, marginals))
 
-    # h = s h^{c,ε}, so that (I + sP̃) dh = (∂(s h^{c,ε})/∂problem) dproblem.
-    found, moved = jvp(answer, problem, (dcloud, dmarginals))
+    # h = s h^{c,ε} implies (I + sP̃) dh = (∂(s h^{c,ε})/∂problem) dproblem.
+    response, dresponse = jvp(transform, problem, (dcloud, dmarginals))
     itself = _with_itself(cloud, marginals)
-    follow = partial(c_transform_change, solver.cost, found, pair=itself)
+    differential = partial(c_transform_change, solver.cost, response, pair=itself)
 
     def plus_plan(d: Array) -> Array:
-        return d - follow(d)[0]
+        return d - differential(d)[0]
 
     def solve(matvec: Any, right: Array) -> Array:
-        rounds = math.ceil(-math.log(float(jnp.finfo(right.dtype).eps)) / math.log(3))
+        iterations = math.ceil(-math.log(float(jnp.finfo(right.dtype).eps)) / math.log(3))
+        # Richardson iterations of step 2/3: the spectrum of I + sP̃ lies in [1, 2].
         return repeat(
-            rounds, lambda d: d + (right - matvec(d)) * (2 / 3), jnp.zeros_like(right), right
+            iterations, lambda d: d + (right - matvec(d)) * (2 / 3), jnp.zeros_like(right), right
         )
 
-    right = moved.potential
+    right = dresponse.potential
     dh = jax.lax.custom_linear_solve(plus_plan, right, solve, transpose_solve=solve)
-    dcost = 2 * change_by_atoms(marginals, h, cloud.a, found.gradient, dcloud)
-    dcost += change_by_marginals(itself, h, found._replace(potential=h), dmarginals)
-    dgradient = None if solved.gradient is None else moved.gradient + follow(dh)[1]
+    dcost = 2 * change_by_atoms(marginals, h, cloud.a, response.gradient, dcloud)
+    dcost += change_by_marginals(itself, h, response._replace(potential=h), dmarginals)
+    dgradient = None if solved.gradient is None else dresponse.gradient + differential(dh)[1]
     return solved, SelfTransport(dcost, dh, jnp.zeros_like(solved.error), dgradient)
 
 

@@ -1,18 +1,18 @@
-"""Entropic optimal transport between weighted clouds: potentials, barycentric maps, costs.
+"""Entropic optimal transport between weighted clouds: potentials, barycentric maps and costs.
 
     OT_ε(μ, ν) = min over π ∈ Π(μ, ν) of ∫ c dπ + ε KL(π | μ⊗ν)
                = max over f, g of ⟨f, a⟩ + ⟨g, b⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1)
 
-for μ = Σ aⱼδ(xⱼ) and ν = Σ bₖδ(yₖ) of mass 1, and, where marginals are relaxed,
+for μ = Σ aⱼδ(xⱼ) and ν = Σ bₖδ(yₖ) of mass 1, and, for relaxed marginals,
 
     OT_{ε,ρ}(μ, ν) = min over π ≥ 0 of ∫ c dπ + ε KL(π | μ⊗ν) + ρ KL(π1 | μ) + ρ KL(πᵀ1 | ν)
         = max over f, g of −ρ⟨a, e^(−f/ρ)−1⟩ − ρ⟨b, e^(−g/ρ)−1⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1)
 
-(Séjourné et al., arXiv:1910.12958), in the log domain. Both are solved by f = s g^{c,ε} and
-g = s f^{c,ε}, the soft c-transforms damped by s = ρ/(ρ+ε), which is 1 for exact marginals. Atoms of
-weight 0 change nothing, and get potentials and maps by extension. First derivatives follow from
-the envelope theorem, those of potentials and maps from the implicit function theorem: no
-iteration is ever differentiated.
+(Séjourné et al., arXiv:1910.12958). Solvers are stabilised in the log domain. Optimal potentials
+satisfy f = s g^{c,ε} and g = s f^{c,ε}, with soft c-transforms damped by s = ρ/(ρ+ε), which is 1
+for exact marginals. Atoms of weight 0 have no effect; c-transforms extend potentials and maps to
+them. First derivatives of costs follow from the envelope theorem, those of potentials and maps from
+the implicit function theorem; iterations are never differentiated.
 """
 
 from functools import partial
@@ -47,8 +47,10 @@ from jdam._entropic.scaling import conjugate_gradients, solve
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def solve_pair(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> SinkhornOutput:
-    """The optimal coupling, from a `guess` of g on. Pairs of a vmapped batch are solved a few at a
-    time, each to its own convergence."""
+    """Compute the optimal coupling from the warm start `guess` of g.
+
+    Under `jax.vmap`, pairs form a work queue: a few are solved at a time, each to its own
+    convergence."""
     x, a, y, b, marginals = pair
     pair = Pair(*Cloud(x, a).normalised(), *Cloud(y, b).normalised(), marginals)
     pairs = pair_batch_size(a.size * b.size)
@@ -67,23 +69,23 @@ def _solve_pair_jvp(
     solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[SinkhornOutput, SinkhornOutput]:
     solved = checkpoint_name(solve_pair(solver, *primals), ITERATED)
-    (pair, _), (dpair, _) = primals, tangents  # the guess changes nothing
+    (pair, _), (dpair, _) = primals, tangents  # the solution does not depend on the guess
     marginals = pair.marginals
 
-    # Where columns are as wanted, (∂(columns − wanted)/∂g) dg = (∂(wanted − columns)/∂pair) dpair.
-    answer = partial(columns_of, solver.cost, solved.g)
+    # columns = target implies (∂(columns − target)/∂g) dg = (∂(target − columns)/∂pair) dpair.
+    column_sums = partial(columns_of, solver.cost, solved.g)
     a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.tau
-    (found, columns, wanted), moved = jvp(answer, (pair,), (dpair,))
-    density, mass = found.density, a * marginals.transported_fraction(found.potential)
+    (response, columns, target), tangent = jvp(column_sums, (pair,), (dpair,))
+    density, mass = response.density, a * marginals.transported_fraction(response.potential)
     diagonal = columns
     if marginals.rho is not None:
-        diagonal = columns + wanted * (marginals.epsilon / marginals.rho)
+        diagonal = columns + target * (marginals.epsilon / marginals.rho)
 
     def hessian(d: Array) -> Array:
         crossed = b * ((mass * (density @ (b * d))) @ density)
         image = diagonal * d - s * crossed
         if marginals.rho is None:
-            # Potentials are free up to a constant, mass is conserved: this makes it definite.
+            # A constant in g is free, as mass is conserved. This term makes the system definite.
             image += columns * (jnp.vdot(columns, d) / columns.sum())
         return jnp.where(on, image, 0)
 
@@ -92,51 +94,53 @@ def _solve_pair_jvp(
         precision = float(jnp.finfo(right.dtype).eps)
         return conjugate_gradients(matvec, right, scale, precision, 2 * right.size + 50)[0]
 
-    right = marginals.epsilon * jnp.where(on, moved.wanted - moved.found, 0)
+    right = marginals.epsilon * jnp.where(on, tangent.wanted - tangent.found, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
-    df, dgradient = c_transform_change(solver.cost, found, dg, pair.turned())
-    df, dgradient = df + moved.response.potential, dgradient + moved.response.gradient
-    none = jnp.zeros_like(solved.error)
+    df, dgradient = c_transform_change(solver.cost, response, dg, pair.turned())
+    df, dgradient = df + tangent.response.potential, dgradient + tangent.response.gradient
+    zero = jnp.zeros_like(solved.error)
     dcost = _dcost(solver.cost, solved, pair, dpair)
-    return solved, SinkhornOutput(dcost, df, dg, dgradient, none)
+    return solved, SinkhornOutput(dcost, df, dg, dgradient, zero)
 
 
 def _dcost(cost: Cost, solved: SinkhornOutput, pair: Pair, dpair: Pair) -> Float[Array, ""]:
-    """dOT by the envelope theorem: the dual objective's, were its potentials not to change."""
+    """Compute dOT by the envelope theorem: the differential of the dual objective at fixed
+    potentials."""
     _, a, _, b, marginals = pair
     total = change_by_atoms(marginals, solved.f, a, solved.gradient, Cloud(dpair.x, dpair.a))
     if any(map(moves, (dpair.y, dpair.b, *jax.tree.leaves(dpair.marginals)))):
-        back = c_transform_in_batches(cost, solved.f, pair)
+        transform = c_transform_in_batches(cost, solved.f, pair)
         dother = Cloud(dpair.y, dpair.b)
-        total += change_by_atoms(marginals, back.potential, b, back.gradient, dother)
-        total += change_by_marginals(pair, solved.f, back, dpair.marginals)
+        total += change_by_atoms(marginals, transform.potential, b, transform.gradient, dother)
+        total += change_by_marginals(pair, solved.f, transform, dpair.marginals)
     return total
 
 
 def change_by_atoms(
     marginals: Marginals, f: Array, a: Array, gradient: Array, dcloud: Cloud
 ) -> Float[Array, ""]:
-    """Σ −(ρ+ε)(e^(−f/ρ)−1) daⱼ + Σ aⱼ e^(−f/ρ) ⟨∇c, dxⱼ⟩, which for exact marginals are
-    ⟨f, da⟩ + Σ aⱼ⟨∇c, dxⱼ⟩."""
+    """Compute Σ −(ρ+ε)(e^(−f/ρ)−1) daⱼ + Σ aⱼ e^(−f/ρ) ⟨∇c, dxⱼ⟩, which is ⟨f, da⟩ + Σ aⱼ⟨∇c, dxⱼ⟩
+    for exact marginals."""
     force = (a * marginals.transported_fraction(f))[:, None] * gradient
     return vdot(marginals.variation(f), dcloud.a) + vdot(force, dcloud.x)
 
 
 def change_by_marginals(
-    pair: Pair, f: Array, back: CTransform, dmarginals: Marginals
+    pair: Pair, f: Array, transform: CTransform, dmarginals: Marginals
 ) -> Float[Array, ""]:
-    """KL(P | a⊗b) dε + (KL(P1 | a) + KL(Pᵀ1 | b)) dρ, `back` being the response to f."""
-    marginals, g = pair.marginals, jnp.where(pair.b > 0, back.potential, 0)
+    """Compute KL(P | a⊗b) dε + (KL(P1 | a) + KL(Pᵀ1 | b)) dρ, where `transform` is the c-transform
+    of f."""
+    marginals, g = pair.marginals, jnp.where(pair.b > 0, transform.potential, 0)
     f = jnp.where(pair.a > 0, f, 0)
     rows, columns = (
         pair.a * marginals.transported_fraction(f),
         pair.b * marginals.transported_fraction(g),
     )
-    priced = jnp.vdot(rows, f) + jnp.vdot(columns, g)  # ⟨P, f⊕g⟩
-    entropy = (priced - jnp.vdot(columns, back.spent)) / marginals.epsilon
+    paired = jnp.vdot(rows, f) + jnp.vdot(columns, g)  # ⟨P, f⊕g⟩
+    entropy = (paired - jnp.vdot(columns, transform.spent)) / marginals.epsilon
     if marginals.rho is None:
         return vdot(entropy, dmarginals.epsilon)
     first, second = (jnp.vdot(w, marginals.dual(p)) for w, p in ((pair.a, f), (pair.b, g)))
     lost = second / marginals.rho  # 1 − ΣP
-    relaxed = (first + second - priced) / marginals.rho
+    relaxed = (first + second - paired) / marginals.rho
     return vdot(entropy + lost, dmarginals.epsilon) + vdot(relaxed, dmarginals.rho)

@@ -1,4 +1,9 @@
-"""Divergences between measures, and how to move along their gradients."""
+"""Divergences between measures, and the steps along their gradients.
+
+The folder has one file for each geometry, so that all formulas of a divergence are in one place. It
+may import `_core`, `_measures` and `_entropic`. Add a geometry as a subclass of `protocol.Geometry`
+in a file of its own, and import it here.
+"""
 
 from jdam.geometry._poses import Pose as Pose
 from jdam.geometry.aligned import Aligned as Aligned

@@ -1,4 +1,4 @@
-"""Proved lower bounds on S_ε between a query and clouds, rounding included."""
+"""Lower bounds on S_ε between a query and clouds, rounding included, for `Certified` search."""
 
 from collections.abc import Callable
 
@@ -16,15 +16,16 @@ from jdam.geometry.protocol import Patterns
 
 
 def by_means(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """½|m_q − m_X|²: S_ε splits into that and S_ε of the centred clouds, which is ≥ 0."""
+    """Compute ½|m_q − m_X|²: S_ε is the sum of this and of S_ε of the centred clouds, which is ≥
+    0."""
     offset, prepared = view.query.weights @ view.centred, patterns.prepared
     shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
     return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
 
 
 def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """For a given ρ, all mass of each cloud counted at the nearest points of balls that hold them;
-    S ≥ 0."""
+    """Compute a bound for a given ρ: all mass of each cloud is placed at the nearest points of two
+    balls that contain them; S ≥ 0."""
     prepared, clouds = patterns.prepared, patterns.measures
     shift = view.centre[None] - prepared.centre
     distance = safe_sqrt(jnp.vecdot(shift, shift))
@@ -44,8 +45,14 @@ def by_dual(
     view: View,
     patterns: Patterns,
 ) -> Float[Array, " B"]:
-    """½|m_q − m_X|² + S_ε of the centred clouds, their OT_ε bounded by a dual value; where
-    marginals are relaxed, of the clouds where they are."""
+    """Compute ½|m_q − m_X|² plus S_ε of the centred clouds, with a dual value in place of OT_ε; for
+    relaxed marginals, of the clouds where they are.
+
+    **Arguments:**
+
+    - `dual_value`: pair, warm start ↦ a lower bound on OT_ε.
+    - `lift`: makes features coordinates.
+    - `marginals`, `view`, `patterns`: the problem."""
     prepared, clouds = patterns.prepared, lift(patterns.measures)
     centred = about(prepared.centre, clouds, marginals.epsilon)
     _, means, placed = place(marginals, view, prepared.centre, centred, clouds.weights)

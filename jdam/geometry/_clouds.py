@@ -1,4 +1,8 @@
-"""What is known of point clouds before they are compared, and what a step needs of them."""
+"""Preparation of point clouds for comparison, shared by geometries of clouds.
+
+Clouds are centred, their transport to themselves is computed once, and features become
+coordinates.
+"""
 
 from typing import Any, NamedTuple
 
@@ -17,52 +21,51 @@ from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud, unchecked
 from jdam.geometry.protocol import Geometry, check_batch_ndim
 
-#: In units of √ε, how far out padding may count where it lies.
+#: The distance, in units of √ε, up to which padding keeps its position.
 FARTHEST = 100.0
-#: For a typical cost, of how many atoms of a cloud and pairs of all to take the median.
+#: The largest numbers of atoms of a cloud, and of pairs in all, whose median is the typical cost.
 MOST_ATOMS, MOST_PAIRS = 512, 2**22
-#: Of ε, what is added to the price of features: nothing to see, but the derivative of √λ at λ = 0.
+#: The fraction of ε added to λ, negligible except for the derivative of √λ at λ = 0.
 LEAST = 1e-24
-#: By what factors a step is shortened whose reweighting would not be linear.
+#: The ratio of successive step sizes tried by `shortening`.
 SHORTENING = 2.0
 
 
 class Prepared(NamedTuple):
-    """What is constant about patterns, lifted: a centre each, and the coupling with itself."""
+    """Constants of lifted patterns: their centres and self transports."""
 
     centre: Float[Array, "N z"]
-    offset: Float[Array, "N z"]  # of the mean from it: rounding
+    offset: Float[Array, "N z"]  # of the mean from the centre, a rounding error
     known: SelfTransport
-    radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
+    radius: Float[Array, " N"] | None = None  # of a ball about the centre; None without ρ
 
 
 class View(NamedTuple):
-    """A query, and of it lifted its centre, its atoms about that, and its coupling with itself."""
+    """A query, and of the lifted query its centre, its centred atoms and its self transport."""
 
     query: PointCloud
     centre: Float[Array, " z"]
     centred: Float[Array, "n z"]
     known: SelfTransport
-    force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
+    force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the transported fraction of xⱼ
 
 
 class Pull(NamedTuple):
-    """What a pattern asks of each atom: a velocity, and to weigh less by its first variation."""
+    """The contribution of a pattern to the step: velocities of atoms, and first variations."""
 
     velocity: Float[Array, "n d"]  # −∇F(xⱼ), which is Tᵢ(xⱼ) − T₀(xⱼ)
     variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
 
 
 class Tangent(NamedTuple):
-    """How a cloud changes: where its atoms move, and what is added to the logarithms of weights, in
-    units of √κ."""
+    """A change of a cloud: displacements of atoms, and changes of log weights in units of √κ."""
 
     points: Float[Array, "n d"]
     reaction: Float[Array, " n"]
 
 
 def check_cloud(geometry: Geometry, name: str, measure: AnyMeasure, batch_ndim: int) -> PointCloud:
-    """`Geometry.check` of a geometry of point clouds."""
+    """Implement `Geometry.check` for a geometry of point clouds."""
     if not isinstance(measure, PointCloud):
         raise TypeError(
             f"{name} must be a jdam.PointCloud for {geometry}; got {type(measure).__name__}"
@@ -74,7 +77,7 @@ def check_cloud(geometry: Geometry, name: str, measure: AnyMeasure, batch_ndim: 
 def checked_parameters(
     epsilon: ArrayLike, rho: ArrayLike | None, hellinger_scale: ArrayLike, feature_scale: ArrayLike
 ) -> tuple[Array, Array | None, Array, Array]:
-    """ε > 0, ρ > 0 or None, κ ≥ 0 and λ ≥ 0 as scalars."""
+    """Return ε > 0, ρ > 0 or None, κ ≥ 0 and λ ≥ 0 as scalars, or raise."""
     dtype, least = checks.scalar_dtype, checks.nonnegative_scalar
     return (
         checks.positive("epsilon", epsilon, dtype(epsilon)),
@@ -85,7 +88,7 @@ def checked_parameters(
 
 
 def shown_parameters(geometry: Any) -> list[str]:
-    """ε, ρ, κ and λ for a repr, without those that are usual."""
+    """Return ε, ρ, κ and λ for a repr, omitting ρ = None and λ = 1."""
 
     def shown(value: Array) -> str:
         return f"{float(value):.4g}" if checks.is_concrete(value) and value.ndim == 0 else "…"
@@ -98,8 +101,10 @@ def shown_parameters(geometry: Any) -> list[str]:
 
 
 def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]) -> PointCloud:
-    """The cloud of zⱼ = (xⱼ, √λ uⱼ), u being its features: the cost ½|x−y|² + ½λ|u−v|² of atoms is
-    ½|z−z'|². A cloud without features is its own."""
+    """Return the cloud of zⱼ = (xⱼ, √λ uⱼ), where u are the features and λ is `scale`.
+
+    The cost ½|x−y|² + ½λ|u−v|² of atoms is then ½|z−z'|². A cloud without features is returned as
+    it is."""
     if cloud.features is None:
         return cloud
     root = jnp.sqrt(scale + LEAST * jax.lax.stop_gradient(epsilon))
@@ -107,8 +112,9 @@ def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]
 
 
 def typical_cost(clouds: PointCloud, cost: Cost) -> Float[Array, ""]:
-    """The median of c(x, y) over pairs of different atoms of one cloud, with mass aⱼaₖ, every cloud
-    counted once; of large batches over some clouds and atoms, evenly spread."""
+    """Compute the median of c(x, y) over pairs of different atoms of one cloud, weighted by aⱼaₖ.
+
+    Every cloud has the same total weight. Large batches are subsampled evenly."""
     step = -(-clouds.num_atoms // MOST_ATOMS)
     points, weights = clouds.points[:, ::step], clouds.weights[:, ::step]
     pairs = points.shape[1] ** 2
@@ -123,7 +129,7 @@ def typical_cost(clouds: PointCloud, cost: Cost) -> Float[Array, ""]:
     order = jnp.argsort(costs)
     below = jnp.cumsum(masses[order])
     half = below[-1] / 2
-    # Where half of the mass is below a gap between two costs, the middle of it, as of equal masses.
+    # If half of the mass lies below a gap between two costs, the median is the middle of the gap.
     eps = float(jnp.finfo(half.dtype).eps) ** 0.75
     first = jnp.searchsorted(below, half * (1 - eps))
     last = jnp.searchsorted(below, half * (1 + eps))
@@ -132,32 +138,35 @@ def typical_cost(clouds: PointCloud, cost: Cost) -> Float[Array, ""]:
 
 @compiled(static=("cost",), rounded=False)
 def unit_of(patterns: PointCloud, *, cost: Cost | None = None) -> Float[Array, ""]:
-    """`typical_cost` of clouds with any batch axes; ½|x−y|² if None."""
+    """Compute `typical_cost` of clouds with any batch axes, for ½|x−y|² if `cost` is None."""
     batch = len(patterns.batch_shape)
     clouds = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[batch:]), patterns)
     return typical_cost(clouds, cost or HalfSquaredDistance())
 
 
 def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Float[Array, " N"]:
-    """Of balls about 0 that hold all atoms with mass."""
+    """Return the radii of balls about 0 that contain all atoms of positive weight."""
     squares = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0)
     return safe_sqrt(squares.max(1))
 
 
 def without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
-    """The points, 0 where a weight is 0: the square of a distance to padding may be infinite."""
+    """Return the points with 0 for atoms of weight 0, since squared distances to padding may be
+    infinite."""
     return jnp.where(weights[..., None] > 0, points, 0)
 
 
 def about(
     centre: Float[Array, "*batch d"], cloud: PointCloud, epsilon: Float[Array, ""]
 ) -> Float[Array, "*batch n d"]:
-    """Atoms about a centre. Padding that lies far outside, where its costs would be out of
-    range or would leave no digits, counts as a nearer atom in the same direction."""
+    """Return the atoms relative to a centre.
+
+    Padding far outside, whose costs would overflow or lose all digits, is moved nearer in the same
+    direction."""
     centred = cloud.points - centre[..., None, :]
     largest = jnp.abs(centred).max(-1, keepdims=True)
-    held = jnp.where(cloud.weights[..., None] > 0, largest, 0).max(-2, keepdims=True)
-    reach = 3 * held + FARTHEST * jnp.sqrt(epsilon)
+    extent = jnp.where(cloud.weights[..., None] > 0, largest, 0).max(-2, keepdims=True)
+    reach = 3 * extent + FARTHEST * jnp.sqrt(epsilon)
     far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
     nearer = centred * (reach / jnp.where(far, largest, 1))
     return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
@@ -170,13 +179,16 @@ def place(
     centred: Float[Array, "B m d"],
     weights: Float[Array, "B m"],
 ) -> tuple[Float[Array, "B d"], Float[Array, " B"], Float[Array, "B m d"]]:
-    """Where to compare clouds with the query: about their own centres, the shift between which
-    and its cost are added to the result; or, where marginals are relaxed, where they are."""
+    """Return the shift between the centres, its contribution to the cost, and the atoms to compare
+    with the query's centred ones.
+
+    For exact marginals, clouds are compared about their own centres. For relaxed marginals, they
+    are compared where they are, and shift and contribution are 0."""
     shift = view.centre[None] - centres
     if marginals.rho is not None:
         return jnp.zeros_like(shift), jnp.zeros_like(shift[:, 0]), centred - shift[:, None]
-    # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X: exact for any
-    # centres, and without the digits that large coordinates lose.
+    # ½|x−y|² = ½|x̂−ŷ|² + ⟨Δ, x̂−ŷ⟩ + ½|Δ|² with x = c + x̂ and Δ = c_q − c_X is exact for any
+    # centres, and avoids the cancellation of large coordinates.
     offset = view.query.weights @ view.centred
     offsets = jnp.vecmat(weights, centred)
     return shift, jnp.vecdot(shift, shift / 2 + offset[None] - offsets), centred
@@ -185,8 +197,8 @@ def place(
 def rounding_of(
     view: View, centred: Float[Array, "N n d"], weights: Float[Array, "N n"], marginals: Marginals
 ) -> Float[Array, " N"]:
-    """What of S_ε rounding may change, of clouds so large that it blurs plans more than ε
-    does: 0 of others."""
+    """Return the rounding error of S_ε for clouds so large that rounding blurs plans more than ε
+    does, and 0 for others."""
     sizes = jnp.where(weights > 0, jnp.vecdot(centred, centred), 0).max(-1)
     size = jnp.where(view.query.weights > 0, jnp.vecdot(view.centred, view.centred), 0).max()
     sizes = size + sizes
@@ -199,16 +211,15 @@ def rounding_of(
 def shortening(
     weights: Float[Array, " n"], variation: Float[Array, " n"], rate: Float[Array, ""]
 ) -> Float[Array, ""]:
-    """By how much to shorten a step whose reweighting, at a rate s = τκ, would not be linear.
+    """Return the factor that shortens a step whose reweighting, at a rate s = τκ, is not linear.
 
-    Reweighting by exp(−s(F−F̄))/Z promises log Z/s of energy, which for small s
-    is s/2 Var F. Where it is less than half of that, as for far stray atoms, mass goes in
-    a shorter time than the step's, in which the support has hardly moved: the whole step
-    is shortened to that time.
-    """
+    Reweighting by exp(−s(F−F̄))/Z predicts a decrease of the energy by log Z/s, which is s/2 Var F
+    for small s. If it is less than half of that, as for far stray atoms, the mass moves in a
+    shorter time than the step's, while the support has hardly moved. The whole step is then
+    shortened to that time."""
     factors = SHORTENING ** -jnp.arange(16, dtype=rate.dtype)
     rates = rate * factors
-    # sF is a number; F and s alone have units, in which their squares may be out of range.
+    # sF is dimensionless; the squares of F or s alone may be out of range.
     tilts = rates[:, None] * (variation - jnp.vdot(weights, variation))[None]
     gains = jax.nn.logsumexp(safe_log(weights)[None] - tilts, axis=1)
     linear = gains >= jnp.square(tilts) @ weights / 4

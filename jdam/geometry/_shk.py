@@ -1,5 +1,7 @@
-"""Steps of point clouds by spherical Hellinger–Kantorovich (SHK) gradient flow: how far they go,
-and what is a fixed point."""
+"""Steps of point clouds by spherical Hellinger–Kantorovich (SHK) gradient flow.
+
+This file has step sizes, residuals and tolerances; `sinkhorn` has the divergence.
+"""
 
 from typing import Any, ClassVar
 
@@ -34,23 +36,24 @@ from jdam.geometry.protocol import (
     Retraction,
 )
 
-#: How much more cautious each further attempt at a weight step is, and how many there are
+#: The factor by which each backtracking attempt reduces the weight step, and the number of attempts
 #: before the support step is shortened too.
 CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
-#: In units of √ε: the residual that is small enough, as where energies are all rounding, and the
-#: residual at which recall stops.
+#: The largest residual that counts as converged where the energy stagnates, and the residual at
+#: which recall stops, in units of √ε.
 RESOLVED = 5e-3, 5e-4
-#: With ρ, the curvature of the energy at an atom is its share of transported mass, which of a light
-#: atom may be any number. From this one on, a step ends at the atom's average target: one of 2 over
-#: the curvature would not lower the energy.
+#: With ρ, the curvature of the energy at an atom is its transported fraction, which is unbounded
+#: for light atoms. Above this fraction a step ends at the atom's average target, because a step of
+#: 2 over the curvature would not lower the energy.
 STABLE = 1.5
-#: Of an atom that is light: its share of the mean weight.
+#: Atoms below this fraction of the mean weight are light.
 LIGHT = 0.1
 
 
 class SHKGeometry(Geometry):
-    """A geometry of point clouds by entropic transport whose steps follow the SHK gradient: what
-    `Sinkhorn` says of its parameters and steps."""
+    """A geometry of point clouds by entropic transport, whose steps follow the SHK gradient.
+
+    `Sinkhorn` documents parameters and steps."""
 
     epsilon: Float[Array, ""]
     rho: Float[Array, ""] | None
@@ -59,7 +62,7 @@ class SHKGeometry(Geometry):
     max_iterations: int = eqx.field(static=True)
     solver: str = eqx.field(static=True)
     safeguard: bool = eqx.field(static=True)
-    #: The default is that of files of before there was one.
+    #: The default applies to files saved without this field.
     feature_scale: Float[Array, ""] = 1.0  # type: ignore[assignment]
     cost: Any = eqx.field(static=True, default=None)
 
@@ -77,74 +80,78 @@ class SHKGeometry(Geometry):
     def backtrack(
         self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
     ) -> AnyMeasure:
-        """Less reweighting, and only after that a shorter step of the support."""
+        """Return a step with less reweighting and, after `WEIGHT_ATTEMPTS` attempts, a shorter step
+        of the support."""
         query, log_weights = view.query, safe_log(view.query.weights)
         length = step_size * shortening(
             query.weights, pull.variation, step_size * self.hellinger_scale
         )
         caution = jnp.asarray(times, step_size.dtype)
         rate = length * self.hellinger_scale * CAUTION**-caution
-        # The support step is shortened too where weight steps are not to blame.
+        # Without weight steps, the first attempt already shortens the support step.
         tried = jnp.where(self.hellinger_scale > 0, WEIGHT_ATTEMPTS, 0)
         length = length * 2.0 ** jnp.minimum(tried - caution, 0)
         weights = jax.nn.softmax(log_weights - rate * pull.variation)
-        # An atom of weight 0 could never come back.
+        # A weight that underflowed to 0 could never grow again.
         weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
-        # With κ = 0 not even the last digit of a weight changes.
+        # With κ = 0 the weights stay exactly the same.
         moves = (query.weights > 0) & (rate > 0)
         weights = jnp.where(moves, weights, query.weights)
         factor = length * self._transported(view, pull)
         length = length / jnp.where(factor > STABLE, factor, 1)
         points = query.points + length[..., None] * pull.velocity
-        return query.with_atoms(self._held(view, pull, points), weights)
+        return query.with_atoms(self._boxed(view, pull, points), weights)
 
-    def _held(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
-        """With ρ, light atoms in the box of all atoms and of where patterns take them: their own
-        cloud repels them, of which the energy hardly tells."""
+    def _boxed(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
+        """With ρ, clip light atoms to the box of all atoms and their targets. Their own cloud
+        repels them, and the energy hardly depends on them."""
         if self.rho is None:
             return points
         x, weights = view.query.points, view.query.weights
         mass = self._transported(view, pull)[:, None]
         targets = x + (pull.velocity - view.force) / jnp.maximum(mass, LIGHT)
-        known = (weights[:, None] > 0) & (mass > LIGHT)
-        among = jnp.concatenate([x, jnp.where(known, targets, x)])
+        reliable = (weights[:, None] > 0) & (mass > LIGHT)
+        candidates = jnp.concatenate([x, jnp.where(reliable, targets, x)])
         on = jnp.concatenate([weights, weights])[:, None] > 0
-        low = jnp.where(on, among, jnp.inf).min(0, keepdims=True)
-        high = jnp.where(on, among, -jnp.inf).max(0, keepdims=True)
+        low = jnp.where(on, candidates, jnp.inf).min(0, keepdims=True)
+        high = jnp.where(on, candidates, -jnp.inf).max(0, keepdims=True)
         light = (weights < LIGHT / len(weights))[:, None]
         return jnp.where(light, jnp.clip(points, low, high), points)
 
     def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
-        """Σᵢ wᵢ e^(−fᵢ/ρ), the mass that the average plan takes from each atom over its own: 1
+        """Compute Σᵢ wᵢ e^(−fᵢ/ρ), the transported fraction of each atom in the average plan: 1
         without ρ."""
         own = self._marginals.transported_fraction(view.known.potential)
         return own if self.rho is None else own - pull.variation / (self.rho + self.epsilon)
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
-        """Of the SHK metric: pⱼ for the points, pⱼ/κ for the logarithms of the weights; 0 for atoms
-        that carry little of the plans, of which the energy hardly tells where they are, and for
-        features, which do not change."""
+        """Return the masses of the SHK metric: pⱼ for points and pⱼ/κ for logarithms of weights.
+
+        They are 0 for atoms with little mass in the plans, whose position hardly changes the
+        energy, and for features, which do not change."""
         query, kappa = view.query, self.hellinger_scale
         p = query.weights * jnp.minimum(self._transported(view, pull), 1)
         p = jnp.where(p > LIGHT / len(p), p, 0)
         reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        none: PointCloud = jax.tree.map(jnp.zeros_like, query)
-        return none.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+        zeros: PointCloud = jax.tree.map(jnp.zeros_like, query)
+        return zeros.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
     def retraction(self, query: AnyMeasure) -> Retraction | None:
-        """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
-        the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄). None for a
-        cost of one's own, which may have no second derivatives."""
+        """Return coordinates of displacements of atoms and changes of log pⱼ/√κ, both of mass pⱼ in
+        the SHK metric.
+
+        The gradients in x and log p are −pⱼvⱼ and pⱼ(Fⱼ−F̄). The result is None for other ground
+        costs, which may lack second derivatives."""
         if self.cost is not None:
             return None
         weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
 
         def retract(tangent: Tangent) -> PointCloud:
             logits = safe_log(weights) + speed * tangent.reaction
-            moved = jax.nn.softmax(logits, where=weights > 0)
-            # With κ = 0 not even the last digit of a weight changes.
-            held = jnp.where(speed > 0, moved, weights)
-            moved_atoms: PointCloud = query.with_atoms(query.points + tangent.points, held)
+            reweighted = jax.nn.softmax(logits, where=weights > 0)
+            # With κ = 0 the weights stay exactly the same.
+            new_weights = jnp.where(speed > 0, reweighted, weights)
+            moved_atoms: PointCloud = query.with_atoms(query.points + tangent.points, new_weights)
             return moved_atoms
 
         def slope(view: View, pull: Pull) -> Tangent:
@@ -156,19 +163,22 @@ class SHKGeometry(Geometry):
         return Retraction(masses, retract, slope)
 
     def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """The features, the weights if κ = 0, and always those that are 0."""
+        """Project a tangent on the features, on weights that are 0 and, if κ = 0, on all weights,
+        which no step moves."""
         fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
         weights = jnp.where(fixed, tangent.weights, 0)
         return tangent.with_atoms(jnp.zeros_like(tangent.points), weights)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
-        """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
+        """Compute |grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
         return self._residual(view, pull, self.hellinger_scale)
 
     def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
-        """The SHK length of the step with weights at the rate κ' that did not raise the energy,
-        √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F): stiff weights, which only small steps improve, are where they
-        belong while F is not yet constant."""
+        """Compute √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F), the SHK length of the step with the reduced weight
+        rate κ'.
+
+        Stiff weights, which only small steps improve, count as converged although F is not yet
+        constant."""
         caution = jnp.asarray(times, self.hellinger_scale.dtype)
         return self._residual(view, pull, self.hellinger_scale * CAUTION ** (-2 * caution))
 
@@ -176,36 +186,39 @@ class SHKGeometry(Geometry):
         weights = view.query.weights
         speed = jnp.vdot(weights, jnp.vecdot(pull.velocity, pull.velocity))
         centred = pull.variation - jnp.vdot(weights, pull.variation)
-        # √κ F is a velocity; F² may be out of range.
+        # F² alone may be out of range; √κ F is a velocity.
         reaction = safe_sqrt(rate) * centred
         return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
 
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
-        """In units of √ε, below which plans do not tell atoms apart, beside the rounding of
-        coordinates: on 48 recalls of outlines, 200 plain steps from where these end move atoms by
-        less than a tenth of it. For a cost of one's own, in units of ε by the size of the patterns,
-        cost by length as the gradient."""
+        """Return tolerances in units of √ε, below which plans do not resolve atoms, plus the
+        rounding of coordinates.
+
+        On 48 recalls of outlines, 200 more plain steps move atoms by less than a tenth of √ε. For
+        other ground costs, units are ε over the typical norm of the patterns: cost by length, as of
+        the gradient."""
         if self.cost is not None:
             unit = self.epsilon / jnp.where(scale > 0, scale, 1)
             return RESOLVED[0] * unit, RESOLVED[1] * unit
         rounding = 4 * float(jnp.finfo(query.dtype).eps) * jnp.abs(query.mean).max()
-        enough, sought = (size * jnp.sqrt(self.epsilon) + rounding for size in RESOLVED)
-        return enough, sought
+        largest, goal = (size * jnp.sqrt(self.epsilon) + rounding for size in RESOLVED)
+        return largest, goal
 
     @property
     def max_backtracks(self) -> int:  # type: ignore[override]
-        """None for plain steps, whether or not the energy rises."""
+        """15, or 0 without `safeguard`, whether or not the energy rises."""
         return 15 if self.safeguard else 0
 
     @property
     def default_acceleration(self) -> int:  # type: ignore[override]
-        """Not for a cost of one's own, of which no length of step is known to be good."""
+        """5, or 0 without `safeguard` and for other ground costs, for which no good step size is
+        known."""
         return 5 if self.safeguard and self.cost is None else 0
 
     @property
     def default_steps(self) -> int:  # type: ignore[override]
-        """More for a given ρ, where atoms that hardly belong to a pattern move slowly, and for a
-        cost of one's own."""
+        """50, or 200 with ρ, where atoms with small transported fractions move slowly, and for
+        other ground costs."""
         plain = self.rho is None and self.cost is None
         return 50 if plain or not self.safeguard else 200
 
@@ -229,7 +242,7 @@ class SHKGeometry(Geometry):
         return HalfSquaredDistance() if self.cost is None else GroundCost(self.cost)
 
     def lifted(self, cloud: PointCloud) -> PointCloud:
-        """A cloud with its features as coordinates: `_clouds.lifted`."""
+        """Return the cloud with its features as coordinates, by `_clouds.lifted`."""
         return lifted(cloud, self.feature_scale, self.epsilon)
 
     def _self_transport(

@@ -1,4 +1,8 @@
-"""What a geometry must know. Everything else in jdam knows only numbers and pytrees."""
+"""The interface between a geometry and the rest of jdam.
+
+Memories, energies and recall use a geometry through these methods only, and are otherwise
+independent of the type of measure.
+"""
 
 from abc import abstractmethod
 from collections.abc import Callable
@@ -15,41 +19,43 @@ from jdam._core.compile import float_dtype
 from jdam._core.linalg import safe_sqrt
 from jdam._measures.base import AnyMeasure, Measure
 
-#: What a geometry makes of a query before it is compared: by default the query itself.
+#: The query as prepared for comparison by `Geometry.view`: by default the query itself.
 AnyView: TypeAlias = Any
 
 
 class Patterns(NamedTuple):
-    """Some patterns of a memory, (B,) of them; all leaves lead with (B,)."""
+    """A block of B patterns of a memory; all leaves lead with (B,)."""
 
     #: The measures themselves.
     measures: AnyMeasure
-    #: What `Geometry.prepare` made of them.
+    #: The result of `Geometry.prepare`.
     prepared: Any = None
-    #: `Comparison.guess` of an earlier comparison with a query close by.
+    #: Warm start: `Comparison.guess` of an earlier comparison with a query close by.
     guess: Any = None
 
 
 class Comparison(NamedTuple):
-    """What comparing a query with B patterns tells; all leaves lead with (B,)."""
+    """Result of the comparison of a query with B patterns; all leaves lead with (B,)."""
 
     #: D(ξ, Xᵢ).
     divergence: Float[Array, " B"]
-    #: What each asks the query to become.
+    #: The contribution of each pattern to the step of the query.
     pull: AnyMeasure
-    #: A start for comparing the same patterns with a query close by.
+    #: Warm start for comparisons of the same patterns with a query close by.
     guess: Any = None
     #: Whether an inner solver missed its tolerance.
     not_converged: Bool[Array, " B"] | None = None
-    #: Which share of each atom belongs to the pattern.
+    #: The transported fraction of each atom.
     inliers: Float[Array, "B n"] | None = None
-    #: The `jdam.Pose` that lays each pattern on the query.
+    #: The `jdam.Pose` that aligns each pattern with the query.
     pose: Any = None
 
 
 class BatchSizes(NamedTuple):
-    """How many queries of a batch, and patterns, to compare at once; and with how many patterns to
-    differentiate the comparison at once, for each query."""
+    """Numbers of queries and patterns to compare at once.
+
+    `differentiated` is the number of patterns per query whose comparison is differentiated at
+    once."""
 
     queries: int
     patterns: int
@@ -57,12 +63,13 @@ class BatchSizes(NamedTuple):
 
 
 class Retraction(NamedTuple):
-    """Coordinates about a query, in which the energy has second derivatives: tangents are pytrees
-    of arrays, zero at the query."""
+    """Coordinates about a query in which the energy has second derivatives.
 
-    masses: Any  # of the metric |s|² = Σ mⱼsⱼ² of tangents, ≥ 0; where it is 0 nothing moves
-    retract: Callable[[Any], AnyMeasure]  # the measure at a tangent
-    slope: Callable[[AnyView, AnyMeasure], Any]  # ∂E/∂s, of the view and the average pull there
+    Tangents are pytrees of arrays, zero at the query."""
+
+    masses: Any  # mⱼ ≥ 0 of the metric |s|² = Σ mⱼsⱼ²; coordinates of mass 0 do not move
+    retract: Callable[[Any], AnyMeasure]  # tangent ↦ measure
+    slope: Callable[[AnyView, AnyMeasure], Any]  # (view, average pull) ↦ ∂E/∂s
 
 
 #: Lower bounds on the divergences between the query of a view and some patterns, (B,).
@@ -70,98 +77,124 @@ Bound: TypeAlias = Callable[[AnyView, Patterns], Float[Array, " B"]]
 
 
 class Geometry(eqx.Module):
-    """A divergence D between measures and a way to move a measure along −grad E.
+    """A divergence D between measures, and the step along −grad E.
 
-    A geometry is a class with two methods, `check` and `compare`. With these alone everything of
-    jdam works: energy, weights, steps that never raise the energy (by trying shorter ones),
-    recall, derivatives, learning, sharding. Each of the other methods says what it buys.
+    A geometry is a class with two methods, `check` and `compare`. These suffice for all of jdam:
+    energy, Gibbs weights, steps that never raise the energy (shorter steps are tried), recall,
+    derivatives, learning and sharding. The docstring of each other method states what overriding it
+    gains.
 
-    Methods are pure and traced, and never see batches of queries. Fields are arrays of floats,
-    which are traced and cast to the memory's dtype, or `equinox.field(static=True)`.
-    """
+    Methods are pure and traced, and are called for single queries, never batches. Fields are arrays
+    of floats, which are traced and cast to the memory's dtype, or `equinox.field(static=True)`."""
 
-    #: Whether `bounds` are so close and so cheap that recall relies on them unless told not to.
+    #: Whether `bounds` are close and cheap enough that recall uses `Certified` by default.
     bounds_pay: ClassVar[bool] = False
-    #: How many ever more cautious steps to try, after the full one, until one does not raise the
-    #: energy: 0 where it is proved that the full step never does.
+    #: The largest number of more cautious steps tried after a full step that raised the energy: 0
+    #: if it is proved that full steps never raise it.
     max_backtracks: ClassVar[int] = 12
-    #: How many steps recall takes at most, and how deep it accelerates, unless told otherwise.
+    #: Defaults of recall: the largest number of steps, and the depth of `Anderson`, 0 for none.
     default_steps: ClassVar[int] = 50
     default_acceleration: ClassVar[int] = 0
-    #: For `jdam.theory`, the c for which D ≥ c·|difference of means|²; None if nothing is known.
+    #: The c with D ≥ c·|difference of means|², for `jdam.theory`; None if unknown.
     cost_scale: ClassVar[float | None] = None
     #: Whether D is c times the square of a metric.
     is_squared_metric: ClassVar[bool] = False
-    #: Arrays that are > 0, of which `jdam.parametrize` makes logarithms.
+    #: Names of fields > 0, which `jdam.parametrize` replaces by their logarithms.
     positive: ClassVar[tuple[str, ...]] = ()
-    #: Fields that `prepare` does not read, and which may change without preparing again.
+    #: Names of fields that `prepare` does not read, so that they may change without a new call.
     unprepared: ClassVar[tuple[str, ...]] = ()
 
     # ------------------------------------------------------------- required
 
     @abstractmethod
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
-        """`measure` as this geometry's type with `batch_ndim` leading axes.
+        """Return `measure` converted to this geometry's type, with `batch_ndim` leading axes.
 
-        Raises `TypeError` or `ValueError` naming the argument `name` otherwise.
-        """
+        **Raises:** `TypeError` or `ValueError`, naming the argument `name`, if that is not
+        possible."""
 
     @abstractmethod
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        """D(ξ, Xᵢ), and what each pattern asks the query to become: the pulls, a pytree whose
-        Gibbs average Σ wᵢ·pullᵢ is all that `move` needs.
+        """Compare a query with a block of patterns.
 
-        Unless `exact`, D may be approximated where `approximation_errs` allows it."""
+        **Arguments:**
+
+        - `view`: the query, as prepared by `view`.
+        - `patterns`: B patterns.
+        - `exact`: if False, D may be approximate where `approximation_errs` allows it.
+
+        **Returns:** a `Comparison` with D(ξ, Xᵢ) and the pulls, a pytree whose Gibbs average Σ
+        wᵢ·pullᵢ determines the step."""
 
     # ------------------------------------------------------------- steps
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""]) -> AnyMeasure:
-        """ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step of length τ; τ = 1 is the full step.
+        """Return ξ⁺ = ξ + τ(Σ wᵢ·pullᵢ − ξ), a descent step with step size τ; τ = 1 is the full
+        step.
 
-        Override it unless pulls are measures of the query's kind and `view` is the query."""
+        Override it unless pulls are measures of the query's type and `view` is the query.
+
+        **Arguments:**
+
+        - `view`: the query, as prepared by `view`.
+        - `pull`: the Gibbs average of the pulls.
+        - `step_size`: τ."""
         change = self._change(view, pull)
         return jax.tree.map(lambda x, dx: x + step_size * dx, view, change)
 
     def backtrack(
         self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], times: Any
     ) -> AnyMeasure:
-        """A more cautious `move`, after this many attempts that raised the energy: half the step
-        each time. Override it where something else than the length is to blame."""
+        """Return a more cautious step than `move`, after `times` attempts that raised the energy.
+
+        By default each attempt halves the step size; `times` = 0 is the full step. Override it if
+        something other than the length of the step makes the energy rise."""
         return self.move(view, pull, step_size * 0.5 ** jnp.asarray(times, step_size.dtype))
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
-        """The m of the squared length Σ mⱼsⱼ² of a change s of `Measure.unconstrained` coordinates.
-        `Anderson` combines steps by it; None for 1. Coordinates of mass 0 take plain steps.
-        Override it where coordinates differ in units, or hardly matter to the energy."""
+        """Return the masses m of the squared length Σ mⱼsⱼ² of a change s in
+        `Measure.unconstrained` coordinates, in which `Anderson` combines steps; None stands for 1.
+
+        Coordinates of mass 0 take plain steps. Override it if coordinates have different units, or
+        hardly change the energy."""
         return None
 
     def retraction(self, query: AnyMeasure) -> Retraction | None:
-        """Coordinates for the Newton steps that `acceleration` then takes; without them it combines
-        plain steps. Worth it where steps cost much and gain little."""
+        """Return coordinates about the query for `TrustRegion`, or None if the geometry has none.
+
+        They are worth it if steps are expensive and converge slowly."""
         return None
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Float[Array, ""]:
-        """How far the full step goes, in units of distance: zero at fixed points only. By default
-        the norm of its change; override it with `move`."""
+        """Return the length of the full step, a distance, which is zero at fixed points only.
+
+        By default it is the norm of the change of all leaves. Override it together with `move`."""
         return norm(self._change(view, pull))
 
     def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Float[Array, ""]:
-        """`residual`, for the step that `backtrack` takes with this much caution. Override it where
-        caution is for ever, as for a stiff part of the measure that moves no faster anywhere."""
+        """Return the residual of the step that `backtrack` takes after `times` attempts.
+
+        Override it if caution is permanent, as for a stiff part of the measure that only small
+        steps improve."""
         return self.residual(view, pull)
 
     def tolerances(
         self, query: AnyMeasure, scale: Float[Array, ""]
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Residuals: the one that is small enough, and the one at which recall stops, unless told
-        otherwise: by default both eps^0.7 of the `scale` of the patterns, 1e-5 of it in float32 and
-        1e-11 in float64."""
+        """Return the largest residual that counts as converged where the energy stagnates, and the
+        residual at which recall stops.
+
+        By default both are eps^0.7 times the typical norm `scale` of the patterns: 1e-5 of it in
+        float32 and 1e-11 in float64."""
         tol = scale * float(jnp.finfo(scale.dtype).eps) ** 0.7
         return tol, tol
 
     def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        """Of a tangent at a measure, the part that steps leave as it is, by a projection: that of
-        `Measure.gauge`. `Implicit` derivatives need it where that is not all."""
+        """Project a tangent at a measure on the gauge: changes that leave the measure the same, and
+        changes of parts that no step moves.
+
+        By default it is `Measure.gauge`. `Implicit` derivatives need an override if the gauge is
+        larger."""
         if isinstance(measure, Measure):
             return measure.gauge(tangent)
         return jax.tree.map(jnp.zeros_like, tangent)
@@ -169,9 +202,14 @@ class Geometry(eqx.Module):
     def typical_norm(
         self, patterns: AnyMeasure, weights: Float[Array, " N"] | None = None
     ) -> Float[Array, ""]:
-        """The root mean square size of the patterns, in the units of `residual`: that of the
-        default tolerance. `weights` sum to one; None for equal ones. They are given for memories
-        with room to grow, in which free slots have weight 0."""
+        """Return the root mean square norm of the patterns in the units of `residual`, which scales
+        the default tolerance.
+
+        **Arguments:**
+
+        - `patterns`: all patterns of a memory.
+        - `weights`: weights of the patterns with sum 1, 0 for empty slots of a memory with
+          capacity; None for equal weights."""
         rows = jax.tree.map(lambda leaf: leaf.reshape(len(leaf), -1), patterns)
         first, *rest = (jnp.vecdot(x, x) for x in jax.tree.leaves(rows))
         return safe_sqrt(average(sum(rest, first), weights))
@@ -179,8 +217,11 @@ class Geometry(eqx.Module):
     def energy_tolerance(
         self, patterns: AnyMeasure, weights: Float[Array, " N"] | None = None
     ) -> Float[Array, ""]:
-        """The smallest change of energy that says anything, where steps need attempts: by default
-        the rounding of the square of `scale`."""
+        """Return the absolute tolerance of the energy, below which changes count as rounding
+        errors.
+
+        It is used if steps may need backtracking. By default it is 4·eps times the squared
+        `typical_norm`, and 0 if `max_backtracks` is 0. Arguments as of `typical_norm`."""
         if self.max_backtracks == 0:
             return jnp.zeros((), float_dtype(patterns))
         scale = (
@@ -191,53 +232,64 @@ class Geometry(eqx.Module):
     # ------------------------------------------------------------- what is computed once
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
-        """The query, padded to array shapes that go together with these patterns'."""
+        """Return the query, padded to array shapes that are compatible with the patterns'."""
         return query
 
     def prepare(self, patterns: AnyMeasure) -> Any:
-        """What `compare` needs of the patterns beside themselves, computed once when they are
-        stored: leaves lead with (B,) and carry no derivative."""
+        """Return what `compare` needs of the patterns besides themselves, computed once when they
+        are stored.
+
+        Leaves lead with (B,) and carry no derivative."""
         return None
 
     def first_guess(self, prepared: Any) -> Any:
-        """The `guess` for a first comparison."""
+        """Return the warm start of a first comparison."""
         return None
 
     def view(self, query: AnyMeasure) -> AnyView:
-        """What `compare`, `move` and `residual` need of the query, computed once an evaluation."""
+        """Return the query as prepared for `compare`, `move` and `residual`, computed once in each
+        evaluation."""
         return query
 
     # ------------------------------------------------------------- correspondence
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
-        """The transport plans of D(ξ, Xᵢ), between the atoms of the query and those of patterns,
-        with which `jdam.match` tells what belongs to what."""
+        """Return the transport plans of D(ξ, Xᵢ) between the query's atoms and each pattern's.
+
+        `jdam.match` needs them.
+
+        **Raises:** `TypeError` if the geometry has no plans."""
         raise TypeError(f"{type(self).__name__} has no plans")
 
     # ------------------------------------------------------------- speed
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        """Functions (view, patterns) ↦ lower bounds on D, rounding included: the first cheap enough
-        for all patterns, each next one closer and dearer, for patterns that those before do not
-        settle. With them `Certified` need not compare all patterns."""
+        """Return functions (view, patterns) ↦ lower bounds on D, rounding included.
+
+        The first must be cheap enough for all patterns; each following one is closer and more
+        expensive, for the patterns that the previous ones do not exclude. With bounds, `Certified`
+        need not compare all patterns."""
         return ()
 
     def approximation_errs(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]
     ) -> Bool[Array, ""] | None:
-        """Whether an approximate D would show in exp(−βD); None if only the exact one will do."""
+        """Return whether an approximate D would change exp(−βD); None if only the exact D is
+        available."""
         return None
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
-        """How much to compare at once: by default 16 queries and 2¹⁶ numbers' worth of patterns,
-        which keep two cores busy, and 64 times that on an accelerator."""
+        """Return how many queries and patterns to compare at once.
+
+        By default they are 16 queries and patterns of 2¹⁶ numbers in all, which occupy two cores,
+        or 256 queries and 2¹⁸ numbers on an accelerator."""
         numbers = sum(leaf.size for leaf in jax.tree.leaves(patterns)) // batch_size(patterns)
         return batch_sizes_of(numbers)
 
     def _change(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
-        """pull − ξ, where that makes sense."""
-        wanted, got = (jax.tree.map(jnp.shape, tree) for tree in (view, pull))
-        if not eqx.tree_equal(wanted, got):
+        """Return pull − ξ, or raise `TypeError` if the two have different structures."""
+        expected, actual = (jax.tree.map(jnp.shape, tree) for tree in (view, pull))
+        if not eqx.tree_equal(expected, actual):
             raise TypeError(
                 f"pulls of {type(self).__name__} must be measures like the query for the default "
                 f"`move` and `residual`; got {pull} for {view}: override both"
@@ -246,24 +298,24 @@ class Geometry(eqx.Module):
 
 
 def batch_sizes_of(numbers: int) -> BatchSizes:
-    """For comparisons with patterns of so many numbers each."""
+    """Return the default batch sizes for patterns of `numbers` numbers each."""
     at_once = max(1, by_platform(2**16, 2**18) // numbers)
     return BatchSizes(by_platform(16, 256), at_once, at_once)
 
 
 def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
-    """Raise unless the `jdam.Measure` has this many batch axes."""
+    """Raise `ValueError` unless the `jdam.Measure` has `batch_ndim` batch axes."""
     if len(measure.batch_shape) != batch_ndim:
-        wanted = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
-        raise ValueError(f"{name} must have batch shape {wanted}; got {measure.batch_shape}")
+        expected = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"
+        raise ValueError(f"{name} must have batch shape {expected}; got {measure.batch_shape}")
 
 
 def average(rows: Float[Array, "N ..."], weights: Float[Array, " N"] | None) -> Array:
-    """Σ weightsᵢ·rowsᵢ, their mean if None."""
+    """Compute Σ weightsᵢ·rowsᵢ, or the mean of the rows if `weights` is None."""
     return rows.mean(0) if weights is None else jnp.tensordot(weights, rows, 1)
 
 
 def norm(tree: AnyMeasure) -> Float[Array, ""]:
-    """√Σ|leaf|², with derivative 0 where it vanishes."""
+    """Compute √Σ|leaf|², with derivative 0 at 0."""
     first, *rest = (jnp.vdot(x, x) for x in jax.tree.leaves(tree))
     return safe_sqrt(sum(rest, first))

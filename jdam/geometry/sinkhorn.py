@@ -1,5 +1,8 @@
-"""Weighted point clouds under the debiased Sinkhorn divergence, balanced or unbalanced, moved by
-spherical Hellinger–Kantorovich (SHK) gradient flow."""
+"""Weighted point clouds under the debiased Sinkhorn divergence, balanced or unbalanced.
+
+This file has the divergence; `_shk` has the steps, by spherical Hellinger–Kantorovich (SHK)
+gradient flow.
+"""
 
 from functools import partial
 from typing import Any
@@ -48,83 +51,85 @@ from jdam.geometry.protocol import (
 class Sinkhorn(SHKGeometry):
     """D = S_ε, the debiased Sinkhorn divergence with cost ½|x−y|², on point clouds.
 
-    S_ε(q, X) = OT_ε(q, X) − ½OT_ε(q, q) − ½OT_ε(X, X) with
-    OT_ε(μ, ν) = min over π of ∫ ½|x−y|² dπ + ε KL(π | μ⊗ν)     (eq. 2 of arXiv:2603.20656).
+        S_ε(q, X) = OT_ε(q, X) − ½OT_ε(q, q) − ½OT_ε(X, X)
+        OT_ε(μ, ν) = min over π of ∫ ½|x−y|² dπ + ε KL(π | μ⊗ν)
 
-    A step moves support points by barycentric maps T and reweights atoms by the first
-    variation F of the energy, both from the same potentials (eqs. 28 and 29 there):
+    (eq. 2 of arXiv:2603.20656).
+
+    A step moves support points by barycentric maps T and reweights atoms by the first variation F
+    of the energy, both from the same potentials (eqs. 28 and 29 there):
 
         xⱼ⁺ = xⱼ + τ(Σᵢ wᵢTᵢ(xⱼ) − T₀(xⱼ))          T₀ the map of q to itself
         pⱼ⁺ ∝ pⱼ exp(−τκ Fⱼ)                         Fⱼ = Σᵢ wᵢfᵢ(xⱼ) − h(xⱼ)
 
-    which is −grad E in the SHK metric. Steps are safe: τ is shortened where it is too long for
-    reweighting (far stray atoms lose their mass before the support moves), and where a step
-    would raise the energy its weight part is, which is stiff, the more so the smaller ε; its
-    support part only if that does not help. With ρ, an atom whose average plan takes more than
-    1.5 times its own mass, as happens to light atoms, goes no farther than to its average target.
+    This is −grad E in the SHK metric. Steps are safeguarded: τ is shortened if it is too long for
+    reweighting, so that far stray atoms lose their mass before the support moves. If a step would
+    raise the energy, its weight part, which is stiff for small ε, is shortened, and its support
+    part only if that does not suffice. With ρ, an atom whose transported fraction in the average
+    plan exceeds 1.5, as happens to light atoms, moves no farther than to its average target.
 
     `safeguard=False` takes exactly the steps above, Algorithm 1 of the paper, in `step` and
-    `recall`, without acceleration. The energy then may rise: where τ exceeds 1 over the largest
-    curvature of the energy, for the support from τ ≈ 1 on (τ = 2.1 diverges), for the weights
-    where τκ exceeds 1/λ, λ = εσ₂²/(1−σ₂²) with σ₂ the second singular value of the normalised
-    plan, which is huge where ε is small against the squared distances of atoms.
+    `recall`, without acceleration. The energy may then rise if τ exceeds 1 over the largest
+    curvature of the energy: for the support from τ ≈ 1 on (τ = 2.1 diverges); for the weights if τκ
+    exceeds 1/λ, where λ = εσ₂²/(1−σ₂²), with the second singular value σ₂ of the normalised plan,
+    is huge for ε small against the squared distances of atoms.
 
     **Arguments:**
 
-    - `epsilon` ε > 0: the regularisation, in squared units of distance. It scales with the data,
-      S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few hundredths of the median of ½|x−y|² within a pattern
-      place points well; more is faster and blurs.
-    - `rho` ρ > 0: the price of leaving mass where it is, a squared length too, for cues that are
-      partial or cluttered. None, the default, transports all mass.
-    - `hellinger_scale` κ ≥ 0: the strength of reweighting, per squared unit of distance; 0 keeps
-      the weights.
-    - `feature_scale` λ ≥ 0: the price of matching atoms of different features, a squared length for
-      features without unit: see below. Of clouds without features it means nothing.
-    - `tol`: the L1 error of the marginals at which the inner solver stops; eps^0.7 of the dtype if
-      None, 1e-5 in float32 and 1e-11 in float64. S_ε errs in its second order, maps and potentials
-      in its first.
-    - `max_iterations` of the inner solver. A recall that needed more has `Status.SOLVER`, as has
-      one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that costs round to more than ε and than a
-      few per cent of S_ε.
-    - `solver`: "stabilised", scaling iterations finished by Newton steps, or "ott", the solver of
-      ott-jax.
-    - `safeguard`: False takes the steps of Algorithm 1 as they are, see above.
-    - `cost`: another ground cost than ½|x−y|², an `ott.geometry.costs.CostFn`: see below.
+    - `epsilon` ε > 0: the regularisation, a squared distance: S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). A few
+      hundredths of the median of ½|x−y|² within a pattern place points accurately; larger values
+      are faster and blur.
+    - `rho` ρ > 0: the price of untransported mass, a squared distance, for partial or cluttered
+      queries. None, the default, transports all mass.
+    - `hellinger_scale` κ ≥ 0: the strength of reweighting, per squared distance; 0 keeps the
+      weights.
+    - `feature_scale` λ ≥ 0: the price of matching atoms of different features, a squared distance
+      for features without unit (see Features). It has no effect on clouds without features.
+    - `tol`: the L1 error of the marginals at which the inner solver stops. None is eps^0.7 of the
+      dtype, 1e-5 in float32 and 1e-11 in float64. The error of S_ε is of second order in it, that
+      of maps and potentials of first order.
+    - `max_iterations`: the largest number of iterations of the inner solver. A recall that needs
+      more has `Status.SOLVER`. So has one of clouds so large, |x−y|² ≈ 10⁷ε in float32, that the
+      rounding of costs exceeds ε and a few per cent of S_ε.
+    - `solver`: "stabilised" for scaling iterations followed by Newton steps, or "ott" for the
+      solver of ott-jax.
+    - `safeguard`: False takes the steps of Algorithm 1 unchanged, see above.
+    - `cost`: a ground cost instead of ½|x−y|², an `ott.geometry.costs.CostFn` (see Any ground
+      cost).
 
     `epsilon`, `rho`, `hellinger_scale` and `feature_scale` are traced: changing them does not
     recompile, and they can be differentiated.
 
-    **Features.** Of clouds whose atoms carry features u, the cost is ½|x−y|² + ½λ|u−v|²: that of
-    z = (x, √λ u), for which all of the above holds. Of one-hot labels λ is what it costs to match
-    atoms of different labels. A step moves the points alone, and features stay: it is the projected
-    gradient flow, along which the energy falls as well.
+    **Features.** If atoms carry features u, the cost is ½|x−y|² + ½λ|u−v|², that of z = (x, √λ u),
+    and all of the above holds for z. For one-hot labels, λ is the cost of matching atoms of
+    different labels. Steps move the points only; this is the projected gradient flow, along which
+    the energy falls too.
 
-    **Unbalanced.** With ρ, D = S_{ε,ρ}, the same of
+    **Unbalanced.** With ρ, D = S_{ε,ρ}, which has in place of OT_ε
 
         OT_{ε,ρ}(μ, ν) = min over π ≥ 0 of ∫ ½|x−y|² dπ + ε KL(π | μ⊗ν)
                          + ρ KL(π1 | μ) + ρ KL(πᵀ1 | ν)
 
     (Séjourné et al., arXiv:1910.12958; Hellinger–Kantorovich is its ε = 0 with another cost). Atoms
-    farther than some √ρ from all others are given up: D ≤ 2ρ+ε however far clouds are. The step
-    is the same with F = Σᵢ wᵢ (ρ+ε)(e^(−h/ρ) − e^(−fᵢ/ρ)) and velocities −∇F, and `Recall.inliers`
-    has e^(−f/ρ), the share of each atom that finds a partner in the nearest pattern: with κ > 0
-    the mass of the others fades. Choose √ρ between the noise of atoms and the distances between
-    them. To complete a partial cue, read the pattern that it addresses:
-    `jdam.attend(memory, cue, beta, values=memory)`. There is no theory of basins for ρ, as D does
+    farther than some √ρ from all others are not transported: D ≤ 2ρ+ε at any distance. The step is
+    the same with F = Σᵢ wᵢ (ρ+ε)(e^(−h/ρ) − e^(−fᵢ/ρ)) and velocities −∇F. `Recall.inliers` has
+    e^(−f/ρ), the transported fraction of each atom in the plan to the nearest pattern; with κ > 0
+    the mass of the other atoms fades. Choose √ρ between the noise of atoms and the distances
+    between them. To complete a partial query, read the pattern nearest to it:
+    `jdam.attend(memory, query, beta, values=memory)`. There is no theory of basins for ρ, as D does
     not grow with distance.
 
     **Any ground cost.** `cost` is a c(x, y) ≥ 0 of two atoms, symmetric and with c(x, x) = 0, such
-    as `PNormP(1.5)` or `Cosine()`, or a `CostFn` of one's own. D is the same with c for ½|x−y|²,
-    and `epsilon`, `rho` are in units of c. A step moves atoms by −τ∇F(xⱼ), which for ½|x−y|² is
-    the step above; its length is halved until the energy does not rise. Where the curvature of c is
-    far from 1 another `step_size` is faster. S_ε ≥ 0 is known where e^(−c/ε) is positive definite:
-    for |x−y|^p with 0 < p ≤ 2 and for the cosine distance, not for squared distances on a circle
-    or torus (Feydy et al., arXiv:1810.08278). `Certified` compares all patterns, as there are no
-    bounds; the functions of `jdam.theory`, clouds with features and `jdam.save` are refused. The
-    default tolerances are in units of c by length.
+    as `PNormP(1.5)` or `Cosine()`, or a subclass of `CostFn`. D is the same with c in place of
+    ½|x−y|², and `epsilon` and `rho` are in units of c. A step moves atoms by −τ∇F(xⱼ), which for
+    ½|x−y|² is the step above; its length is halved until the energy does not rise. If the curvature
+    of c is far from 1, another `step_size` is faster. S_ε ≥ 0 is known if e^(−c/ε) is positive
+    definite: for |x−y|^p with 0 < p ≤ 2 and for the cosine distance, but not for squared distances
+    on a circle or torus (Feydy et al., arXiv:1810.08278). `Certified` compares all patterns, as
+    there are no lower bounds. The functions of `jdam.theory`, clouds with features and `jdam.save`
+    are not supported. The default tolerances are in units of c by length.
 
-    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
-    """
+    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds."""
 
     def __init__(
         self,
@@ -165,22 +170,26 @@ class Sinkhorn(SHKGeometry):
         feature_scale: float = 1.0,
         **settings: Any,
     ) -> "Sinkhorn":
-        """A `Sinkhorn` in units of the patterns, so that it follows their unit of length: with u
-        the median of ½|x−y|² within patterns, over pairs of different atoms of a cloud, it is
-        `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
+        """Return a `Sinkhorn` whose parameters scale with the unit of length of the patterns.
+
+        With u the median of ½|x−y|² within patterns, over pairs of different atoms of a cloud, it
+        is `Sinkhorn(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
         feature_scale=feature_scale·u)`. The median is of points alone, without features; with a
         `cost`, it is that of c(x, y).
 
-        ε = 0.05 places points well; 0.2 is faster and blurs, 0.01 slower and sharper. With cues
-        that are partial or cluttered, ρ ≈ 0.1; with atoms to be dropped, κ ≈ 1. With λ = 1 atoms of
-        different one-hot labels are as far apart as typical atoms of one cloud.
+        **Arguments:**
 
-        **Arguments:** `patterns`: clouds with any batch axes, or a list; `settings`: the other
-        arguments of `Sinkhorn`.
+        - `patterns`: clouds with any batch axes, or a list.
+        - `epsilon`: ε/u. 0.05 places points accurately; 0.2 is faster and blurs, 0.01 is slower and
+          sharper.
+        - `rho`: ρ/u, ≈ 0.1 for partial or cluttered queries.
+        - `hellinger_scale`: κu, ≈ 1 if atoms are to be dropped.
+        - `feature_scale`: λ/u. With 1, atoms of different one-hot labels are as far apart as
+          typical atoms of one cloud.
+        - `settings`: the other arguments of `Sinkhorn`.
 
-        **Raises:** as `Sinkhorn`; `TypeError` for other measures; `ValueError` where u is 0, as of
-        clouds of one atom.
-        """
+        **Raises:** as `Sinkhorn`; `TypeError` for other measures; `ValueError` if u is 0, as for
+        clouds of one atom."""
         patterns = as_batch(patterns)
         if not isinstance(patterns, PointCloud):
             raise TypeError(f"patterns must be jdam.PointClouds; got {type(patterns).__name__}")
@@ -221,9 +230,9 @@ class Sinkhorn(SHKGeometry):
         centre = self._centre(atoms)
         centred = about(centre, atoms, self.epsilon)
         known = self._self_transport(centred, query.weights)
-        share = self._marginals.transported_fraction(known.potential)
-        assert known.gradient is not None  # it is dropped of patterns only
-        force = share[:, None] * known.gradient[:, : query.dim]  # features do not move
+        fraction = self._marginals.transported_fraction(known.potential)
+        assert known.gradient is not None  # only patterns are prepared without it
+        force = fraction[:, None] * known.gradient[:, : query.dim]  # features are fixed
         return View(query, centre, centred, known, force)
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
@@ -232,50 +241,50 @@ class Sinkhorn(SHKGeometry):
         centred = about(centres, clouds, self.epsilon)
         known = jax.vmap(self._self_transport)(centred, weights, prepared.known)
         shift, means, placed = place(self._marginals, view, centres, centred, weights)
-        found = self._coupled(view, placed, patterns)
-        divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
-        not_converged = (found.error > self._tol) | (known.error > self._tol)
+        solution = self._coupled(view, placed, patterns)
+        divergence = means + solution.cost - view.known.cost / 2 - known.cost / 2
+        not_converged = (solution.error > self._tol) | (known.error > self._tol)
         if self.cost is None:
-            rounded = rounding_of(view, placed, weights, self._marginals)
-            not_converged |= rounded > jnp.abs(divergence) / 32
-        shares = self._marginals.transported_fraction(found.f)
-        force, moves = shares[..., None] * found.gradient, slice(query.dim)
+            rounding_error = rounding_of(view, placed, weights, self._marginals)
+            not_converged |= rounding_error > jnp.abs(divergence) / 32
+        fractions = self._marginals.transported_fraction(solution.f)
+        force, coordinates = fractions[..., None] * solution.gradient, slice(query.dim)
         variation = self._marginals.variation
         return Comparison(
             divergence,
             Pull(
-                velocity=view.force[None] - force[..., moves] - shift[:, None, moves],
-                variation=variation(found.f)
+                velocity=view.force[None] - force[..., coordinates] - shift[:, None, coordinates],
+                variation=variation(solution.f)
                 + shift @ view.centred.T
                 - variation(view.known.potential)[None],
             ),
-            guess=jax.lax.stop_gradient(found.g),
+            guess=jax.lax.stop_gradient(solution.g),
             not_converged=not_converged | (view.known.error > self._tol),
-            inliers=None if self.rho is None else shares,
+            inliers=None if self.rho is None else fractions,
         )
 
     def _coupled(
         self, view: View, placed: Float[Array, "B m d"], patterns: Patterns
     ) -> SinkhornOutput:
-        """The couplings of the query with patterns whose atoms count as being there."""
+        """Solve the transport problems between the query and patterns with atoms at `placed`."""
         guess = patterns.prepared.known.potential if patterns.guess is None else patterns.guess
 
-        def one(points: Array, weights: Array, guess: Array) -> SinkhornOutput:
+        def solve(points: Array, weights: Array, guess: Array) -> SinkhornOutput:
             pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
             return solve_pair(self._solver, pair, guess)
 
-        found: SinkhornOutput = jax.vmap(one)(placed, patterns.measures.weights, guess)
-        return found
+        solutions: SinkhornOutput = jax.vmap(solve)(placed, patterns.measures.weights, guess)
+        return solutions
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
-        """pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε)."""
+        """Compute pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε)."""
         clouds, centres = self.lifted(patterns.measures), patterns.prepared.centre
         weights, centres = clouds.weights, jax.lax.stop_gradient(centres)
         centred = about(centres, clouds, self.epsilon)
         _, _, placed = place(self._marginals, view, centres, centred, weights)
-        found = self._coupled(view, placed, patterns)
+        solution = self._coupled(view, placed, patterns)
 
-        def one(f: Array, g: Array, points: Array, weights: Array) -> Array:
+        def plan_of(f: Array, g: Array, points: Array, weights: Array) -> Array:
             costs = self._solver.cost.scaled(view.centred, points, self.epsilon)
             logs = (f[:, None] + g[None]) / self.epsilon - costs
             on = (view.query.weights > 0)[:, None] & (weights > 0)[None]
@@ -283,23 +292,24 @@ class Sinkhorn(SHKGeometry):
             plan: Array = masses * jnp.exp(jnp.where(on, logs, 0))
             return plan
 
-        plans: Array = jax.vmap(one)(found.f, found.g, placed, weights)
+        plans: Array = jax.vmap(plan_of)(solution.f, solution.g, placed, weights)
         return plans
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        """By means, or by the gap between clouds if ρ is given; and by dual values after half an
-        iteration from the potential of the pattern with itself and after some more. None for a
-        cost of one's own."""
+        """Return bounds by means, or by the gap between clouds if ρ is given, and by dual values.
+
+        The dual values follow half a scaling iteration, and then a few more iterations, from the
+        warm start. Other ground costs have no bounds."""
         if self.cost is not None:
             return ()
         first = by_means if self.rho is None else partial(by_gap, self.epsilon, self.rho)
-        duals = (dual_after_half_iteration, dual_after_some_iterations)
-        solved = (partial(dual, self._solver) for dual in duals)
-        return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in solved)
+        values = (dual_after_half_iteration, dual_after_some_iterations)
+        duals = (partial(dual, self._solver) for dual in values)
+        return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in duals)
 
     def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
-        """The root mean square distance of atoms to the mean of all, and a share of their
-        distance to the origin, where coordinates round."""
+        """Return the root mean square distance of atoms to the mean of all, plus eps^0.3 times the
+        distance of that mean to the origin, to which coordinates round."""
         mean = average(patterns.mean, weights)
         centred = without_padding(patterns.points - mean[None, None], patterns.weights)
         spread = average(jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)), weights)
@@ -308,7 +318,8 @@ class Sinkhorn(SHKGeometry):
         return result
 
     def energy_tolerance(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
-        """The rounding of S_ε between clouds of this size, and the inner solver's error."""
+        """Return the rounding error of S_ε between clouds of this size, or the inner solver's if
+        larger."""
         eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
@@ -319,10 +330,10 @@ class Sinkhorn(SHKGeometry):
         return max(eps, self._tol**2) * average(variances, weights) / 2
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
-        numbers = patterns.num_atoms * (patterns.dim + 2)  # of a pull
+        numbers = patterns.num_atoms * (patterns.dim + 2)  # numbers of a pull
         budget = by_platform(2**14, 2**24)
         at_once = min(len(patterns), max(1, budget // numbers))
-        # Derivatives hold plans, n² numbers a pair and some of them at a time.
+        # Derivatives store several plans at a time, of n² numbers each.
         plans = max(1, budget // 8 // patterns.num_atoms**2)
         queries = max(1, budget // (numbers * at_once))
         return BatchSizes(queries, at_once, min(at_once, plans))
@@ -337,16 +348,18 @@ class Sinkhorn(SHKGeometry):
 
     @property
     def bounds_pay(self) -> bool:  # type: ignore[override]
-        """Not for a given ρ, where D of far patterns hardly differs; nor without bounds."""
+        """False with ρ, where D hardly differs between distant patterns, and for other ground
+        costs."""
         return self.rho is None and self.cost is None
 
     @property
     def cost_scale(self) -> float | None:  # type: ignore[override]
-        """½ for the balanced divergence with the cost ½|x−y|²; with ρ it does not grow without
-        bounds."""
+        """½ for the balanced divergence with cost ½|x−y|²; None otherwise, as with ρ D is
+        bounded."""
         return 0.5 if self.rho is None and self.cost is None else None
 
     def _centre(self, clouds: PointCloud) -> Float[Array, "*batch d"]:
-        """About what to compare: the mean, unless the cost changes with a common translation."""
+        """Return the origin of coordinates for comparison: the mean, or 0 for a ground cost, which
+        need not be translation-invariant."""
         mean = jax.lax.stop_gradient(clouds.mean)
         return mean if self.cost is None else jnp.zeros_like(mean)
