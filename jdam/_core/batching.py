@@ -7,7 +7,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,6 @@ T = TypeVar("T")
 #: Chunk size for a batch of symbolic length (`jax.export`). It is small because a chunk is always
 #: computed in full, even for a batch of one.
 OF_A_SYMBOL = 16
-
-
-class _Settings(NamedTuple):
-    """Static arguments of `in_batches` and `masked_cond`."""
-
-    function: Callable[..., Any]
-    at_once: int | None
-    flat: bool
 
 
 def map_in_batches(function: Callable[[Any], T], at_once: int | None, rows: Any) -> T:
@@ -70,7 +62,25 @@ def in_batches(
     Of nested batches, only the inner one is split into tiles, and unbatched arguments are not
     copied. If `flat`, nested batches are merged into one, and unbatched arguments are copied for
     each element."""
-    result: T = _in_tiles(_Settings(function, at_once, flat), *args)
+    one = jax.custom_batching.custom_vmap(function)
+
+    def over_rows(args: Any) -> Any:
+        return map_in_batches(lambda row: function(*row), at_once, args)
+
+    @one.def_vmap
+    @full_precision
+    def batch_rule(size: int, batched: Any, *args: Any) -> Any:
+        def in_chunks(*args: Any) -> Any:
+            rows, join = _split(tuple(batched), args)
+            return map_in_batches(lambda row: function(*join(row)), at_once, rows)
+
+        if flat:
+            results = _as_one_batch(over_rows, _broadcast_batch(size, tuple(batched), args))
+        else:
+            results = on_local_shards(in_chunks, tuple(batched), args)
+        return results, jax.tree.map(lambda _: True, results)
+
+    result: T = _with_derivative_of(function, one)(*args)
     return result
 
 
@@ -89,8 +99,24 @@ def masked_cond(
     `lax.cond` under `jax.vmap` computes both branches for every element. Here, elements whose
     condition holds are gathered and computed `at_once` at a time. If `at_once` is None, all
     elements are computed as soon as one condition holds. `flat` as in `in_batches`."""
-    settings = _Settings(function, at_once, flat)
-    result: T = _compute_where(settings, condition, default, operand, args)
+    one: Callable[..., Any] = partial(_once, function)
+    if at_once is not None:
+
+        def over_rows(states: Any, rows: Any, join: Callable[[Any], Any]) -> Any:
+            condition, default, operand = states
+            compute = lambda row: function(row[0], join(row[1]))  # noqa: E731
+            return _map_active(compute, at_once, condition, (operand, rows), default)
+
+        one = _with_batch_rule(one, over_rows, flat)
+
+    def selected(condition: Array, default: T, operand: Any, args: Any) -> T:
+        # The while loop of `_once` has no reverse mode.
+        compute = function if at_once is None else jax.checkpoint(function)
+        computed = compute(operand, args)
+        chosen: T = jax.tree.map(partial(jnp.where, condition), computed, default)
+        return chosen
+
+    result: T = _with_derivative_of(selected, one)(condition, default, operand, args)
     return result
 
 
@@ -109,122 +135,49 @@ def batched_while_loop(
     time, so that no element waits for the slowest. The loop has no derivative. `flat` as in
     `in_batches`."""
 
-    @jax.custom_batching.custom_vmap
-    def one(state: T, args: Any) -> Any:
+    def one(state: T, args: Any) -> T:
         return while_loop(lambda s: cond_fun(s, args), lambda s: body_fun(s, args), state, args)
 
-    def over_rows(values: Any) -> Any:
-        state, rows = values
-        return _work_queue(cond_fun, body_fun, at_once, state, rows)
+    def over_rows(states: Any, rows: Any, join: Callable[[Any], Any]) -> Any:
+        row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
+        return _work_queue(row_cond, row_body, at_once, states[0], rows)
 
-    @one.def_vmap
-    @full_precision
-    def batch_rule(size: int, batched: Any, *values: Any) -> Any:
-        if export.is_symbolic_dim(size):
-            result = _in_chunks(one, batched, values)
-        elif flat:
-            result = _as_one_batch(over_rows, _broadcast_batch(size, tuple(batched), values))
-        else:
-            rows, join = _split(batched[1], values[1])
-            row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
-            state = _broadcast_batch(size, batched[0], values[0])
-            result = _work_queue(row_cond, row_body, at_once, state, rows)
-        return result, jax.tree.map(lambda _: True, result)
-
-    final: T = one(state, args)
+    final: T = _with_batch_rule(one, over_rows, flat)(state, args)
     return final
 
 
-def _with_derivative_of(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate `function(settings, *args)` so that its derivative is that of `plain(settings,
-    *args)`, which computes the same values without batching rules."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        wrapped = jax.custom_jvp(function, nondiff_argnums=(0,))
-
-        @partial(wrapped.defjvp, symbolic_zeros=True)
-        @full_precision
-        def _(settings: _Settings, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-            return jvp(partial(plain, settings), primals, tangents)
-
-        return wrapped
-
-    return decorate
+def _with_derivative_of(plain: Callable[..., T], function: Callable[..., T]) -> Callable[..., T]:
+    """Return `function` with the derivative of `plain`, which computes the same values without
+    batching rules."""
+    differentiable: Callable[..., T] = jax.custom_jvp(function)
+    differentiable.defjvp(full_precision(partial(jvp, plain)), symbolic_zeros=True)  # type: ignore
+    return differentiable
 
 
-def _call(settings: _Settings, *args: Any) -> Any:
-    return settings.function(*args)
-
-
-@_with_derivative_of(_call)
-def _in_tiles(settings: _Settings, *args: Any) -> Any:
-    function, at_once = settings.function, settings.at_once
-
-    @jax.custom_batching.custom_vmap
-    def one(*args: Any) -> Any:
-        return function(*args)
-
-    def many(args: Any) -> Any:
-        return map_in_batches(lambda row: function(*row), at_once, args)
-
-    @one.def_vmap
-    @full_precision
-    def batch_rule(size: int, batched: Any, *args: Any) -> Any:
-        if settings.flat:
-            results = _as_one_batch(many, _broadcast_batch(size, tuple(batched), args))
-            return results, jax.tree.map(lambda _: True, results)
-
-        def in_tiles(*args: Any) -> Any:
-            rows, join = _split(tuple(batched), args)
-            return map_in_batches(lambda row: function(*join(row)), at_once, rows)
-
-        results = on_local_shards(in_tiles, tuple(batched), args)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return one(*args)
-
-
-def _selected(settings: _Settings, condition: Array, default: T, operand: Any, args: Any) -> T:
-    """Compute `masked_cond` without a loop, for derivatives."""
-    # The while loop of `_compute_where` has no reverse mode.
-    function = settings.function
-    if settings.at_once is not None:
-        function = jax.checkpoint(function)
-    computed = function(operand, args)
-    selected: T = jax.tree.map(lambda x, y: jnp.where(condition, x, y), computed, default)
-    return selected
-
-
-@_with_derivative_of(_selected)
-def _compute_where(
-    settings: _Settings, condition: Array, default: Any, operand: Any, args: Any
-) -> Any:
-    function, at_once = settings.function, settings.at_once
-
-    alone = partial(_once, function)
-    if at_once is None:
-        return alone(condition, default, operand, args)
-    one = jax.custom_batching.custom_vmap(alone)
-
-    def many(rows: Any) -> Any:
-        condition, default, *others = rows
-        return _map_active(lambda row: function(*row), at_once, condition, others, default)
+def _with_batch_rule(
+    function: Callable[..., T],
+    over_rows: Callable[[Any, Any, Callable[[Any], Any]], Any],
+    flat: bool,
+) -> Callable[..., T]:
+    """Return `function(*states, args)` with the batching rule `over_rows(states, rows, join)`, where
+    `join(row)` are the args of one element: its own and those that all elements share."""
+    one = jax.custom_batching.custom_vmap(function)
 
     @one.def_vmap
     @full_precision
     def batch_rule(size: int, batched: Any, *values: Any) -> Any:
         if export.is_symbolic_dim(size):
             results = _in_chunks(one, batched, values)
-        elif settings.flat:
-            results = _as_one_batch(many, _broadcast_batch(size, tuple(batched), values))
+        elif flat:
+            merged = lambda rows: over_rows(rows[:-1], rows[-1], lambda row: row)  # noqa: E731
+            results = _as_one_batch(merged, _broadcast_batch(size, tuple(batched), values))
         else:
-            condition, default, operand = _broadcast_batch(size, tuple(batched[:3]), values[:3])
-            rows, join = _split(batched[3], values[3])
-            compute = lambda row: function(row[0], join(row[1]))  # noqa: E731
-            results = _map_active(compute, at_once, condition, (operand, rows), default)
+            states = _broadcast_batch(size, tuple(batched[:-1]), values[:-1])
+            results = over_rows(states, *_split(batched[-1], values[-1]))
         return results, jax.tree.map(lambda _: True, results)
 
-    return one(condition, default, operand, args)
+    batchable: Callable[..., T] = one
+    return batchable
 
 
 def _in_chunks(one: Callable[..., Any], batched: Any, values: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import jax
 import jax.numpy as jnp
 
-from jdam._core.derivatives import full_precision
+from jdam._core.batching import in_batches
 from jdam._core.loops import varying
 from jdam._core.mesh import is_whole, on_parts
 
@@ -20,7 +20,10 @@ R = TypeVar("R")
 
 
 def compiled(
-    *, static: tuple[str, ...] = (), rounded: bool = True
+    *,
+    static: tuple[str, ...] = (),
+    rounded: bool = True,
+    batch_size: Callable[..., int | None] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator like `jax.jit` for functions whose first argument sets the dtype.
 
@@ -31,30 +34,30 @@ def compiled(
     **Arguments:**
 
     - `static`: names of the static keyword arguments.
-    - `rounded`: whether to cast the result back."""
+    - `rounded`: whether to cast the result back.
+    - `batch_size`: a function of the first and the static arguments that returns how many elements
+      of a batch are computed at a time under `jax.vmap`, None for all. If `batch_size` is None, the
+      function is batched as JAX does it."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        whole = cast(Callable[..., Any], function)
-
         @functools.partial(jax.jit, static_argnames=static)
-        @functools.wraps(whole)
-        @full_precision
+        @functools.wraps(function)
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
-            dtype = float_dtype(first)
-            inside = working_dtype(dtype)
+            def body(first: Any, *args: Any) -> Any:
+                return cast(Any, function)(_validated(first), *args, **kwargs)
 
-            first, args = varying((first, args))
+            with jax.default_matmul_precision("highest"):
+                dtype, call = float_dtype(first), body
+                inside = working_dtype(dtype)
+                values = varying((first, *args))
+                if inside != dtype:
+                    values = _cast(values, inside)
+                if batch_size is not None:
+                    call = functools.partial(in_batches, body, batch_size(first, **kwargs))
+                result = on_parts(call, *values) if is_whole(first) else call(*values)
+                return _cast(result, dtype) if rounded and inside != dtype else result
 
-            def call(first: Any, *args: Any) -> Any:
-                return whole(_validated(first), *args, **kwargs)
-
-            run_on = functools.partial(on_parts, call) if is_whole(first) else call
-            if inside == dtype:
-                return run_on(first, *args)
-            result = run_on(*_cast((first, *args), inside))
-            return _cast(result, dtype) if rounded else result
-
-        @functools.wraps(whole)
+        @functools.wraps(function)
         def in_one_context(*args: Any, **kwargs: Any) -> Any:
             # Rules of a `custom_vmap` are traced with a mesh set, possibly an empty one. Setting it
             # here too gives both the same cache key, so that nothing is traced twice.
