@@ -1,6 +1,4 @@
-"""Result of one evaluation of the energy, and the blocks of patterns that an evaluation sums
-over.
-"""
+"""Result of one evaluation of the energy, and the blocks of patterns."""
 
 from typing import Any, NamedTuple
 
@@ -25,7 +23,8 @@ class Evaluation(NamedTuple):
 
     view: AnyView  # of the query, an argument of `Geometry.move`
     energy: Float[Array, ""]  # E(ξ)
-    relative: Float[Array, ""]  # E(ξ) + β⁻¹ log Σ πᵢ, finite and accurate as β → 0
+    # `LogSumExp`: E(ξ) + β⁻¹ log Σ πᵢ, finite and accurate as β → 0; other separations: E(ξ).
+    relative: Float[Array, ""]
     pull: AnyMeasure  # Σ wᵢ·pullᵢ; None if `Settings.with_pull` is False
     nearest: Nearest
     weight: Float[Array, ""]  # of `nearest`

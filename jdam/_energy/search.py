@@ -16,9 +16,7 @@ from jdam._memory.memory import Memory
 
 
 class Search(ABC):
-    """The patterns that an evaluation compares with the query. Subclasses are frozen
-    dataclasses.
-    """
+    """Selection of the patterns of an evaluation. Subclasses are frozen dataclasses."""
 
     @property
     @abstractmethod
@@ -42,9 +40,7 @@ class Search(ABC):
         """Return the energy, the average pull, and a bound on the Gibbs mass neglected in both."""
 
     def first_guess(self, memory: Memory) -> Any:
-        """Return the warm start of the first evaluation. Later evaluations start from
-        `Evaluation.guess`.
-        """
+        """Return the warm start of the first evaluation; later ones use `Evaluation.guess`."""
         return memory.geometry.first_guess(memory.prepared)
 
 
