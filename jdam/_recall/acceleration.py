@@ -171,8 +171,8 @@ class TrustRegion(Acceleration):
         checks.positive_int("max_products", self.max_products)
 
     def start(self, measure: AnyMeasure, zero: Array) -> Region:
-        zero_energy = jnp.zeros_like(zero)
-        return Region(zero_energy, zero_energy, zero_energy)
+        zeros = jnp.zeros_like(zero)
+        return Region(zeros, zeros, zeros)
 
     def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
         return _newton_step(self, solver, state, problem)

@@ -51,9 +51,10 @@ class Implicit(Adjoint):
     GMRES. The derivative is as accurate as the recall is converged; `Status.MAX_STEPS` means that
     it is not.
 
-    Where I − ∂Φ/∂ξ is singular, because of a gauge, that part of dξ is the query's own tangent, as
-    it is with `Unrolled`: rotations of a factor, which leave the measure unchanged; the weights of
-    a point cloud if κ = 0, which steps leave unchanged. Entries of the trace have derivative zero.
+    Where I − ∂Φ/∂ξ is singular, the part of dξ along the gauge is that of the query's tangent, as
+    with `Unrolled`. The gauge contains rotations of a factor, which leave the measure unchanged,
+    and the weights of a point cloud if κ = 0, which steps leave unchanged. Entries of the trace
+    have derivative zero.
 
     **Arguments:**
 
