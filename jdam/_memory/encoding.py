@@ -87,11 +87,9 @@ def decode(
         instance = object.__new__(classes[content])
         for field in dataclasses.fields(instance):
             # A field that is newer than the file has its default.
-            is_encoded = field.name in encoded["fields"] or field.default is dataclasses.MISSING
+            stored = field.name in encoded["fields"] or field.default is dataclasses.MISSING
             value = (
-                decode(encoded["fields"][field.name], array, classes)
-                if is_encoded
-                else field.default
+                decode(encoded["fields"][field.name], array, classes) if stored else field.default
             )
             object.__setattr__(instance, field.name, value)
         return instance

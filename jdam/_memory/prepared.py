@@ -48,8 +48,8 @@ def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
 def checked_prior(
     patterns: AnyMeasure, log_prior: ArrayLike, *, some_on: bool = True
 ) -> Float[Array, " N"]:
-    """Return `log_prior` as an array (N,) of the patterns' dtype; raise unless it is finite or
-    −inf, and, with `some_on`, finite for some pattern.
+    """Return `log_prior` as an array (N,) of the patterns' dtype. Concrete values must be finite or
+    −inf and, with `some_on`, not all −inf.
     """
     num = batch_size(patterns)
     if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):

@@ -25,9 +25,7 @@ SPOILED = -1
 
 @jax.jit(static_argnames="capacity")
 def reserve(memory: "Memory", capacity: int) -> "Memory":
-    """Return the memory with `capacity` slots. Free slots hold copies of the last pattern, whose
-    prior is 0.
-    """
+    """Return the memory with `capacity` slots; free ones hold the last pattern, with prior 0."""
 
     def resize(leaf: Array, **fill: Any) -> Array:
         missing = max(0, capacity - len(leaf))
