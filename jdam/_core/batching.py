@@ -159,7 +159,8 @@ def _with_batch_rule(
     over_rows: Callable[[Any, Any, Callable[[Any], Any]], Any],
     flat: bool,
 ) -> Callable[..., T]:
-    """Return `function(*states, args)` with the batching rule `over_rows(states, rows, join)`, where
+    """Return `function(*states, args)` with the batching rule `over_rows(states, rows, join)`.
+
     `join(row)` are the args of one element: its own and those that all elements share."""
     one = jax.custom_batching.custom_vmap(function)
 

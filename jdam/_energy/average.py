@@ -1,4 +1,4 @@
-"""The average of the pulls: of all comparisons with patterns only some exist at a time."""
+"""The energy and the average pull at a query, computed block by block to save memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,20 +21,23 @@ from jdam.geometry.protocol import AnyView, Comparison, Geometry, Patterns
 
 
 class Settings(NamedTuple):
-    """The static settings of an evaluation."""
+    """Static settings of an evaluation."""
 
     separation: Separation = LogSumExp()
     block_size: int | None = None
-    with_pull: bool = True  # else the energy alone
-    exact: bool = True
+    with_pull: bool = True  # False: the energy alone
+    exact: bool = True  # False: divergences may be approximate
 
 
 def evaluate(
     settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any = None
 ) -> Evaluation:
-    """The energy and the average of the pulls: from approximate divergences where they are good
-    enough, from exact ones if not. Comparisons start from a guess, None for the patterns' own."""
-    if type(settings.separation) is not LogSumExp:  # a subclass may weigh otherwise
+    """Return the energy at a query and the average of the pulls.
+
+    Divergences are approximate where the geometry's `approximation_errs` is false, exact elsewhere.
+    Comparisons start from `guess`; None stands for `Geometry.first_guess`.
+    """
+    if type(settings.separation) is not LogSumExp:  # a subclass may define other weights
         return _evaluate(settings, memory, query, beta, guess)
     doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
     if doubtful is None:
@@ -44,7 +47,7 @@ def evaluate(
         memory, beta, guess = others
         return _evaluate(settings, memory, query, beta, guess)
 
-    doubtful = psum(doubtful.astype(jnp.int32), memory.layout) > 0  # for one, for all
+    doubtful = psum(doubtful.astype(jnp.int32), memory.layout) > 0  # all devices do the same
     approximate = _evaluate(settings._replace(exact=False), memory, query, beta, guess)
     return masked_cond(doubtful, exactly, approximate, query, (memory, beta, guess))
 
@@ -60,7 +63,8 @@ def _evaluate(
 @partial(_evaluate.defjvp, symbolic_zeros=True)
 @full_precision
 def _evaluate_jvp(settings: Settings, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    # Derivatives of a block hold more than its comparisons, and tiles of queries end here.
+    # The derivative of a block needs more memory than its comparisons, and the derivative of
+    # `in_batches` evaluates all queries at once.
     memory, *_ = primals
     most = memory.geometry.batch_sizes(memory.patterns).differentiated
     size = most if settings.block_size is None else min(most, settings.block_size)
@@ -70,24 +74,24 @@ def _evaluate_jvp(settings: Settings, primals: tuple[Any, ...], tangents: tuple[
 def _in_one_sweep(
     settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> Evaluation:
-    """By sums that are accumulated pattern after pattern."""
+    """Return the evaluation in one pass: log-sum-exp accumulators are updated block by block."""
     separation, view = LogSumExp(), view_of(memory.geometry, query)
 
-    def accumulate(sums: Any, found: Comparison, block: Block) -> tuple[Any, Any]:
-        return separation.accumulate(sums, found, block, beta), found.guess
+    def accumulate(sums: Any, comparison: Comparison, block: Block) -> tuple[Any, Any]:
+        return separation.accumulate(sums, comparison, block, beta), comparison.guess
 
     sweep = Sweep(accumulate, settings.exact)
     blocks = cut_into_blocks(memory, settings.block_size, guess)
     first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
-    nothing = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
-    sums, guesses = sweep.over(memory, view, blocks, nothing, beta)
+    empty_sums = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
+    sums, guesses = sweep.over(memory, view, blocks, empty_sums, beta)
     sums = separation.merge(sums, beta, memory.layout)
-    guesses = _in_a_row(guesses, memory.capacity)
+    guesses = _join_blocks(guesses, memory.capacity)
     return separation.finish(sums, total_prior(memory), beta, view, guesses)
 
 
 def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """log max πᵢ, and Σ πᵢ in units of that."""
+    """Return log max πᵢ and Σ πᵢ / max π, over all patterns."""
     prior = relative_prior(memory, memory.log_prior)
     if prior is None:
         count = memory.capacity * (1 if memory.layout is None else memory.layout.parts)
@@ -96,7 +100,9 @@ def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
 
 
 def relative_prior(memory: Memory, log_prior: Array | None) -> Float[Array, " B"] | None:
-    """πᵢ/max π of some patterns of the memory, or of all; None if all are 1."""
+    """Return πᵢ / max π, the maximum over the whole memory, for the patterns with this `log_prior`;
+    None if `log_prior` is None, for πᵢ = 1.
+    """
     if log_prior is None:
         return None
     on = log_prior != -jnp.inf
@@ -111,49 +117,50 @@ def _top(memory: Memory) -> Float[Array, ""]:
 def _in_two_sweeps(
     settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
 ) -> Evaluation:
-    """By weights that are known only when all divergences are: a sweep for these, and one for the
-    pulls unless one block is all."""
+    """Return the evaluation in two passes: the divergences, which determine the weights, then the
+    average of the pulls. One pass suffices if one block holds all patterns.
+    """
     view, layout, num = view_of(memory.geometry, query), memory.layout, memory.capacity
     blocks = cut_into_blocks(memory, settings.block_size, guess)
     first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
     zero = zero_comparison(memory, view, first)
-    at_once = settings.with_pull and batch_size(blocks) == 1  # all pulls fit in memory
+    one_block = settings.with_pull and batch_size(blocks) == 1  # all pulls fit in memory
 
-    def keep(_: None, found: Comparison, block: Block) -> tuple[None, Comparison]:
-        return None, found if at_once else found._replace(pull=None)
+    def collect(_: None, comparison: Comparison, block: Block) -> tuple[None, Comparison]:
+        return None, comparison if one_block else comparison._replace(pull=None)
 
-    def add(total: AnyMeasure, found: Comparison, block: Any) -> tuple[AnyMeasure, None]:
-        return jax.tree.map(partial(_add, block.weights), total, found.pull), None
+    def add(total: AnyMeasure, comparison: Comparison, block: Any) -> tuple[AnyMeasure, None]:
+        return jax.tree.map(partial(_add, block.weights), total, comparison.pull), None
 
-    found = _in_a_row(Sweep(keep).over(memory, view, blocks, None)[1], num)
-    everything = all_rows(found.divergence, layout), all_rows(memory.log_prior, layout)
-    all_weights = settings.separation.weights(*everything, beta)
+    comparisons = _join_blocks(Sweep(collect).over(memory, view, blocks, None)[1], num)
+    terms = all_rows(comparisons.divergence, layout), all_rows(memory.log_prior, layout)
+    all_weights = settings.separation.weights(*terms, beta)
     weights = local_rows(all_weights, num, layout)
     pull = None
-    if at_once:
-        pull = jax.tree.map(partial(_add, weights), zero.pull, found.pull)
+    if one_block:
+        pull = jax.tree.map(partial(_add, weights), zero.pull, comparisons.pull)
     elif settings.with_pull:
-        blocks = cut_into_blocks(memory, settings.block_size, found.guess)
+        blocks = cut_into_blocks(memory, settings.block_size, comparisons.guess)
         count, size = blocks.indices.shape
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
         pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), zero.pull)
-    unsolved = psum(unsolved_mass(found, weights), layout)
-    pattern = heaviest(all_weights, *everything)
+    unsolved = psum(unsolved_mass(comparisons, weights), layout)
+    pattern = heaviest(all_weights, *terms)
     row = pattern - first_index(num, layout)
-    details = (found.inliers, found.pose)
+    details = (comparisons.inliers, comparisons.pose)
     details = jax.tree.map(lambda rows: rows[jnp.clip(row, 0, num - 1)], details)
     details = of_one_part(details, (row >= 0) & (row < num), layout)
-    energy = settings.separation.energy(*everything, beta)
+    energy = settings.separation.energy(*terms, beta)
     return Evaluation(
         view=view,
         energy=energy,
         relative=energy,
         pull=psum(pull, layout),
-        nearest=Nearest(pattern, everything[0][pattern], *details),
+        nearest=Nearest(pattern, terms[0][pattern], *details),
         weight=all_weights.max(),
         unsolved=jax.lax.stop_gradient(unsolved),
         neglected=jnp.zeros_like(beta),
-        guess=found.guess,
+        guess=comparisons.guess,
     )
 
 
@@ -162,21 +169,21 @@ def _add(weights: Float[Array, " B"], total: Array, pulls: Array) -> Array:
 
 
 def zero_comparison(memory: Memory, view: AnyView, patterns: Patterns) -> Comparison:
-    """Zeros in the shapes of a comparison with one pattern."""
+    """Return zeros in the shapes of a comparison with one pattern."""
     shapes = jax.eval_shape(compare, memory.geometry, view, patterns)
     zero: Comparison = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
     return zero
 
 
 def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    """D(ξ, Xᵢ) to every pattern."""
+    """Return D(ξ, Xᵢ) for every pattern, (N,)."""
 
-    def keep(_: None, found: Comparison, block: Block) -> tuple[None, Array]:
-        return None, found.divergence
+    def collect(_: None, comparison: Comparison, block: Block) -> tuple[None, Array]:
+        return None, comparison.divergence
 
     blocks, view = cut_into_blocks(memory, None, None), view_of(memory.geometry, query)
-    divergences = Sweep(keep).over(memory, view, blocks, None)[1]
-    result: Array = all_rows(_in_a_row(divergences, memory.capacity), memory.layout)
+    divergences = Sweep(collect).over(memory, view, blocks, None)[1]
+    result: Array = all_rows(_join_blocks(divergences, memory.capacity), memory.layout)
     return result
 
 
@@ -184,63 +191,68 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 def compare(
     geometry: Geometry, view: AnyView, patterns: Patterns, *, exact: bool = True
 ) -> Comparison:
-    """`Geometry.compare`, traced once for all that compare alike."""
+    """Return `Geometry.compare(view, patterns)`; `jax.jit` lets all callers share one trace."""
     return geometry.compare(view, patterns, exact=exact)
 
 
 @jax.jit
 def view_of(geometry: Geometry, query: AnyMeasure) -> AnyView:
-    """`Geometry.view`, likewise."""
+    """Return `Geometry.view(query)`; `jax.jit` lets all callers share one trace."""
     return geometry.view(query)
 
 
 class Sweep(NamedTuple):
-    """Comparisons of a query with block after block of the patterns.
+    """Comparisons of a query with one block of patterns after another.
 
-    `accumulate(carry, comparison, block)` gives the next carry and what to keep of the block."""
+    `accumulate(carry, comparison, block)` returns the next carry and an output of the block.
+    """
 
     accumulate: Callable[[Any, Comparison, Any], tuple[Any, Any]]
     exact: bool = True
 
     def over(self, memory: Memory, view: AnyView, blocks: Any, start: Any, *others: Any) -> Any:
-        """The last carry, and what was kept, stacked. `others` is what `accumulate` closes over.
+        """Return the last carry and the stacked outputs. `others` are the arrays that `accumulate`
+        closes over.
 
-        The derivative compares again instead of remembering, but for what took iterations to find.
+        The derivative recomputes the comparisons; only results of iterative solvers, named
+        `ITERATED`, are stored.
         """
 
-        def turn(carry: Any, block: Any) -> tuple[Any, Any]:
-            found = compare(memory.geometry, view, block.patterns, exact=self.exact)
-            _check_comparison(memory, found, block)
-            return self.accumulate(carry, found, block)
+        def body_fun(carry: Any, block: Any) -> tuple[Any, Any]:
+            comparison = compare(memory.geometry, view, block.patterns, exact=self.exact)
+            _check_comparison(memory, comparison, block)
+            return self.accumulate(carry, comparison, block)
 
         if batch_size(blocks) == 1:
-            carry, kept = turn(start, jax.tree.map(lambda leaf: leaf[0], blocks))
-            return carry, jax.tree.map(lambda leaf: leaf[None], kept)
+            carry, output = body_fun(start, jax.tree.map(lambda leaf: leaf[0], blocks))
+            return carry, jax.tree.map(lambda leaf: leaf[None], output)
         policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
-        again = jax.checkpoint(turn, prevent_cse=False, policy=policy)
-        return scan(again, start, blocks, view, memory.geometry, *others)
+        remat_body_fun = jax.checkpoint(body_fun, prevent_cse=False, policy=policy)
+        return scan(remat_body_fun, start, blocks, view, memory.geometry, *others)
 
 
-def _check_comparison(memory: Memory, found: Comparison, block: Block) -> None:
-    """Geometries are written by others too."""
-    wanted, got = block.indices.shape, found.divergence.shape
-    if got != wanted or any(leaf.shape[:1] != wanted for leaf in jax.tree.leaves(found.pull)):
+def _check_comparison(memory: Memory, comparison: Comparison, block: Block) -> None:
+    """Raise `ValueError` unless the comparison leads with (B,): users write geometries too."""
+    expected, actual = block.indices.shape, comparison.divergence.shape
+    if actual != expected or any(
+        leaf.shape[:1] != expected for leaf in jax.tree.leaves(comparison.pull)
+    ):
         raise ValueError(
             f"compare of {type(memory.geometry).__name__} must return divergences of shape (B,) = "
-            f"{wanted} and pulls that lead with it; got {got} and "
-            f"{jax.tree.map(jnp.shape, found.pull)}"
+            f"{expected} and pulls that lead with it; got {actual} and "
+            f"{jax.tree.map(jnp.shape, comparison.pull)}"
         )
 
 
-def _in_a_row(blocks: Any, num: int) -> Any:
-    """What was kept of blocks of patterns, (blocks, B, …), as (N, …)."""
+def _join_blocks(blocks: Any, num: int) -> Any:
+    """Return the outputs of blocks, (blocks, B, …), as rows (N, …)."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], blocks)
 
 
 def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block:
-    """The memory cut into equal blocks along a new leading axis.
+    """Return the memory cut into equal blocks along a new leading axis.
 
-    The last block is filled up with copies of the last pattern, switched off by the prior.
+    The last block is padded with copies of the last pattern, whose prior is 0.
     """
     num = memory.capacity
     size = block_size or memory.geometry.batch_sizes(memory.patterns).patterns

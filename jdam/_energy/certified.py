@@ -1,4 +1,4 @@
-"""Comparing with few patterns, and proving that the others do not matter."""
+"""Search that compares few patterns and proves by lower bounds that the others do not matter."""
 
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,49 +30,52 @@ from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Bound, Patterns
 
-#: How many patterns to bound more closely at a time, by the second bound and by those after it.
+#: Number of patterns per refinement, by the second bound and by later ones.
 REFINED = 256, 64
-#: Fewer patterns are all compared unless told otherwise: the program is smaller.
+#: Memories of fewer patterns are searched exhaustively by default: the program is smaller.
 MANY = 512
-#: Over how many patterns mass may be spread, for bounds to be worth their time.
+#: Bounds pay only while the mass of the candidates, in units of the heaviest, is at most this.
 FEW = 8
-#: Of all patterns, the share of candidates after which comparing all costs no more.
+#: After a fraction 1/SHARE of the patterns has been compared, comparing all costs no more.
 SHARE = 8
-#: How many queries to take turns at a time on a CPU.
+#: Number of queries of the work queue that advance together on a CPU.
 QUERIES = 4
-#: Above the number of any bound.
+#: Level of patterns that were compared: above the index of any bound.
 COMPARED = 127
-#: Of how many numbers a query may keep guesses from step to step.
+#: Largest size of the warm starts that a query stores from step to step, in numbers.
 KEPT = 2**16
 
 
 @dataclass(frozen=True)
 class Certified(Search):
-    """Compare a query with few patterns, and prove that the others do not matter.
+    """Comparison with few patterns, and a proof that the others do not matter.
 
-    Every evaluation bounds D from below for all patterns, by the first of `Geometry.bounds`, which
-    is cheap, compares the query with the `num_candidates` of least bound, and so knows how much
-    Gibbs mass the others can have at most:
+    An evaluation bounds D from below for all patterns, by the first of `Geometry.bounds`, which is
+    cheap, and compares the query with the `num_candidates` patterns of least bound. The other
+    patterns then have at most the Gibbs mass
 
         neglected ≤ Σ_out πᵢ exp(−β boundᵢ) / (Σ_in πᵢ exp(−βDᵢ) + Σ_out πᵢ exp(−β boundᵢ)).
 
-    While that is more than `tol`, patterns that might still matter are bounded more closely
-    (by the next of the bounds) and then compared, `num_candidates` at a time in order of their
-    bounds, until the proof is there: at worst when all are compared, as they are at once where
-    Gaussians' or mixtures' mass is spread over many of the first candidates. So a recall is that of
-    `Exhaustive` up to `tol` in every weight; easy queries are cheap, hard ones take as long as they
-    need. `Recall.neglected` is the largest bound of all steps. With `max_candidates` the search
-    ends there; where `neglected` then is more than `tol`, the status is `UNCERTIFIED`: β is too
-    small for few patterns to hold the Gibbs mass, or bounds are too loose. Bounds include their
-    rounding; that of the D of the candidates is as in `Exhaustive`. With a geometry that has no
-    bounds all patterns are compared.
+    While that is more than `tol`, the patterns that may still matter are bounded more closely, by
+    the next of the bounds, and then compared, `num_candidates` at a time in the order of their
+    bounds, if necessary until all are compared. Gaussians and mixtures are all compared at once if
+    their mass is spread over many of the first candidates. A recall is that of `Exhaustive` up to
+    `tol` in every weight; `Recall.neglected` is the largest bound of all steps. Bounds include
+    their rounding; the rounding of the divergences is as in `Exhaustive`. With a geometry that has
+    no bounds all patterns are compared.
 
-    **Choosing.** `num_candidates` about the number of patterns that matter to an ordinary query;
-    16 is good for most. Derivatives compare as many patterns as the search may: for learning give
-    a small `max_candidates`.
+    **Arguments:**
 
-    **Raises:** `TypeError` or `ValueError` for counts that are no ints ≥ 1, `max_candidates`
-    below `num_candidates`, or a `tol` outside (0, 1). `recall` raises `ValueError` for it with a
+    - `num_candidates`: about the number of patterns that matter to an ordinary query; 16 is good
+      for most.
+    - `max_candidates`: the number of comparisons after which the search ends; None for no limit. If
+      `neglected` is more than `tol` then, because β is too small for few patterns to have the Gibbs
+      mass or bounds are too loose, the status is `UNCERTIFIED`. Derivatives compare as many
+      patterns as the search may: for learning give a small number.
+    - `tol`: the bound on the Gibbs mass of the patterns that are not compared.
+
+    **Raises:** `TypeError` or `ValueError` for counts that are no ints ≥ 1, `max_candidates` below
+    `num_candidates`, or a `tol` outside (0, 1). `recall` raises `ValueError` for it with a
     separation other than `LogSumExp`.
     """
 
@@ -99,7 +102,7 @@ class Certified(Search):
         return self.tol
 
     def query_batch_size(self, memory: Memory) -> int:
-        # Bounds of all patterns, a few numbers for each, stay within some tens of megabytes.
+        # Bounds are a few numbers for each pattern: limit them to some tens of megabytes.
         most = by_platform(64, 1024)
         return max(1, min(most, by_platform(2**22, 2**26) // memory.capacity))
 
@@ -121,23 +124,23 @@ class Certified(Search):
             raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
         if not _bounds(memory):
             return evaluate(Settings(), memory, query, beta, guess)
-        found = _evaluate(self, memory, query, beta, guess)[0]
+        evaluation = _evaluate(self, memory, query, beta, guess)[0]
         if not self.falls_back(memory):
-            return found
-        unproved = ~(found.neglected <= self.tol)
+            return evaluation
+        uncertified = ~(evaluation.neglected <= self.tol)
         at_once = memory.geometry.batch_sizes(memory.patterns).queries
         args = (memory, query, beta)
-        return masked_cond(unproved, _compare_all, found, guess, args, at_once=at_once)
+        return masked_cond(uncertified, _compare_all, evaluation, guess, args, at_once=at_once)
 
     def falls_back(self, memory: Memory) -> bool:
-        """Whether to compare all at once where it is not soon proved that few will do: where
-        a comparison takes no iterations, so that the order of candidates would cost as much."""
+        """Return whether to compare all patterns at once if few do not soon suffice. That pays
+        where a comparison takes no iterations: rounds of candidates would then cost as much."""
         iterated = memory.geometry.first_guess(memory.prepared) is not None
         pays = memory.geometry.bounds_pay and not iterated
         return self.max_candidates is None and pays and memory.layout is None
 
     def sizes(self, memory: Memory) -> tuple[int, int]:
-        """How many patterns to compare at a time, and in how many turns at most."""
+        """Return the number of patterns that a round compares, and of rounds at most."""
         num = memory.capacity
         size = min(num, self.num_candidates)
         most = num if self.max_candidates is None else self.max_candidates
@@ -147,7 +150,7 @@ class Certified(Search):
 
 
 def choose(search: Search | None, memory: Memory, separation: Separation) -> Search:
-    """That search, and for None the one that suits the memory."""
+    """Return `search`, or for None the one that suits the memory."""
     if search is not None:
         return search
     pays = (
@@ -155,7 +158,7 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
         and memory.layout is None
         and type(separation) is LogSumExp
         and memory.geometry.bounds_pay
-        and len(_bounds(memory)) > 1  # else a comparison costs no more than a product
+        and len(_bounds(memory)) > 1  # otherwise D is one matrix product
     )
     if not pays:
         return Exhaustive()
@@ -171,7 +174,7 @@ def _bounds(memory: Memory) -> tuple[Bound, ...]:
 
 
 def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
-    """The first of the bounds, for all patterns; D itself where the geometry has none."""
+    """Return the first of the bounds for all patterns; D itself if the geometry has none."""
     geometry, patterns = memory.geometry, Patterns(memory.patterns, memory.prepared)
     if bounds := _bounds(memory):
         return bounds[0](view, patterns)
@@ -181,55 +184,56 @@ def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
 
 
 class _State(NamedTuple):
-    """How far a search has come."""
+    """State of a search."""
 
     lower: Float[Array, " N"]  # lower bounds on D̃ = D − β⁻¹ log π
-    bounded: Int[Array, " N"]  # by which of the bounds, from 0; `COMPARED` where lower is D̃ itself
+    bounded: Int[Array, " N"]  # index of the bound in `lower`; `COMPARED` where it is D̃
     sums: Sums  # over the candidates
-    others: Sums | None  # over the first ones on all devices, of a memory on several
+    others: Sums | None  # sharded memory: over the first candidates of all devices
     picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
     turns: Int[Array, ""]
-    guess: Any  # to start comparisons from, of all patterns; None for their own
+    guess: Any  # warm starts for all patterns; None: `Geometry.first_guess`
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(
     search: Certified, memory: Memory, query: AnyMeasure, beta: Array, guess: Any
 ) -> tuple[Evaluation, Int[Array, " C"]]:
-    """The average over the candidates, with what the others can weigh, and the candidates."""
+    """Return the evaluation over the candidates, with a bound on the mass neglected, and their
+    indices."""
     view = view_of(memory.geometry, query)
     state = _search(search, memory, view, beta, guess, with_pull=True)
-    whole = LogSumExp().merge(state.sums, beta, memory.layout)
-    out = psum(_relative_mass(_open(state), whole, beta), memory.layout)
+    total = LogSumExp().merge(state.sums, beta, memory.layout)
+    out = psum(_relative_mass(_uncompared(state), total, beta), memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
-    found = LogSumExp().finish(whole, total_prior(memory), beta, view, state.guess)
-    return found._replace(neglected=neglected), state.picked.reshape(-1)
+    evaluation = LogSumExp().finish(total, total_prior(memory), beta, view, state.guess)
+    return evaluation._replace(neglected=neglected), state.picked.reshape(-1)
 
 
 def _search(
     search: Certified, memory: Memory, view: AnyView, beta: Array, guess: Any, *, with_pull: bool
 ) -> _State:
-    """Candidates compared until the rest is proved not to matter, or there are enough."""
+    """Return the state after rounds of comparisons, until the proof or the limit is reached."""
     num, layout = memory.capacity, memory.layout
-    size, turns = search.sizes(memory)
+    size, rounds = search.sizes(memory)
     first = rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
     start = _State(
         lower=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
         sums=LogSumExp().empty(zero_comparison(memory, view, first), with_pull),
         others=None,
-        picked=jnp.full((turns, size), -1, jnp.int32),
+        picked=jnp.full((rounds, size), -1, jnp.int32),
         turns=jnp.array(0, jnp.int32),
         guess=guess,
     )
     args = (memory, view, beta)
-    if layout is not None:  # what all devices know at first is learnt outside of the loop
+    if layout is not None:  # the loop has no communication
         start = _compare(search, start, args)
-        here = start.sums._replace(pull=None)
-        start = start._replace(others=LogSumExp().merge(here, beta, layout))
-    unfinished, turn = partial(_unfinished, search), partial(_turn, search)
+        sums = start.sums._replace(pull=None)
+        start = start._replace(others=LogSumExp().merge(sums, beta, layout))
+    cond_fun, body_fun = partial(_cond_fun, search), partial(_body_fun, search)
     state: _State = batched_while_loop(
-        unfinished, turn, start, args, at_once=by_platform(QUERIES, 64)
+        cond_fun, body_fun, start, args, at_once=by_platform(QUERIES, 64)
     )
     return state
 
@@ -239,79 +243,79 @@ def _search(
 def _evaluate_jvp(
     search: Certified, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    found, picked = _evaluate(search, *primals)
+    evaluation, picked = _evaluate(search, *primals)
 
     def average(memory: Memory, query: AnyMeasure, beta: Array, guess: Any) -> tuple[Any, ...]:
-        part = rows_of(memory, picked, picked >= 0, found.guess)
-        measures, prepared, guess = part.patterns
-        few = replace(
+        block = rows_of(memory, picked, picked >= 0, evaluation.guess)
+        measures, prepared, guess = block.patterns
+        candidates = replace(
             memory,
             patterns=measures,
-            log_prior=part.log_prior,
+            log_prior=block.log_prior,
             prepared=prepared,
-            fingerprint=None,  # the whole memory's was looked at
+            fingerprint=None,  # the memory was validated already
         )
-        again = evaluate(Settings(), few, query, beta, guess)
-        nearest = again.nearest._replace(pattern=found.nearest.pattern)
-        again = again._replace(
+        result = evaluate(Settings(), candidates, query, beta, guess)
+        nearest = result.nearest._replace(pattern=evaluation.nearest.pattern)
+        result = result._replace(
             nearest=nearest,
-            relative=found.relative + again.energy - jax.lax.stop_gradient(again.energy),
-            guess=found.guess,
-            neglected=found.neglected,
+            relative=evaluation.relative + result.energy - jax.lax.stop_gradient(result.energy),
+            guess=evaluation.guess,
+            neglected=evaluation.neglected,
         )
-        return again, picked
+        return result, picked
 
-    return (found, picked), jvp(average, primals, tangents)[1]
+    return (evaluation, picked), jvp(average, primals, tangents)[1]
 
 
-def _unfinished(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> Array:
-    """Whether what was left out may matter, and there may be more candidates."""
+def _cond_fun(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> Array:
+    """Return whether other patterns may matter and more candidates are allowed."""
     memory, _, beta = args
     _, most = search.sizes(memory)
-    unproved = (_left_out(state, beta) > _goal(search, memory.layout)) & (state.turns < most)
+    uncertified = (_neglected(state, beta) > _goal(search, memory.layout)) & (state.turns < most)
     if search.falls_back(memory):
-        unproved &= (state.turns > 1) | (state.sums.mass <= FEW)
-    return (state.turns == 0) | unproved
+        uncertified &= (state.turns > 1) | (state.sums.mass <= FEW)
+    return (state.turns == 0) | uncertified
 
 
-def _turn(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
-    """Bound more closely what may matter, and compare what still may.
+def _body_fun(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
+    """Refine the bounds of patterns that may matter, then compare those that still may.
 
-    Each bound waits for a turn with candidates of the bound before: the better these, the fewer
-    patterns need it."""
+    Bound i waits for i rounds of candidates: the better these, the fewer patterns need it.
+    """
     memory, _, beta = args
     goal = _goal(search, memory.layout)
     for number in range(1, len(_bounds(memory))):
 
-        def coarse(state: _State, number: int = number) -> Array:
-            matters = _left_out(state, beta, where=state.bounded < number) > goal / 2
-            # Bounds are for few patterns that matter, among many that do not.
+        def too_coarse(state: _State, number: int = number) -> Array:
+            matters = _neglected(state, beta, where=state.bounded < number) > goal / 2
+            # If many patterns matter, refining costs more than comparing.
             return matters & (state.turns >= number) & (state.sums.mass <= FEW)
 
         def refine(state: _State, number: int = number) -> _State:
             return _refine(number, state, args)
 
-        state = while_loop(coarse, refine, state, args)
+        state = while_loop(too_coarse, refine, state, args)
     return _compare(search, state, args)
 
 
 def _goal(search: Certified, layout: Layout | None) -> float:
-    """What each device may leave out, so that together it is not more than `tol`."""
+    """Return the relative mass that each device may neglect, so that the total is at most `tol`."""
     return search.tol / (1 if layout is None else layout.parts)
 
 
-def _left_out(state: _State, beta: Array, where: Array | None = None) -> Float[Array, ""]:
-    """What the rest can weigh at most, relative to the candidates: on this device now, or on all
-    at first."""
-    lower = _open(state) if where is None else jnp.where(where, state.lower, jnp.inf)
+def _neglected(state: _State, beta: Array, where: Array | None = None) -> Float[Array, ""]:
+    """Return a bound on the mass of the other patterns relative to the candidates: those of this
+    device so far, or the first ones of all devices."""
+    lower = _uncompared(state) if where is None else jnp.where(where, state.lower, jnp.inf)
     here = _relative_mass(lower, state.sums, beta)
     if state.others is None:
         return here
     return jnp.minimum(here, _relative_mass(lower, state.others, beta))
 
 
-def _open(state: _State) -> Float[Array, " N"]:
-    """The bounds, ∞ for patterns that were compared."""
+def _uncompared(state: _State) -> Float[Array, " N"]:
+    """Return the bounds, ∞ for patterns that were compared."""
     return jnp.where(state.bounded < COMPARED, state.lower, jnp.inf)
 
 
@@ -320,20 +324,20 @@ def _relative_mass(lower: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
 
 
 def _compare(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
-    """One turn: the patterns of least bound are compared."""
+    """Compare the patterns of least bound."""
     memory, view, beta = args
     size, _ = search.sizes(memory)
-    index, on = _least(_open(state), size)
+    index, on = _least(_uncompared(state), size)
     block = rows_of(memory, index, on, state.guess)
-    found = compare(memory.geometry, view, block.patterns)
-    exact = with_prior(found.divergence, block.log_prior, beta)
+    comparison = compare(memory.geometry, view, block.patterns)
+    exact = with_prior(comparison.divergence, block.log_prior, beta)
     guess = state.guess
     if guess is not None:
-        guess = jax.tree.map(lambda table, row: table.at[index].set(row), guess, found.guess)
+        guess = jax.tree.map(lambda table, row: table.at[index].set(row), guess, comparison.guess)
     return state._replace(
         lower=state.lower.at[index].set(jnp.where(on, exact, state.lower[index])),
         bounded=state.bounded.at[index].set(jnp.int8(COMPARED)),
-        sums=LogSumExp().accumulate(state.sums, found, block, beta),
+        sums=LogSumExp().accumulate(state.sums, comparison, block, beta),
         picked=state.picked.at[state.turns].set(jnp.where(on, index, -1)),
         turns=state.turns + 1,
         guess=guess,
@@ -341,7 +345,7 @@ def _compare(search: Certified, state: _State, args: tuple[Memory, AnyView, Arra
 
 
 def _refine(number: int, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
-    """The patterns of least bound get the bound of this number."""
+    """Compute the bound of this number for the patterns of least bound."""
     memory, view, beta = args
     size = min(memory.capacity, REFINED[min(number, len(REFINED)) - 1])
     index, _ = _least(jnp.where(state.bounded < number, state.lower, jnp.inf), size)
@@ -354,42 +358,43 @@ def _refine(number: int, state: _State, args: tuple[Memory, AnyView, Array]) -> 
 
 
 def _least(lower: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """The indices of the least entries, and which of them are not ∞."""
-    # Selection is fast in single precision only, and order need not be exact.
+    """Return the indices of the least entries, and a mask of those that are not ∞."""
+    # `top_k` is fast in single precision only, and the order need not be exact.
     shifted = (lower - jnp.where(jnp.isfinite(lower), lower, jnp.inf).min()).astype(jnp.float32)
     _, index = jax.lax.top_k(-shifted, size)
-    return index, lower[index] != jnp.inf  # NaN has to be seen
+    return index, lower[index] != jnp.inf  # NaN must reach the result
 
 
 def rows_of(
     memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
 ) -> Block:
-    """The patterns at some indices, those that are not on switched off by the prior."""
+    """Return the patterns at `index` as a block; where `on` is false the prior is 0."""
     rows = (memory.patterns, memory.prepared, memory.log_prior, guess)
     patterns, prepared, log_prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
     prior = relative_prior(memory, log_prior)
     if log_prior is None or prior is None:
         log_prior, prior = jnp.zeros(index.shape, memory.dtype), jnp.ones(index.shape, memory.dtype)
     guess = memory.geometry.first_guess(prepared) if guess is None else guess
-    held = Patterns(patterns, prepared, guess)
+    selected = Patterns(patterns, prepared, guess)
     first = first_index(memory.capacity, memory.layout)
     log_prior, prior = jnp.where(on, log_prior, -jnp.inf), jnp.where(on, prior, 0)
-    return Block(first + index, held, log_prior, prior)
+    return Block(first + index, selected, log_prior, prior)
 
 
 class Bounded(NamedTuple):
-    """What a search learns of all patterns."""
+    """Result of `bound_all`."""
 
     nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
     lowest: Float[Array, ""]  # its D̃
-    energy: Float[Array, ""]  # of the candidates: not below that of all patterns
+    energy: Float[Array, ""]  # of the candidates alone: an upper bound
     lower: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
     compared: Bool[Array, " N"]
 
 
 def bound_all(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Bounded:
-    """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
-    state = _search(search, memory, view_of(memory.geometry, query), beta, None, with_pull=False)
+    """Return lower bounds on all D̃, exact for the patterns that matter to exp(−βD̃)."""
+    view = view_of(memory.geometry, query)
+    state = _search(search, memory, view, beta, None, with_pull=False)
     sums = state.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
     known = state.bounded == COMPARED

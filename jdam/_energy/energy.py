@@ -1,4 +1,4 @@
-"""Divergences, the energy and the Gibbs weights: pure functions of one query."""
+"""Divergences, the energy and the Gibbs weights: pure functions of a memory and one query."""
 
 from typing import Any
 
@@ -21,15 +21,18 @@ from jdam._memory.memory import Memory, check_against, check_memory
 
 
 def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    """D(ξ, Xᵢ) to every pattern: W₂² (cost |x−y|²) for `Bures`, the Sinkhorn divergence S_ε
-    (cost ½|x−y|²) for `Sinkhorn`, the one-sided divergence of `Chamfer` (the same cost), |x−y|² for
-    `Euclidean`.
+    """Return D(ξ, Xᵢ) for every pattern, in squared units of distance.
 
-    **Arguments:** a `memory` and one `query` of its patterns' type, dimension and dtype.
-    `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.
+    D is W₂² (cost |x−y|²) for `Bures`, the Sinkhorn divergence S_ε (cost ½|x−y|²) for `Sinkhorn`,
+    the one-sided divergence of `Chamfer` (the same cost), and |x−y|² for `Euclidean`.
 
-    **Returns:** (N,), in squared units of distance; ∞ for the free slots of a memory with room
-    to grow.
+    **Arguments:**
+
+    - `memory`: N patterns.
+    - `query`: one measure of the patterns' type, dimension and dtype.
+      `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.
+
+    **Returns:** (N,); ∞ for the free slots of a memory with capacity.
 
     **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory.
     """
@@ -42,32 +45,37 @@ def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 
 def divergences_of(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    """D(ξ, Xᵢ), ∞ for free slots."""
-    found, occupied = compare_all(memory, query), memory.occupied
+    """Return D(ξ, Xᵢ) for every pattern, ∞ for free slots."""
+    result, occupied = compare_all(memory, query), memory.occupied
     if occupied is None:
-        return found
-    return jnp.where(occupied, found, jnp.where(slots.size_of(memory) < 0, jnp.nan, jnp.inf))
+        return result
+    return jnp.where(occupied, result, jnp.where(slots.size_of(memory) < 0, jnp.nan, jnp.inf))
 
 
 def query_batch_size(memory: Memory) -> int:
-    """How many queries of a batch to compare with the patterns at once."""
+    """Return the number of queries of a batch that are compared with the patterns at once."""
     return memory.geometry.batch_sizes(memory.patterns).queries
 
 
 def energy(
     memory: Memory, query: AnyMeasure, beta: ArrayLike, *, separation: Separation = LogSumExp()
 ) -> Float[Array, ""]:
-    """E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), πᵢ = 1 unless the memory has a prior.
+    """Return E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)); πᵢ = 1 unless the memory has a prior.
 
-    For Gaussians, D = W₂²: the energy of arXiv:2509.23162. Differentiable in query, patterns,
-    β and prior, to second order.
+    For Gaussians, D = W₂²: the energy of arXiv:2509.23162. It can be differentiated in the query,
+    the patterns, β and the prior, twice.
 
-    **Arguments:** a `memory`; one `query` of its patterns' type, dimension and dtype; the
-    inverse temperature `beta` > 0, a scalar, per squared unit of distance; the `separation`,
-    of which `jdam.Entmax` and `jdam.Epanechnikov` define other energies.
+    **Arguments:**
 
-    **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory, and
-    for a β that is no positive number. Under a trace, β ≤ 0 gives NaN.
+    - `memory`: N patterns.
+    - `query`: one measure of the patterns' type, dimension and dtype.
+    - `beta` > 0: the inverse temperature, a scalar, per squared unit of distance.
+    - `separation`: the shape of the energy; `jdam.Entmax` and `jdam.Epanechnikov` define others.
+
+    **Returns:** a scalar, in squared units of distance.
+
+    **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory, and for a β
+    that is no positive number. Under a trace, β ≤ 0 gives NaN.
     """
     query = fit_query(memory, query)
     check_separation(separation)
@@ -78,18 +86,19 @@ def energy(
 def _energy(
     memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
 ) -> Float[Array, ""]:
-    def at(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
+    def energy_at(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
         return evaluate(Settings(separation, with_pull=False), memory, query, beta).energy
 
-    return in_batches(at, query_batch_size(memory), memory, query, beta)
+    return in_batches(energy_at, query_batch_size(memory), memory, query, beta)
 
 
 def gibbs_weights(
     memory: Memory, query: AnyMeasure, beta: ArrayLike, *, separation: Separation = LogSumExp()
 ) -> Float[Array, " N"]:
-    """wᵢ(ξ) = softmaxᵢ(log πᵢ − β D(ξ, Xᵢ)), of shape (N,); other separations say how else.
+    """Return the weights wᵢ(ξ) = softmaxᵢ(log πᵢ − β D(ξ, Xᵢ)), (N,), or those of another
+    separation.
 
-    Arguments and errors as in `energy`.
+    Arguments and errors are those of `energy`.
     """
     return weigh(memory, query, beta, separation)[0]
 
@@ -97,7 +106,7 @@ def gibbs_weights(
 def weigh(
     memory: Memory, query: AnyMeasure, beta: ArrayLike, separation: Separation
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
-    """The weights, and the heaviest pattern."""
+    """Return the weights, (N,), and the index of the heaviest pattern."""
     query = fit_query(memory, query)
     check_separation(separation)
     return _weigh(memory, query, inverse_temperature(memory, beta), separation=separation)
@@ -107,17 +116,17 @@ def weigh(
 def _weigh(
     memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
-    def at(memory: Memory, query: AnyMeasure, beta: Array) -> tuple[Array, Array]:
+    def weights_at(memory: Memory, query: AnyMeasure, beta: Array) -> tuple[Array, Array]:
         divergences = compare_all(memory, query)
         prior = all_rows(memory.log_prior, memory.layout)
         weights = separation.weights(divergences, prior, beta)
         return weights, heaviest(weights, divergences, prior)
 
-    return in_batches(at, query_batch_size(memory), memory, query, beta)
+    return in_batches(weights_at, query_batch_size(memory), memory, query, beta)
 
 
 def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
-    """The query, checked against the memory and padded to go with its patterns."""
+    """Return the query, checked against the memory and padded to the sizes of its patterns."""
     check_memory(memory)
     query = memory.geometry.check("query", query, 0)
     check_against(memory, "query", query)
@@ -125,7 +134,7 @@ def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
 
 
 def fit_queries(memory: Memory, queries: AnyMeasure) -> AnyMeasure:
-    """A batch of queries (Q,), or a list, checked and padded likewise."""
+    """Return a batch of queries (Q,), or a list as one, checked and padded as in `fit_query`."""
     check_memory(memory)
     queries = memory.geometry.check("queries", as_batch(queries), 1)
     check_against(memory, "queries", any_of(queries))
@@ -133,5 +142,5 @@ def fit_queries(memory: Memory, queries: AnyMeasure) -> AnyMeasure:
 
 
 def inverse_temperature(memory: Memory, beta: Any) -> Float[Array, ""]:
-    """β as a checked scalar: NaN where a traced value is not positive."""
+    """Return β as a checked scalar, NaN where a traced value is not positive."""
     return checks.positive("beta", beta, working_dtype(memory.dtype))

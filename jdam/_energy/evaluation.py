@@ -1,4 +1,4 @@
-"""The result of one evaluation of the energy, and the blocks of patterns it is summed over."""
+"""Result of one evaluation of the energy, and the blocks of patterns."""
 
 from typing import Any, NamedTuple
 
@@ -10,33 +10,34 @@ from jdam.geometry.protocol import AnyView, Patterns
 
 
 class Nearest(NamedTuple):
-    """The heaviest pattern."""
+    """The pattern of largest weight."""
 
-    pattern: Int[Array, ""]  # its index
+    pattern: Int[Array, ""]  # index in the memory
     divergence: Float[Array, ""]
     inliers: Float[Array, " n"] | None = None
     pose: Any = None
 
 
 class Evaluation(NamedTuple):
-    """The energy at a query and the average of the pulls; w are the weights of the separation."""
+    """The energy at a query and the average of the pulls, with the weights w of the separation."""
 
-    view: AnyView  # of the query, as `Geometry.move` wants it
+    view: AnyView  # of the query, an argument of `Geometry.move`
     energy: Float[Array, ""]  # E(ξ)
-    relative: Float[Array, ""]  # E(ξ) + β⁻¹ log Σ πᵢ, which keeps its digits as β → 0
-    pull: AnyMeasure  # Σ wᵢ·pullᵢ, None if not asked for
+    # `LogSumExp`: E(ξ) + β⁻¹ log Σ πᵢ, finite and accurate as β → 0; other separations: E(ξ).
+    relative: Float[Array, ""]
+    pull: AnyMeasure  # Σ wᵢ·pullᵢ; None if `Settings.with_pull` is False
     nearest: Nearest
-    weight: Float[Array, ""]  # its weight
+    weight: Float[Array, ""]  # of `nearest`
     unsolved: Float[Array, ""]  # weight of the patterns whose comparison missed its tolerance
-    neglected: Float[Array, ""]  # bound on the Gibbs mass of the patterns that were left out
-    guess: Any  # to start the next evaluation from
+    neglected: Float[Array, ""]  # bound on the Gibbs mass of patterns that were not compared
+    guess: Any  # warm start of the next evaluation
 
 
 class Block(NamedTuple):
-    """Some patterns, and all that goes with them; leaves lead with (B,)."""
+    """Patterns and the arrays that belong to them; leaves lead with (B,)."""
 
     indices: Int[Array, " B"]  # in the memory
     patterns: Patterns
     log_prior: Float[Array, " B"] | None
-    prior: Float[Array, " B"] | None  # relative to that of most weight
-    weights: Float[Array, " B"] | None = None  # where they are known before the pulls
+    prior: Float[Array, " B"] | None  # πᵢ / max π
+    weights: Float[Array, " B"] | None = None  # in the second pass over the patterns

@@ -1,4 +1,4 @@
-"""How a step of recall finds the patterns that matter: all of them, or those of `certified`."""
+"""Selection of the patterns that an evaluation compares: the interface, and the search over all."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -16,16 +16,16 @@ from jdam._memory.memory import Memory
 
 
 class Search(ABC):
-    """How a step of recall finds the patterns that matter: a frozen dataclass."""
+    """Selection of the patterns of an evaluation. Subclasses are frozen dataclasses."""
 
     @property
     @abstractmethod
     def tolerance(self) -> float:
-        """How much Gibbs mass may be left out without a word."""
+        """Gibbs mass that an evaluation may neglect; a recall that exceeds it is `UNCERTIFIED`."""
 
     @abstractmethod
     def query_batch_size(self, memory: Memory) -> int:
-        """How many queries of a batch are evaluated at the same time."""
+        """Return the number of queries of a batch that are evaluated at the same time."""
 
     @abstractmethod
     def evaluate(
@@ -37,20 +37,23 @@ class Search(ABC):
         *,
         separation: Separation,
     ) -> Evaluation:
-        """The energy, the average of the pulls, and a bound on the Gibbs mass left out of both."""
+        """Return the energy, the average pull, and a bound on the Gibbs mass neglected in both."""
 
     def first_guess(self, memory: Memory) -> Any:
-        """The guess of a first evaluation; later ones start from those before."""
+        """Return the warm start of the first evaluation; later ones use `Evaluation.guess`."""
         return memory.geometry.first_guess(memory.prepared)
 
 
 @dataclass(frozen=True)
 class Exhaustive(Search):
-    """Compare with every pattern, `block_size` of them at a time.
+    """Comparison with every pattern, `block_size` of them at a time.
 
-    Beside its arguments a recall then needs memory for queries × block_size comparisons.
-    `None` leaves the choice to the geometry and the platform: on CPUs 2048 vectors or diagonal
-    Gaussians, 2¹⁶/(d·r) Gaussians with factors d×r; more on accelerators.
+    Beside its arguments a recall needs memory for queries × `block_size` comparisons.
+
+    **Arguments:**
+
+    - `block_size`: None leaves the choice to the geometry and the platform: on CPUs 2048 vectors or
+      diagonal Gaussians, 2¹⁶/(d·r) Gaussians with factors d×r; more on accelerators.
 
     **Raises:** `TypeError` or `ValueError` if `block_size` is neither None nor an int ≥ 1.
     """

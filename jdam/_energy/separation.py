@@ -1,8 +1,8 @@
-"""The shape of the energy: how divergences become one number and a weight for each pattern.
+"""Separations: functions that turn the divergences D₁ … D_N into an energy and weights.
 
-Each separation is an energy E(D₁ … D_N) that does not fall when a divergence rises, and weights
-wᵢ ≥ 0 with Σ wᵢ = 1, such that lowering Σ wᵢDᵢ lowers E: so the step of recall, which moves a
-query towards the wᵢ-weighted barycentre of the patterns, descends for all of them.
+The energy E(D₁ … D_N) is nondecreasing in every Dᵢ. The weights wᵢ ≥ 0, Σ wᵢ = 1, are such that a
+decrease of Σ wᵢDᵢ is a decrease of E. A step of recall moves the query towards the barycentre of
+the patterns with weights wᵢ, so it descends on every one of these energies.
 """
 
 from abc import ABC, abstractmethod
@@ -25,7 +25,7 @@ from jdam.geometry.protocol import AnyView, Comparison
 
 @dataclass(frozen=True)
 class Separation(ABC):
-    """An energy of divergences (N,), and the weights that go with it."""
+    """An energy of the divergences (N,), and its weights."""
 
     @abstractmethod
     def energy(
@@ -34,7 +34,7 @@ class Separation(ABC):
         log_prior: Float[Array, " N"] | None,
         beta: Float[Array, ""],
     ) -> Float[Array, ""]:
-        """E(D₁ … D_N)."""
+        """Return E(D₁ … D_N)."""
 
     @abstractmethod
     def weights(
@@ -43,7 +43,7 @@ class Separation(ABC):
         log_prior: Float[Array, " N"] | None,
         beta: Float[Array, ""],
     ) -> Float[Array, " N"]:
-        """The weights of the patterns in a step."""
+        """Return the weights of the patterns in a step, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -64,32 +64,33 @@ class LogSumExp(Separation):
         return masses / masses.sum()
 
     def empty(self, zero: Comparison, with_pull: bool) -> "Sums":
-        """The sums over no pattern, in the shapes of a comparison with one."""
-        nothing, lowest = zero.divergence, jnp.full_like(zero.divergence, jnp.inf)
+        """Return the sums over no pattern, in the shapes of a comparison with one."""
+        zero_sum, lowest = zero.divergence, jnp.full_like(zero.divergence, jnp.inf)
         details = (zero.inliers, zero.pose) if with_pull else ()
-        nearest = Nearest(jnp.zeros((), jnp.int32), nothing, *details)
+        nearest = Nearest(jnp.zeros((), jnp.int32), zero_sum, *details)
         pull = zero.pull if with_pull else None
-        return Sums(lowest, lowest, nearest, nothing, nothing, nothing, pull, nothing)
+        return Sums(lowest, lowest, nearest, zero_sum, zero_sum, zero_sum, pull, zero_sum)
 
-    def accumulate(self, sums: "Sums", found: Comparison, block: Block, beta: Array) -> "Sums":
-        """The sums with some more patterns, relative to the lowest of all so far (online
-        softmax)."""
-        shifted = with_prior(found.divergence, block.log_prior, beta)
-        # Energy and average do not depend on the reference, only their rounding does.
+    def accumulate(self, sums: "Sums", comparison: Comparison, block: Block, beta: Array) -> "Sums":
+        """Return the sums with a block of patterns added, relative to the lowest D̃ so far
+        (online softmax).
+        """
+        shifted = with_prior(comparison.divergence, block.log_prior, beta)
+        # The reference affects only the rounding of the energy and the average.
         fixed = jax.lax.stop_gradient(shifted)
         low = fixed.min()
         lowest = jnp.minimum(sums.lowest, low)
-        reference = jnp.where(lowest == jnp.inf, 0, lowest)  # a block may be switched off whole
+        reference = jnp.where(lowest == jnp.inf, 0, lowest)  # the prior of a whole block may be 0
         masses = mass(shifted - reference, beta)
         decay = mass(sums.lowest - reference, beta)
-        pulls = None if sums.pull is None else found.pull
+        pulls = None if sums.pull is None else comparison.pull
         row = _first(fixed == low)
         prior = jnp.ones_like(masses) if block.prior is None else block.prior
         least, deficit = _deficits(
-            sums, jnp.where(prior > 0, found.divergence, jnp.inf), prior, beta
+            sums, jnp.where(prior > 0, comparison.divergence, jnp.inf), prior, beta
         )
-        details = () if sums.pull is None else (found.inliers, found.pose)
-        rows = Nearest(block.indices, found.divergence, *details)
+        details = () if sums.pull is None else (comparison.inliers, comparison.pose)
+        rows = Nearest(block.indices, comparison.divergence, *details)
         return Sums(
             lowest=lowest,
             least=least,
@@ -104,11 +105,11 @@ class LogSumExp(Separation):
                 sums.pull,
                 pulls,
             ),
-            unsolved=decay * sums.unsolved + unsolved_mass(found, masses),
+            unsolved=decay * sums.unsolved + unsolved_mass(comparison, masses),
         )
 
     def merge(self, part: "Sums", beta: Array, layout: Layout | None) -> "Sums":
-        """The sums over all parts of a memory that is spread over devices."""
+        """Return the sums over all parts of a sharded memory."""
         if layout is None:
             return part
         lowest = pmin(part.lowest, layout)
@@ -120,26 +121,29 @@ class LogSumExp(Separation):
             jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved)), layout
         )
         least = pmin(part.least, layout)
-        deficit = _raised(part.deficit, part.prior, part.least, least, beta)
+        deficit = _shift_reference(part.deficit, part.prior, part.least, least, beta)
         prior, deficit = psum((part.prior, deficit), layout)
         return Sums(lowest, least, nearest, mass_, prior, deficit, pull, unsolved)
 
     def finish(
         self, sums: "Sums", total: tuple[Array, Array], beta: Array, view: AnyView, guess: Any
     ) -> Evaluation:
-        """The evaluation of these sums, `total` being log max πᵢ and Σ πᵢ in units of it, of all
-        patterns: also of those that were left out because their mass is nothing."""
+        """Return the evaluation of the sums.
+
+        `total` is the pair log max πᵢ and Σ πᵢ / max π over all patterns. Patterns that are not in
+        the sums count with mass 0.
+        """
         log_top, prior = total
         log_mass = jnp.log(sums.mass)
         energy = sums.lowest - log_mass / beta
-        share = (sums.deficit - (prior - sums.prior)) / prior
-        close = share > -0.5
-        digits = sums.least - jnp.log1p(jnp.where(close, share, 0)) / beta
+        mean_deficit = (sums.deficit - (prior - sums.prior)) / prior
+        small = mean_deficit > -0.5
+        relative = sums.least - jnp.log1p(jnp.where(small, mean_deficit, 0)) / beta
         offset = (log_top + jnp.log(prior)) / beta
         return Evaluation(
             view=view,
             energy=energy,
-            relative=jnp.where(close, digits, energy + offset),
+            relative=jnp.where(small, relative, energy + offset),
             pull=jax.tree.map(lambda total: total / sums.mass, sums.pull),
             nearest=sums.nearest,
             weight=1 / sums.mass,
@@ -150,29 +154,29 @@ class LogSumExp(Separation):
 
 
 class Sums(NamedTuple):
-    """Σ exp(−β(D̃ᵢ − lowest)), D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, alone and times other things."""
+    """Sums over patterns of exp(−β(D̃ᵢ − lowest)), D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, and of its products."""
 
-    lowest: Float[Array, ""]  # D̃ so far
-    least: Float[Array, ""]  # D so far
-    nearest: Nearest  # where it is
-    mass: Float[Array, ""]
-    prior: Float[Array, ""]  # Σ πᵢ
-    deficit: Float[Array, ""]  # Σ πᵢ (exp(−β(Dᵢ − least)) − 1): the digits of the mass as β → 0
-    pull: AnyMeasure  # times pulls
-    unsolved: Float[Array, ""]  # over comparisons that missed their tolerance
+    lowest: Float[Array, ""]  # min D̃
+    least: Float[Array, ""]  # min D over patterns with πᵢ > 0
+    nearest: Nearest  # the pattern of `lowest`
+    mass: Float[Array, ""]  # Σ exp(−β(D̃ᵢ − lowest))
+    prior: Float[Array, ""]  # Σ πᵢ / max π
+    deficit: Float[Array, ""]  # Σ πᵢ expm1(−β(Dᵢ − least)) / max π: accurate as β → 0
+    pull: AnyMeasure  # Σ exp(−β(D̃ᵢ − lowest))·pullᵢ
+    unsolved: Float[Array, ""]  # mass of the comparisons that missed their tolerance
 
 
 def _deficits(
     sums: Sums, divergences: Float[Array, " B"], prior: Float[Array, " B"], beta: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The least D, and Σ πᵢ expm1(−β(Dᵢ − least)), with some more patterns."""
+    """Return the least D and Σ πᵢ expm1(−β(Dᵢ − least)) after a block is added."""
     least = jnp.minimum(sums.least, jax.lax.stop_gradient(divergences).min())
     new = prior * jnp.expm1(_logits(divergences - jnp.where(least == jnp.inf, 0, least), beta))
-    return least, _raised(sums.deficit, sums.prior, sums.least, least, beta) + new.sum()
+    return least, _shift_reference(sums.deficit, sums.prior, sums.least, least, beta) + new.sum()
 
 
-def _raised(deficit: Array, prior: Array, old: Array, least: Array, beta: Array) -> Array:
-    """Σ πᵢ expm1(−β(Dᵢ − least)) from that with another least D."""
+def _shift_reference(deficit: Array, prior: Array, old: Array, least: Array, beta: Array) -> Array:
+    """Return Σ πᵢ expm1(−β(Dᵢ − least)), given `deficit`, the same sum with `old` for least."""
     step = _logits(old - jnp.where(least == jnp.inf, 0, least), beta)
     return jnp.exp(step) * deficit + prior * jnp.expm1(step)
 
@@ -187,10 +191,15 @@ class Entmax(Separation):
 
     attained at p = w = [(α−1)(log π − βD) − τ]₊^(1/(α−1)) with τ such that Σ wᵢ = 1
     (Peters, Niculae and Martins, arXiv:1905.05702; Hopfield–Fenchel–Young, arXiv:2411.08590).
-    α = 2 is sparsemax; α → 1 is `LogSumExp`. Where D of one pattern is less than that of all
-    others by 1/((α−1)β) or more, it has weight 1, and one step recalls it exactly.
+    α = 2 is sparsemax; α → 1 is `LogSumExp`. If D of one pattern is less than that of all
+    others by 1/((α−1)β) or more, its weight is 1, and one step recalls it exactly.
 
-    **Raises:** `ValueError` unless α > 1 is finite.
+    **Arguments:**
+
+    - `alpha` > 1: the exponent α, finite.
+
+    **Raises:** `TypeError` for an `alpha` that is no number, `ValueError` unless it is finite and >
+    1.
     """
 
     alpha: float = 1.5
@@ -214,11 +223,11 @@ class Entmax(Separation):
 
 @dataclass(frozen=True)
 class Epanechnikov(Separation):
-    """E = −β⁻¹ log Σ πᵢ [1 − βDᵢ/2]₊: patterns beyond D = 2/β have no influence at all.
+    """E = −β⁻¹ log Σ πᵢ [1 − βDᵢ/2]₊: patterns beyond D = 2/β have no influence.
 
-    The log-sum-ReLU energy of Hoover et al. (arXiv:2506.10801). A step weighs the patterns
-    within reach by their prior alone, wᵢ ∝ πᵢ for Dᵢ < 2/β. Where none is within reach the energy
-    is infinite and all weights are 0; a step then stays where it is, and a recall has
+    The log-sum-ReLU energy of Hoover et al. (arXiv:2506.10801). A step weighs the patterns within
+    reach by their prior alone, wᵢ ∝ πᵢ for Dᵢ < 2/β. If no pattern is within reach, the energy is
+    infinite, all weights are 0, the step leaves the query unchanged, and a recall has
     `Status.OUT_OF_REACH`.
     """
 
@@ -236,15 +245,15 @@ class Epanechnikov(Separation):
         return prior / jnp.where(total == 0, 1, total)
 
 
-def unsolved_mass(found: Comparison, masses: Float[Array, " B"]) -> Float[Array, ""]:
-    """The mass of comparisons that missed their tolerance."""
-    if found.not_converged is None:
+def unsolved_mass(comparison: Comparison, masses: Float[Array, " B"]) -> Float[Array, ""]:
+    """Return the mass of the comparisons that missed their tolerance."""
+    if comparison.not_converged is None:
         return jnp.zeros((), masses.dtype)
-    return jnp.where(found.not_converged, masses, 0).sum()
+    return jnp.where(comparison.not_converged, masses, 0).sum()
 
 
 def _first(marks: Array) -> Int[Array, ""]:
-    """Index of the first true entry: an `argmax` that XLA vectorises."""
+    """Return the index of the first true entry: an `argmax` that XLA vectorises."""
     size = marks.shape[0]
     return jnp.where(marks, jnp.arange(size, dtype=jnp.int32), size - 1).min()
 
@@ -254,34 +263,37 @@ def heaviest(
     divergences: Float[Array, " N"],
     log_prior: Float[Array, " N"] | None,
 ) -> Int[Array, ""]:
-    """The pattern of most weight, of several the nearest."""
+    """Return the index of the pattern of largest weight; of several, the nearest."""
     on = True if log_prior is None else log_prior != -jnp.inf
     candidates = jnp.where((weights == weights.max()) & on, divergences, jnp.inf)
     return candidates.argmin().astype(jnp.int32)
 
 
 def with_prior(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
-    """D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, infinite where a pattern is switched off. Subtracted from each other
-    before β multiplies them, so that the lowest has mass 1 exactly however large βD is."""
+    """Return D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, ∞ where the prior is 0.
+
+    Callers subtract the lowest D̃ before they multiply by β, so that its mass is exactly 1 however
+    large βD is.
+    """
     if log_prior is None:
         return divergences
-    on = log_prior != -jnp.inf  # NaN is not off
+    on = log_prior != -jnp.inf  # NaN is not masked
     return jnp.where(on, divergences - jnp.where(on, log_prior, 0) / beta, jnp.inf)
 
 
 def _logits(shifted: Array, beta: Array) -> Array:
-    """−βD̃, with derivative 0 where D̃ is infinite."""
+    """Return −βD̃, with derivative 0 where D̃ is infinite."""
     infinite = shifted == jnp.inf
     return jnp.where(infinite, -jnp.inf, -beta * jnp.where(infinite, 0, shifted))
 
 
 def mass(shifted: Array, beta: Array) -> Array:
-    """exp(−βD̃), with derivative 0 where D̃ is infinite."""
+    """Return exp(−βD̃), with derivative 0 where D̃ is infinite."""
     return jnp.exp(_logits(shifted, beta))
 
 
 def _prior(divergences: Array, log_prior: Array | None) -> tuple[Array, Array]:
-    """π/max π, and log max π."""
+    """Return π/max π and log max π."""
     if log_prior is None:
         return jnp.ones_like(divergences), jnp.zeros((), divergences.dtype)
     top = jax.lax.stop_gradient(log_prior.max())
@@ -291,7 +303,7 @@ def _prior(divergences: Array, log_prior: Array | None) -> tuple[Array, Array]:
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
-    """The weights that attain `_conjugate`, by bisection of their threshold τ."""
+    """Return the weights that attain `_conjugate`, by bisection of the threshold τ."""
     power = alpha - 1
     scaled = power * (logits - logits.max())
     rounds = jnp.finfo(scaled.dtype).nmant + 3
@@ -305,7 +317,7 @@ def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
         above = unnormalised(middle).sum() >= 1
         return jnp.where(above, middle, low), jnp.where(above, high, middle)
 
-    # One weight alone is 1 at τ = −1, and all of them at most 1/N at the other end.
+    # At τ = −1 the largest term is 1, so that the sum is ≥ 1; at the upper end no term exceeds 1/N.
     ends = jnp.array(-1, scaled.dtype), jnp.array(-(scaled.size**-power), scaled.dtype)
     weights = unnormalised(repeat(rounds, halve, ends, scaled)[0])
     return weights / weights.sum()
@@ -325,7 +337,7 @@ def _entmax_jvp(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _conjugate(alpha: float, logits: Float[Array, " N"]) -> Float[Array, ""]:
-    """max over p of ⟨p, z⟩ + H_α(p)."""
+    """Return max over p of ⟨p, z⟩ + H_α(p)."""
     weights = _entmax(alpha, logits)
     product = jnp.vdot(weights, jnp.where(weights > 0, logits, 0))
     return product + jnp.sum(weights - weights**alpha) / (alpha * (alpha - 1))
@@ -340,7 +352,7 @@ def _conjugate_jvp(
 
 
 def check(separation: object) -> Separation:
-    """The argument `separation`, which must be one."""
+    """Return `separation`, or raise `TypeError` if it is no `Separation`."""
     if not isinstance(separation, Separation):
         raise TypeError(f"separation must be one of jdam's, as jdam.LogSumExp(); got {separation}")
     return separation

@@ -1,4 +1,4 @@
-"""Measures and geometries as JSON and named arrays, and back, without running any code."""
+"""Measures and geometries as JSON and named arrays, decoded without running any code."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ from jdam.geometry import (
     Sinkhorn,
 )
 
-#: What is read without being passed in.
+#: Classes that can be decoded without being passed as `classes`.
 OWN: tuple[type, ...] = (
     *(Gaussian, DiagonalGaussian, PointCloud, GaussianMixture),
     *(Bures, EntropicBures, Sinkhorn, Chamfer, Aligned, MixtureWasserstein),
@@ -33,12 +33,14 @@ OWN: tuple[type, ...] = (
 
 
 def name_of(kind: type) -> str:
-    """The name of a class in a file: of others' classes the module and name to import."""
+    """Return the name of a class in a file; for classes outside of jdam it is module:class."""
     return f"jdam.{kind.__name__}" if kind in OWN else f"{kind.__module__}:{kind.__qualname__}"
 
 
 def encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
-    """`value` as JSON, its arrays put among `arrays` by names that start with `name`."""
+    """Return `value` as JSON; its arrays are added to `arrays`, under names that start with
+    `name`.
+    """
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Array | np.ndarray):
@@ -62,13 +64,17 @@ def encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
     )
 
 
-def decode(held: Any, array: Callable[[str], Any], classes: Mapping[str, type[eqx.Module]]) -> Any:
-    """What `encode` was given, its arrays as `array` reads them, of `classes` alone.
+def decode(
+    encoded: Any, array: Callable[[str], Any], classes: Mapping[str, type[eqx.Module]]
+) -> Any:
+    """Return the value that `encode` was given; `array` reads arrays by name, `classes` has classes
+    by name.
 
-    **Raises:** `ValueError` for a class that is not among these."""
-    if not isinstance(held, dict):
-        return held
-    ((kind, content),) = ((k, v) for k, v in held.items() if k != "fields")
+    **Raises:** `ValueError` for a class that is not in `classes`.
+    """
+    if not isinstance(encoded, dict):
+        return encoded
+    ((kind, content),) = ((k, v) for k, v in encoded.items() if k != "fields")
     if kind == "array":
         return array(content)
     if kind == "class":
@@ -77,14 +83,16 @@ def decode(held: Any, array: Callable[[str], Any], classes: Mapping[str, type[eq
                 f"classes must hold {content}, which is not jdam's and is not imported for you: "
                 f"jdam.load(…, classes=({content.rpartition(':')[2]},)); got {sorted(classes)}"
             )
-        # As a pytree is unflattened: no constructor runs.
-        made = object.__new__(classes[content])
-        for field in dataclasses.fields(made):
-            # A file of before there was a field has its default.
-            given = field.name in held["fields"] or field.default is dataclasses.MISSING
-            value = decode(held["fields"][field.name], array, classes) if given else field.default
-            object.__setattr__(made, field.name, value)
-        return made
+        # No constructor runs, as when a pytree is unflattened.
+        instance = object.__new__(classes[content])
+        for field in dataclasses.fields(instance):
+            # A field that is newer than the file has its default.
+            stored = field.name in encoded["fields"] or field.default is dataclasses.MISSING
+            value = (
+                decode(encoded["fields"][field.name], array, classes) if stored else field.default
+            )
+            object.__setattr__(instance, field.name, value)
+        return instance
     if kind == "dict":
         return {key: decode(x, array, classes) for key, x in content.items()}
     items = [decode(x, array, classes) for x in content]

@@ -1,4 +1,4 @@
-"""A memory in a file, in the format of safetensors: a header, arrays, and no code."""
+"""A memory in a file in the format of safetensors: a header and arrays, and no code."""
 
 import dataclasses
 import hashlib
@@ -28,28 +28,33 @@ from jdam._memory.memory import Memory, check_memory
 from jdam._memory.prepared import in_dtype, prepare
 from jdam._memory.sharding import parts_of
 
-#: What the header says that the file is; of a newer version it is refused.
+#: The format in the header, and its version; newer versions are refused.
 FORMAT, VERSION = "jdam", 1
-#: What has a row for each place.
+#: Arrays with a row for each slot.
 ROWS = ("patterns", "prepared", "fingerprint", "log_prior", "values")
-#: Bytes to read at once, for the checksum.
+#: Number of bytes that the checksum reads at once.
 PIECE = 2**26
-#: The most that safetensors allows a header to have.
+#: Limit of safetensors for the length of a header, in bytes.
 LONGEST_HEADER = 100_000_000
 
 
 def save(path: str | os.PathLike[str], memory: Memory) -> None:
-    """Write a memory to one file, from which `jdam.load` has it back to the last bit.
+    """Write a memory to one file, from which `jdam.load` restores it bit for bit.
 
-    The format is that of safetensors: a header in JSON, then the arrays, what was prepared of the
-    patterns among them, so that nothing is computed again; with a checksum. A file of this name is
-    replaced at once when all is written, or stays as it is. A sharded memory is written whole, and
-    can be loaded onto other devices; where these belong to several processes, all have to call
-    this, and the first writes.
+    The format is that of safetensors: a header in JSON, then the arrays. The prepared arrays are
+    among them, so that nothing is computed again, and there is a checksum. A file of this name is
+    replaced atomically, after all is written. A sharded memory is written whole and can be loaded
+    onto other devices; if these belong to several processes, all of them have to call this
+    function, and the first one writes.
 
-    **Raises:** `TypeError` for what is no memory, and for a geometry with static fields other than
-    None, bools, numbers, strings, and tuples, lists or dicts of them, and for values in other
-    containers than tuples and dicts; `OSError` as `open`.
+    **Arguments:**
+
+    - `path`: the file.
+    - `memory`: the memory.
+
+    **Raises:** `TypeError` for what is no memory, for a geometry with static fields other than
+    None, bools, numbers, strings, and tuples, lists or dicts of them, and for values in containers
+    other than tuples and dicts; `OSError` as `open`.
     """
     check_memory(memory)
     path = Path(os.path.realpath(path))
@@ -68,22 +73,23 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         "prepared": jax.tree.leaves(memory.prepared),
     }
     description |= {name: encode(value, name, arrays) for name, value in others.items()}
-    held = {name: on_host(x) for name, x in arrays.items()}
-    for name in held:
-        if name.split(".")[0] in ROWS:  # parts of a sharded memory are filled up
-            held[name] = held[name][:length]
+    host_arrays = {name: on_host(x) for name, x in arrays.items()}
+    for name in host_arrays:
+        if name.split(".")[0] in ROWS:  # the last parts of a sharded memory are padded
+            host_arrays[name] = host_arrays[name][:length]
     text = json.dumps({"places": length, **description}, sort_keys=True)
-    parts = ((name, x.shape, [x]) for name, x in sorted(held.items()))
+    parts = ((name, x.shape, [x]) for name, x in sorted(host_arrays.items()))
     header = {"format": FORMAT, "version": str(VERSION), "memory": text}
     header["checksum"] = _checksum(text, parts)
     shared = memory.layout is not None and jax.process_count() > 1
     if not shared or jax.process_index() == 0:
-        _write(path, held, header)
+        _write(path, host_arrays, header)
     if shared:
         multihost_utils.sync_global_devices("jdam.save")
 
 
 def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
+    """Write the arrays and the header to a temporary file, and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with open(temporary, "wb") as file:
@@ -104,14 +110,17 @@ def load(
     axis: str | None = None,
     classes: tuple[type[eqx.Module], ...] = (),
 ) -> Memory:
-    """The memory that `jdam.save` wrote.
+    """Return the memory that `jdam.save` wrote.
 
-    **Arguments:** `mesh`, `axis`: to have it as `jdam.shard(memory, mesh, axis)`, the part of each
-    device read from the file alone, so that the whole is never in memory. `classes`: kinds of
-    geometries and measures that are not jdam's, for memories of such. Files have only their names,
-    and nothing is imported or run because of a file.
+    **Arguments:**
 
-    **Raises:** `ValueError` that says which, for a file that is damaged, cut off, written by a
+    - `path`: the file.
+    - `mesh`, `axis`: return `jdam.shard(memory, mesh, axis)`; every device reads its own part of
+      the file, and the whole is never in memory.
+    - `classes`: geometries and measures that are not jdam's, for memories that have them. A file
+      has only names of classes, and nothing is imported or run because of a file.
+
+    **Raises:** `ValueError`, with the reason, for a file that is damaged, cut off, written by a
     newer jdam, or no memory; for classes that are missing in `classes`; for float64 unless
     `jax_enable_x64` is set; for a mesh without such an axis. `OSError` as `open`.
     """
@@ -131,7 +140,7 @@ def load(
 
 
 def _header(path: Path) -> tuple[dict[str, Any], tuple[str, str]]:
-    """The description of the memory, and its text and the checksum."""
+    """Return the description of the memory, and the pair of its text and the checksum."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(9)
@@ -144,18 +153,18 @@ def _header(path: Path) -> tuple[dict[str, Any], tuple[str, str]]:
         raise ValueError(f"{path} is cut off: it has {size} bytes, its header alone {8 + length}")
     try:
         header = json.loads(raw)
-        found = header.pop("__metadata__", {})
+        metadata = header.pop("__metadata__", {})
         end = 8 + length + max(array["data_offsets"][1] for array in header.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is no memory that jdam.save wrote, but another safetensors file")
     if size != end:
         what = "cut off" if size < end else "damaged"
         raise ValueError(f"{path} is {what}: it has {size} bytes, and should have {end}")
     try:
-        version = int(found["version"])
-        text, checksum = found["memory"], found["checksum"]
+        version = int(metadata["version"])
+        text, checksum = metadata["memory"], metadata["checksum"]
         description = json.loads(text) if version <= VERSION else {}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged: its header cannot be read") from error
@@ -168,6 +177,8 @@ def _header(path: Path) -> tuple[dict[str, Any], tuple[str, str]]:
 
 
 def _check_contents(path: Path, file: Any, checksum: tuple[str, str]) -> None:
+    """Raise `ValueError` unless the checksum is that of the contents."""
+
     def pieces(name: str) -> Iterator[np.ndarray]:
         part = file.get_slice(name)
         shape = part.get_shape()
@@ -179,15 +190,17 @@ def _check_contents(path: Path, file: Any, checksum: tuple[str, str]) -> None:
         for first in range(0, shape[0], rows):
             yield part[first : min(first + rows, shape[0])]
 
-    text, wanted = checksum
+    text, expected = checksum
     names = sorted(file.keys())
     parts = ((name, file.get_slice(name).get_shape(), pieces(name)) for name in names)
-    if _checksum(text, parts) != wanted:
+    if _checksum(text, parts) != expected:
         raise ValueError(f"{path} is damaged: its checksum is not that of its contents")
 
 
 def _checksum(text: str, parts: Any) -> str:
-    """Of the description and (name, shape, pieces of the values) of all arrays."""
+    """Return the checksum of the description and of (name, shape, pieces of the values) of all
+    arrays.
+    """
     digest = hashlib.blake2b(text.encode(), digest_size=16)
     for name, shape, pieces in parts:
         digest.update(json.dumps([name, shape]).encode())
@@ -198,8 +211,8 @@ def _checksum(text: str, parts: Any) -> str:
 
 
 def _read(file: Any, description: dict[str, Any], classes: dict[str, type]) -> Memory:
-    """The memory in one piece."""
-    memory = _assembled(description, classes, partial(_whole, file))
+    """Return the memory on one device."""
+    memory = _assemble(description, classes, partial(_whole, file))
     size = decode(description["size"], partial(_whole, file), classes)
     return dataclasses.replace(memory, size=size)
 
@@ -207,7 +220,7 @@ def _read(file: Any, description: dict[str, Any], classes: dict[str, type]) -> M
 def _read_parts(
     file: Any, description: dict[str, Any], classes: dict[str, type], mesh: Mesh, axis: str
 ) -> Memory:
-    """The memory in parts, without free slots."""
+    """Return the memory in equal parts along an axis of a mesh, without its free slots."""
     size = decode(description["size"], partial(_whole, file), classes)
     parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
 
@@ -218,30 +231,31 @@ def _read_parts(
         _check_dtype(name, file.get_slice(name)[:1])
         return parts.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
 
-    memory = _assembled(description, classes, array)
+    memory = _assemble(description, classes, array)
     prior = memory.log_prior
     prior = parts.prior(None, memory.dtype) if prior is None else prior
     units = decode(description["units"], array, classes)
     return dataclasses.replace(memory, log_prior=prior, units=units, layout=parts.layout)
 
 
-def _assembled(
+def _assemble(
     description: dict[str, Any], classes: dict[str, type], array: Callable[[str], Array]
 ) -> Memory:
+    """Return the memory without `size`, `units` and `layout`; `array` reads arrays by name."""
     names = ("geometry", "patterns", "log_prior", "prepared", "fingerprint", "values")
-    description = {"values": None} | description  # which files of before there were any lack
-    held = {name: decode(description[name], array, classes) for name in names}
-    patterns, prior, mark = held["patterns"], held["log_prior"], held["fingerprint"]
-    geometry = in_dtype(held["geometry"], working_dtype(float_dtype(patterns)))
+    description = {"values": None} | description  # older files have no values
+    decoded = {name: decode(description[name], array, classes) for name in names}
+    patterns, prior, fingerprint = decoded["patterns"], decoded["log_prior"], decoded["fingerprint"]
+    geometry = in_dtype(decoded["geometry"], working_dtype(float_dtype(patterns)))
     patterns = geometry.check("patterns", patterns, 1)
     expected, _ = jax.eval_shape(prepare, patterns, geometry)
-    wanted = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
-    if wanted != [(leaf.shape, leaf.dtype) for leaf in held["prepared"]]:
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
+    if shapes != [(leaf.shape, leaf.dtype) for leaf in decoded["prepared"]]:
         raise ValueError(
             f"what was prepared is not what {geometry} prepares now: store the patterns again"
         )
-    prepared = jax.tree.unflatten(jax.tree.structure(expected), held["prepared"])
-    return Memory(patterns, geometry, prior, prepared, mark, values=held["values"])
+    prepared = jax.tree.unflatten(jax.tree.structure(expected), decoded["prepared"])
+    return Memory(patterns, geometry, prior, prepared, fingerprint, values=decoded["values"])
 
 
 def _whole(file: Any, name: str) -> Array:

@@ -1,4 +1,4 @@
-"""Patterns of one memory filled up to one size, which changes nothing that they are."""
+"""Padding of patterns to the sizes of one memory, which does not change the measures."""
 
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING
@@ -12,34 +12,34 @@ if TYPE_CHECKING:
 
 
 def as_large(memory: "Memory", patterns: AnyMeasure) -> AnyMeasure:
-    """Patterns filled up to the sizes of the memory's."""
+    """Return `patterns`, padded to the sizes of the memory's."""
     if not isinstance(patterns, Measure):
         return patterns
-    got, room = patterns.sizes, memory.patterns.sizes
-    for axis, size in room.items():
+    got, limits = patterns.sizes, memory.patterns.sizes
+    for axis, size in limits.items():
         if axis not in patterns.padding and got[axis] != size:
             raise ValueError(
                 f"patterns must have {axis} = {size}, as the memory's; got {got[axis]}"
             )
-    larger = [axis for axis in room if got[axis] > room[axis]]
+    larger = [axis for axis in limits if got[axis] > limits[axis]]
     if larger:
-        wanted = ", ".join(f"{axis} ≤ {room[axis]}" for axis in larger)
+        expected = ", ".join(f"{axis} ≤ {limits[axis]}" for axis in larger)
         sizes = ", ".join(f"{axis}={got[axis]}" for axis in larger)
         raise ValueError(
-            f"patterns must have {wanted}, for which the memory has room; got {sizes}: "
+            f"patterns must have {expected}, for which the memory has room; got {sizes}: "
             f"memory.reserve({memory.capacity}, {sizes}) makes room"
         )
-    return patterns.padded(**{axis: room[axis] for axis in patterns.padding})
+    return patterns.padded(**{axis: limits[axis] for axis in patterns.padding})
 
 
 def enlarge(memory: "Memory", sizes: dict[str, int]) -> "Memory":
-    """The same memory, each pattern filled up to these sizes and prepared anew."""
+    """Return the memory with each pattern padded to `sizes` and prepared again."""
     possible = tuple(getattr(memory.patterns, "padding", ()))
     for axis, size in sizes.items():
         if axis not in possible:
-            wanted = f"some of {possible}" if possible else "left out"
+            expected = f"some of {possible}" if possible else "left out"
             kind = describe(memory.patterns)
-            raise ValueError(f"sizes must be {wanted} for {kind}; got {axis}={size!r}")
+            raise ValueError(f"sizes must be {expected} for {kind}; got {axis}={size!r}")
         checks.int_at_least(memory.patterns.sizes[axis], axis, size)
     patterns = memory.patterns.padded(**sizes)
     prepared, fingerprint = prepare(patterns, memory.geometry)

@@ -1,4 +1,4 @@
-"""The memory: patterns, their geometry and their prior, immutable."""
+"""The memory, an immutable pytree of patterns, and `store`, which creates it."""
 
 import dataclasses
 from typing import Any
@@ -28,43 +28,38 @@ from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
 
 
 class Memory(eqx.Module):
-    """N stored measures X₁…X_N, as `jdam.store` makes it: a frozen pytree.
+    """N stored measures X₁ … X_N and their geometry, made by `jdam.store`: a frozen pytree.
 
-    `len(memory)` is N, `memory[i]` the i-th pattern, `memory[1:3]` a batch of patterns;
-    `append`, `replace` and `remove` return new memories.
+    `len(memory)` is N, `memory[i]` pattern i, `memory[1:3]` a batch; changes return new memories.
 
-    **Room to grow.** With `jdam.store(…, capacity=C)` a memory has C slots, of which the first N
-    hold patterns. `append`, `replace` and `remove` then change values but no shapes: nothing is
-    compiled again while there is room, and they work inside `jax.jit` and `jax.lax.scan`. An
-    append prepares its own patterns only; with `jax.jit(jdam.Memory.append, donate_argnums=0)`
-    nothing else is copied either. `memory.reserve(2 * memory.capacity)` doubles the room, and
-    `memory.reserve(memory.capacity, n=100)` makes room for clouds of up to 100 atoms. What has
-    an entry for each pattern has one for each place: a free slot is infinitely far, weighs 0 and
-    is never `nearest`. Inside `jax.jit` the number of patterns is not known when shapes are:
-    `memory.size` is it, where `len(memory)` raises. What overfills a memory there, removes its last
-    pattern or names slots that hold none, cannot raise; the memory then is NaN, and every recall
-    says `Status.NONFINITE`.
+    **Capacity.** `jdam.store(…, capacity=C)` makes C slots, of which the first N hold patterns.
+    `append`, `replace` and `remove` then change no shapes: nothing is recompiled, and they work
+    inside `jax.jit` and `jax.lax.scan`. `append` prepares the new patterns only, and under
+    `jax.jit(jdam.Memory.append, donate_argnums=0)` copies nothing else. `memory.reserve(200)`
+    enlarges the capacity, and `memory.reserve(200, n=100)` also the slots, for clouds of up to 100
+    atoms. Arrays with an entry for each pattern have one for each slot; a free slot has divergence
+    ∞ and weight 0 and is never `nearest`. Inside `jax.jit` `len(memory)` raises; `memory.size` is
+    the traced N. A memory that is overfilled there, emptied, or changed at free slots cannot raise:
+    it becomes NaN, and every recall has `Status.NONFINITE`.
 
-    What geometries compute of patterns once (`prepared`) belongs to these patterns and this
-    geometry. Where they were changed behind its back, by `eqx.tree_at` or an optimizer's updates,
-    as the first and last numbers of each pattern tell, it counts as NaN, which a recall reports as
-    `Status.NONFINITE`. To learn a memory outside of `jdam.fit`, use `jdam.parametrize`.
+    `prepared` is valid for these patterns and this geometry. After other changes of them, by
+    `eqx.tree_at` or an optimizer, it counts as NaN, and recalls have `Status.NONFINITE`;
+    fingerprints of the first and last numbers of each pattern detect this. Use `jdam.fit` or
+    `jdam.parametrize` to learn a memory.
     """
 
     patterns: AnyMeasure
     geometry: Geometry
     log_prior: Float[Array, " N"] | None = None
-    #: What the geometry computed once of each pattern, and a fingerprint of what it was made of.
+    #: What the geometry computed once of each pattern, and a fingerprint of its arguments.
     prepared: Any = None
     fingerprint: Float[Array, " N"] | None = None
-    #: On which devices the patterns are, if `jdam.shard` put them there.
+    #: The devices of a sharded memory.
     layout: Layout | None = eqx.field(static=True, default=None)
-    #: Then also `Geometry.typical_norm` and `energy_tolerance` of all patterns.
+    #: Sharded: `Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns.
     units: tuple[Array, Array] | None = None
-    #: The number of slots that hold patterns, the first ones, if there is room for more.
-    size: Int[Array, ""] | None = None
-    #: A pytree of arrays with a row for each pattern, as `log_prior`: labels, descriptors, ids.
-    values: Any = None
+    size: Int[Array, ""] | None = None  #: With a capacity: the number of patterns.
+    values: Any = None  #: A pytree of arrays with a row for each pattern, as labels.
 
     def __len__(self) -> int:
         if self.size is None:
@@ -78,7 +73,7 @@ class Memory(eqx.Module):
             raise TypeError(
                 f"a batch {self.size.shape} of memories has no length; index its leaves"
             )
-        size = int(self.size)  # which traces nothing
+        size = int(self.size)
         if size < 0:
             raise ValueError(
                 "the memory was overfilled inside jax.jit, or asked for patterns that it has not: "
@@ -88,19 +83,19 @@ class Memory(eqx.Module):
 
     @property
     def capacity(self) -> int:
-        """The number of slots for patterns: N if there is no room to grow."""
+        """The number of slots; N for a memory without a capacity."""
         if self.layout is not None and not self.layout.inside:
             return self.layout.length
         return batch_size(self.patterns)
 
     @property
     def size_is_known(self) -> bool:
-        """Whether the number of patterns is: inside `jax.jit` not that of a memory with room."""
+        """Whether the number of patterns is known: with a capacity it is traced in `jax.jit`."""
         return self.size is None or checks.is_concrete(self.size)
 
     @property
     def occupied(self) -> Bool[Array, " N"] | None:
-        """Which places hold patterns; None if all do."""
+        """A mask of the slots that hold patterns; None if all do."""
         if self.size is None:
             return None
         return jnp.arange(self.capacity, dtype=jnp.int32) < self.size
@@ -108,14 +103,13 @@ class Memory(eqx.Module):
     def __getitem__(self, index: Any) -> AnyMeasure:
         whole = isinstance(index, int | np.integer)
         if not checks.is_concrete(index) or (whole and not self.size_is_known):
-            place = self.from_start(index)
-            return jax.tree.map(lambda leaf: leaf[place], self.patterns)
+            slot = self.from_start(index)
+            return jax.tree.map(lambda leaf: leaf[slot], self.patterns)
         num = len(self)
         checks.index(index, num, "a memory")
         if whole:
             return jax.tree.map(lambda leaf: leaf[index % num], self.patterns)
-        # Parts of a sharded memory are filled up.
-        return jax.tree.map(lambda leaf: leaf[:num][index], self.patterns)
+        return jax.tree.map(lambda leaf: leaf[:num][index], self.patterns)  # shards are padded
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -130,13 +124,13 @@ class Memory(eqx.Module):
         return self.log_prior
 
     def magnitudes(self) -> tuple[Array, Array]:
-        """`Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns."""
+        """Return `Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns."""
         if self.units is not None:
             return self.units
         return units(self.patterns, self.geometry, self.occupied)
 
     def validated(self) -> "Memory":
-        """The memory with NaN for what was prepared of other patterns or another geometry."""
+        """Return the memory, with NaN where `prepared` or `size` is invalid."""
         if self.size is not None:
             invalid = self.size < 0
             self = dataclasses.replace(
@@ -154,16 +148,18 @@ class Memory(eqx.Module):
     def append(
         self, patterns: AnyMeasure, log_prior: ArrayLike | None = None, *, values: Any = None
     ) -> "Memory":
-        """A memory with `patterns`, a batch (M,), a list or a single measure, added at the end.
+        """Return a memory with `patterns` added at the end.
 
-        Factors of lower rank are padded with zeros, smaller clouds with atoms of weight 0; without
-        a capacity the memory's own are too. Where only one side has a `log_prior`, the other's is
-        log 1 = 0. `log_prior` is (M,) or one number for all of them. `values` (M, …), or (…) of a
-        single measure, are like the memory's. No patterns, M = 0, change nothing.
+        **Arguments:**
 
-        **Raises:** as `store`; `ValueError` for a sharded memory, for values where the memory has
-        none or none where it has some, and, with a capacity, for more patterns than there is room
-        for, or larger ones than those it holds: `reserve` makes room for either.
+        - `patterns`: a batch (M,), a list or a single measure. Smaller ones are padded, with zeros
+          and atoms of weight 0; without a capacity so are the memory's own.
+        - `log_prior`: (M,) or one number. If only one side has a prior, the other's is log 1 = 0.
+        - `values`: (M, …), or (…) for a single measure, like the memory's.
+
+        **Raises:** as `store`; `ValueError` for a sharded memory, unless values are given if and
+        only if the memory has some, and, with a capacity, for patterns that do not fit the free
+        slots.
         """
         self._check_in_one_piece()
         if isinstance(patterns, list | tuple) and not patterns:
@@ -193,8 +189,13 @@ class Memory(eqx.Module):
     def replace(
         self, indices: int | ArrayLike, patterns: AnyMeasure, *, values: Any = None
     ) -> "Memory":
-        """A memory with other `patterns`, (M,), at the integers `indices`, (M,), or with one
-        measure at one index. Their prior stays, and their values unless others are given.
+        """Return a memory with other patterns at some indices; their prior stays.
+
+        **Arguments:**
+
+        - `indices`: integers (M,), or one index.
+        - `patterns`: a batch (M,), or one measure.
+        - `values`: new values like the memory's; None keeps the old ones.
 
         **Raises:** as `append`; `IndexError` for indices at which there is no pattern.
         """
@@ -212,7 +213,7 @@ class Memory(eqx.Module):
         return changed
 
     def remove(self, indices: int | ArrayLike) -> "Memory":
-        """A memory without the patterns at `indices`, an int or integers (M,); later ones move up.
+        """Return a memory without the patterns at `indices`, (M,) or an int; later ones move up.
 
         **Raises:** `IndexError` for indices at which there is no pattern, `ValueError` if none
         would be left, `TypeError` inside `jax.jit` for a memory without a capacity.
@@ -227,26 +228,27 @@ class Memory(eqx.Module):
                 "jdam.store(…, capacity=…)"
             )
         if checks.is_concrete(drop) and self.size_is_known:
-            keep = np.delete(np.arange(len(self)), np.asarray(drop))
-            if keep.size == 0:
+            remaining = np.delete(np.arange(len(self)), np.asarray(drop))
+            if remaining.size == 0:
                 raise ValueError("indices must leave at least one pattern; got all of them")
             prior = self.log_weights
-            if checks.is_concrete(prior) and (np.asarray(prior)[keep] == -np.inf).all():
+            if checks.is_concrete(prior) and (np.asarray(prior)[remaining] == -np.inf).all():
                 raise ValueError("log_prior must leave a pattern on; indices have all that are")
             if self.size is None:
                 rows = self.patterns, self.log_prior, self.values
-                kept, prior, values = jax.tree.map(lambda leaf: leaf[keep], rows)
-                return store(kept, self.geometry, log_prior=prior, values=values)
+                patterns, prior, values = jax.tree.map(lambda leaf: leaf[remaining], rows)
+                return store(patterns, self.geometry, log_prior=prior, values=values)
         shorter: Memory = slots.remove(self, drop.reshape(-1))
         return shorter
 
     def reserve(self, capacity: int, **sizes: int) -> "Memory":
-        """The same memory with room for `capacity` patterns in all, and for larger ones.
+        """Return the memory with `capacity` slots, for patterns of some sizes.
 
-        **Arguments:** `capacity` ≥ N. `sizes`, to which patterns are filled up without a change of
-        the measures: `n` atoms of clouds, `r` columns of the factors of Gaussians and mixtures, `K`
-        components of mixtures, and what other kinds have in `Measure.padding`. Without `sizes`
-        nothing is prepared anew, with them all is.
+        **Arguments:**
+
+        - `capacity` ≥ N: the number of slots.
+        - `sizes`: sizes to pad patterns to, which prepares them again: `n` atoms, `r` columns of
+          factors, `K` components of mixtures, and other axes of `Measure.padding`.
 
         **Raises:** `TypeError` or `ValueError` for a capacity or sizes that are no ints or less
         than the memory's own, `ValueError` for sizes that this kind of patterns does not have.
@@ -256,15 +258,15 @@ class Memory(eqx.Module):
         if capacity < length_or_capacity(self):
             raise ValueError(f"capacity must be ≥ N = {length_or_capacity(self)}; got {capacity}")
         larger = filling.enlarge(self, sizes) if sizes else self
-        roomy: Memory = slots.reserve(larger, capacity)
-        return roomy
+        resized: Memory = slots.reserve(larger, capacity)
+        return resized
 
     def _check_in_one_piece(self) -> None:
         if self.layout is not None:
             raise ValueError("a sharded memory is fixed: change it before jdam.shard")
 
     def _rows(self, patterns: AnyMeasure) -> AnyMeasure:
-        """A batch of patterns, or one measure as one, that go with the memory's."""
+        """Return a batch of patterns, or one measure as one, checked against the memory."""
         patterns = as_batch(patterns)
         try:
             patterns = self.geometry.check("patterns", patterns, 1)
@@ -280,22 +282,22 @@ class Memory(eqx.Module):
         return patterns
 
     def from_start(self, index: Any) -> Int[Array, "..."]:
-        """Traced indices, of which those below 0 count from the end of what is stored."""
+        """Return traced indices; those below 0 count from the end of the stored patterns."""
         index = jnp.asarray(index, jnp.int32)
         return jnp.where(index < 0, index + slots.size_of(self), index)
 
     def __repr__(self) -> str:
         if not all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(self)):
-            return super().__repr__()  # the shape of a memory, holding something else
+            return super().__repr__()  # leaves that are no arrays, as in a tree of specs
         num: Any = self.capacity
         if self.size is not None:
             known = checks.is_concrete(self.size) and self.size.ndim == 0
             num = f"{int(self.size) if known else '…'} of {self.capacity}"
-        more = ", log_prior" if self._has_prior() else ""
-        more += ", values" if self.values is not None else ""
-        spread = f", {self.layout.parts} shards" if self.layout else ""
+        fields = ", log_prior" if self._has_prior() else ""
+        fields += ", values" if self.values is not None else ""
+        shards = f", {self.layout.parts} shards" if self.layout else ""
         kind = describe(self.patterns)
-        return f"Memory({num} × {kind}, {self.geometry}, {self.dtype.name}{more}{spread})"
+        return f"Memory({num} × {kind}, {self.geometry}, {self.dtype.name}{fields}{shards})"
 
     def _has_prior(self) -> bool:
         if self.size is None or self.log_prior is None:
@@ -314,22 +316,20 @@ def store(
     capacity: int | None = None,
     progress: bool | None = None,
 ) -> Memory:
-    """A memory of `patterns`, a batch (N,) of measures.
+    """Return a memory of `patterns`, a batch (N,) of measures.
 
     **Arguments:**
 
-    - `patterns`: measures with one batch axis, a list of single ones, which is stacked
-      (`jdam.stack`), or an array (N, d).
-    - `geometry`: if None, `Bures()` for Gaussians, `MixtureWasserstein()` for mixtures of them and
-      `Euclidean()` for arrays; point clouds need a `Sinkhorn(epsilon)`, whose self terms
+    - `patterns`: measures with one batch axis, a list of single ones, or an array (N, d).
+    - `geometry`: None for `Bures()` with Gaussians, `MixtureWasserstein()` with mixtures of them
+      and `Euclidean()` with arrays; point clouds need a `Sinkhorn(epsilon)`, whose self terms
       OT_ε(Xᵢ, Xᵢ) are computed here, once.
-    - `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant; πᵢ = 1 if
-      None, and −inf switches a pattern off.
-    - `values`: what goes with the patterns, an array (N, …) of numbers or booleans or a pytree of
-      them, as `memory.values`. `memory.values[result.nearest]` is the label of the pattern that a
-      recall ends at; `jdam.attend(memory, query, beta)` averages values that are floats.
-    - `capacity` ≥ N: for how many patterns to make room, for a memory that grows; see `Memory`.
-    - `progress`: a bar while many patterns are prepared, as of `pairwise`.
+    - `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant. None is 0
+      for all patterns; −inf switches a pattern off.
+    - `values`: an array (N, …) of numbers or booleans or a pytree of them, as `memory.values`:
+      labels, indexed by `result.nearest`, or floats, which `jdam.attend` averages.
+    - `capacity` ≥ N: the number of slots of a memory that grows; see `Memory`.
+    - `progress`: a bar while many patterns are prepared, as in `pairwise`.
 
     **Raises:** `TypeError` for patterns that are not this geometry's or not floats, and for values
     that are no numbers; `ValueError` for an empty memory, wrong shapes, point clouds without a
@@ -338,7 +338,7 @@ def store(
     progress = check_progress(progress)
     patterns = as_batch(patterns)
     if geometry is None:
-        geometry = _ordinary(patterns)
+        geometry = _default_geometry(patterns)
     if not isinstance(geometry, Geometry):
         raise TypeError(f"geometry must be a jdam geometry, such as jdam.Bures(); got {geometry!r}")
     patterns = geometry.check("patterns", patterns, 1)
@@ -354,8 +354,8 @@ def store(
     return memory if capacity is None else memory.reserve(capacity)
 
 
-def _ordinary(patterns: AnyMeasure) -> Geometry:
-    """The geometry of these measures unless another is given."""
+def _default_geometry(patterns: AnyMeasure) -> Geometry:
+    """Return the default geometry of these measures."""
     if isinstance(patterns, PointCloud):
         raise ValueError(
             "geometry must be given for point clouds, because it needs its epsilon: "
@@ -371,14 +371,14 @@ def _ordinary(patterns: AnyMeasure) -> Geometry:
 
 
 def check_memory(memory: object) -> None:
-    """Raise unless it is a memory."""
+    """Raise `TypeError` unless it is a memory."""
     if not isinstance(memory, Memory):
         kind = type(memory).__name__
         raise TypeError(f"memory must be a jdam.Memory; got {kind}: jdam.store makes one")
 
 
 def length_or_capacity(memory: Memory) -> int:
-    """The number of patterns where it is known, that of slots where it is traced."""
+    """Return the number of patterns if it is known, else that of slots."""
     return len(memory) if memory.size_is_known else memory.capacity
 
 
@@ -394,7 +394,7 @@ def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:
             f"{name} must have the memory's dtype {memory.dtype}; got {float_dtype(measure)}: "
             "convert one"
         )
-    wanted, got = dim_of(memory.patterns), dim_of(measure)
-    if got != wanted:
-        raise ValueError(f"{name} must have the memory's dimension d = {wanted}; got {got}")
+    expected, actual = dim_of(memory.patterns), dim_of(measure)
+    if actual != expected:
+        raise ValueError(f"{name} must have the memory's dimension d = {expected}; got {actual}")
     check_same_arrays(name, measure, memory.patterns, "the patterns have")

@@ -1,4 +1,6 @@
-"""What is computed once of patterns, and a few bits by which to tell what it was computed of."""
+"""What a geometry computes once of patterns, and fingerprints of the patterns it was computed of,
+by which changes of them are detected.
+"""
 
 from functools import partial
 from typing import Any
@@ -18,15 +20,15 @@ from jdam._core.progress import in_parts, is_here, rows_from
 from jdam._measures.base import AnyMeasure
 from jdam.geometry import Geometry
 
-#: How many of the first and of the last numbers of each pattern a fingerprint reads: an update
-#: changes all of them, and to read all would double the time of a query.
+#: How many of the first and of the last numbers of each pattern a fingerprint reads. An update
+#: changes all numbers, and reading all would double the time of a query.
 DIGESTED = 4
-#: How many times as many patterns to ask a device to prepare at a time as to compare.
+#: Number of blocks, of `Geometry.batch_sizes`, that one program on the device prepares.
 BLOCKS = 32
 
 
 def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
-    """The geometry with its floats as arrays of this dtype."""
+    """Return the geometry with its floats as arrays of this dtype."""
 
     def cast(path: Any, leaf: Any) -> Any:
         if isinstance(leaf, float):
@@ -46,7 +48,9 @@ def in_dtype(geometry: Geometry, dtype: jnp.dtype) -> Geometry:
 def checked_prior(
     patterns: AnyMeasure, log_prior: ArrayLike, *, some_on: bool = True
 ) -> Float[Array, " N"]:
-    """`log_prior` as an array (N,) that goes with the patterns, which leaves a pattern on."""
+    """Return `log_prior` as an array (N,) of the patterns' dtype. Concrete values must be finite or
+    −inf and, with `some_on`, not all −inf.
+    """
     num = batch_size(patterns)
     if np.ndim(log_prior) == 0 and not isinstance(log_prior, str):
         log_prior = jnp.full(num, log_prior, float_dtype(patterns))
@@ -67,7 +71,7 @@ def checked_prior(
 def units(
     patterns: AnyMeasure, geometry: Geometry, occupied: Bool[Array, " N"] | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`Geometry.typical_norm` and `energy_tolerance` of the patterns at the occupied slots."""
+    """Return `Geometry.typical_norm` and `energy_tolerance` of the patterns at occupied slots."""
     if occupied is None:
         return geometry.typical_norm(patterns), geometry.energy_tolerance(patterns)
     weights = occupied.astype(float_dtype(patterns))
@@ -78,8 +82,9 @@ def units(
 def prepare(
     patterns: AnyMeasure, geometry: Geometry, progress: bool | None = None
 ) -> tuple[Any, Array | None]:
-    """What the geometry computes once of patterns, and the fingerprint of these; of many part by
-    part, with a progress bar as `in_parts` draws it."""
+    """Return `Geometry.prepare` of the patterns, and their fingerprints; many patterns are prepared
+    part by part, with a progress bar as in `in_parts`.
+    """
     num, at_once = batch_size(patterns), BLOCKS * geometry.batch_sizes(patterns).patterns
     if num <= at_once or not is_here(patterns, geometry):
         return _prepare(patterns, geometry)
@@ -102,7 +107,9 @@ def _prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | Non
 
 
 def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
-    """23 bits about some numbers of each pattern and the geometry's parameters, in [1, 2)."""
+    """Return a hash of 23 bits, in [1, 2), of some numbers of each pattern and of the geometry's
+    parameters.
+    """
     read = [value for name, value in vars(geometry).items() if name not in geometry.unprepared]
     parameters = jax.tree.leaves(eqx.filter(read, eqx.is_inexact_array))
     num, mixed = batch_size(patterns), jnp.zeros((), jnp.uint32)
@@ -116,7 +123,7 @@ def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
 
 
 def _digest(numbers: Float[Array, "N k"]) -> UInt[Array, " N"]:
-    """A hash of the bits of each row; of −0 as of 0, which differ in nothing else."""
+    """Return a hash of the bits of each row; −0 counts as 0, because they are equal numbers."""
     values = jnp.where(numbers == 0, 0, jax.lax.stop_gradient(numbers))
     words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(numbers), -1)
     words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)

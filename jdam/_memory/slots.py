@@ -1,4 +1,4 @@
-"""A memory with room to grow: changes of its values that leave all shapes as they are."""
+"""Compiled changes of a memory that keep all array shapes, except for `reserve`."""
 
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
@@ -19,14 +19,13 @@ if TYPE_CHECKING:
     from jdam._memory.memory import Memory
 
 
-#: The size of a memory to which something was done that inside `jax.jit` could not raise.
+#: The size of a memory after an invalid change inside `jax.jit`, where errors cannot be raised.
 SPOILED = -1
 
 
 @jax.jit(static_argnames="capacity")
 def reserve(memory: "Memory", capacity: int) -> "Memory":
-    """The memory with so many slots, free ones with copies of the last pattern, which are switched
-    off by the prior."""
+    """Return the memory with `capacity` slots; free ones hold the last pattern, with prior 0."""
 
     def resize(leaf: Array, **fill: Any) -> Array:
         missing = max(0, capacity - len(leaf))
@@ -42,14 +41,14 @@ def reserve(memory: "Memory", capacity: int) -> "Memory":
 def append(
     memory: "Memory", patterns: AnyMeasure, values: Any, log_prior: Float[Array, " M"] | None
 ) -> "Memory":
-    """The memory with patterns and their values at the first free slots."""
+    """Return the memory with patterns and their values at the first free slots."""
     count, size = batch_size(patterns), size_of(memory)
     fits = (size >= 0) & (size + count <= memory.capacity)
     first = jnp.where(fits, size, 0)
 
     def put(old: Array, new: Array) -> Array:
-        kept = jax.lax.dynamic_slice_in_dim(old, first, count)
-        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fits, new, kept), first, 0)
+        stored = jax.lax.dynamic_slice_in_dim(old, first, count)
+        return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fits, new, stored), first, 0)
 
     prior = jnp.zeros(count, memory.dtype) if log_prior is None else log_prior
     rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns, values))
@@ -60,41 +59,45 @@ def append(
 def replace(
     memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure, values: Any
 ) -> "Memory":
-    """The memory with other patterns at some slots, and other values unless these are None."""
-    there = (index >= 0) & (index < size_of(memory))
-    place = jnp.where(there, index, memory.capacity)
+    """Return the memory with other patterns at some slots, and other values unless these are
+    None.
+    """
+    valid = (index >= 0) & (index < size_of(memory))
+    slot = jnp.where(valid, index, memory.capacity)
 
     def put(old: Array, new: Array) -> Array:
-        return old.at[place].set(new, mode="drop")
+        return old.at[slot].set(new, mode="drop")
 
     if values is None:
         values = jax.tree.map(lambda leaf: leaf[index], memory.values)
     rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns, values))
-    return _nan_unless(there.all(), _with_rows(memory, rows, memory.log_prior, memory.size))
+    return _nan_unless(valid.all(), _with_rows(memory, rows, memory.log_prior, memory.size))
 
 
 @jax.jit
 def remove(memory: "Memory", index: Int[Array, " M"]) -> "Memory":
-    """The memory without the patterns at some slots, those behind them moved up."""
-    there = (index >= 0) & (index < size_of(memory))
-    drop = jnp.where(there, index, memory.capacity)
+    """Return the memory without the patterns at some slots; later patterns move up."""
+    valid = (index >= 0) & (index < size_of(memory))
+    drop = jnp.where(valid, index, memory.capacity)
     number = jnp.arange(memory.capacity, dtype=jnp.int32)
-    kept = (number < size_of(memory)).at[drop].set(False, mode="drop")
-    size = kept.sum(dtype=jnp.int32)
-    order = jnp.argsort(~kept, stable=True)
+    remains = (number < size_of(memory)).at[drop].set(False, mode="drop")
+    size = remains.sum(dtype=jnp.int32)
+    order = jnp.argsort(~remains, stable=True)
     order = order[jnp.minimum(number, jnp.maximum(size - 1, 0))]
     rows, prior = jax.tree.map(lambda leaf: leaf[order], (_rows(memory), memory.log_prior))
     prior = jnp.where(number < size, prior, -jnp.inf)
-    return _nan_unless(there.all() & (size > 0), _with_rows(memory, rows, prior, size))
+    return _nan_unless(valid.all() & (size > 0), _with_rows(memory, rows, prior, size))
 
 
 def size_of(memory: "Memory") -> Int[Array, ""]:
-    """The number of patterns, as an array."""
+    """Return the number of patterns, as an array."""
     return jnp.asarray(memory.capacity if memory.size is None else memory.size, jnp.int32)
 
 
 def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
-    """Integers, ≥ 0 and of patterns that are there as far as that is known."""
+    """Return indices ≥ 0; raise `IndexError` unless they are those of patterns, if that is
+    known.
+    """
     index = indices if isinstance(indices, Array) else np.asarray(indices)
     if index.size and not jnp.issubdtype(index.dtype, jnp.integer):
         raise TypeError(f"indices must be an int or a list of ints; got {indices!r}")
@@ -111,7 +114,7 @@ def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
 
 
 def _rows(memory: "Memory") -> tuple[Any, ...]:
-    """All that has a row for each pattern, but for the prior."""
+    """Return all arrays with a row for each pattern, except the prior."""
     return memory.patterns, memory.prepared, memory.fingerprint, memory.values
 
 
@@ -133,7 +136,7 @@ def _with_rows(memory: "Memory", rows: tuple[Any, ...], prior: Any, size: Any) -
 
 
 def _nan_unless(good: Bool[Array, ""], memory: "Memory") -> "Memory":
-    """The memory if that is good, else one of which every recall says that it is not finite."""
+    """Return the memory if `good`, else a memory whose recalls have `Status.NONFINITE`."""
     if memory.size is not None:
         return replaced(memory, size=jnp.where(good, memory.size, SPOILED))
 

@@ -1,4 +1,4 @@
-"""Values that go with the patterns of a memory: a pytree of arrays (N, …)."""
+"""Values of the patterns of a memory: a pytree of arrays (N, …)."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +14,24 @@ KINDS = (jnp.floating, jnp.integer, jnp.bool_)
 
 
 def checked_values(values: Any, num: int) -> Any:
-    """`values` as a pytree of arrays, each with an entry for each of `num` patterns."""
+    """Return `values` as a pytree of arrays with `num` entries each."""
     arrays = as_arrays(values)
     if not jax.tree.leaves(arrays):
         raise ValueError(f"values must be an array (N, …), or a pytree of them; got {values!r}")
 
     def check(path: Any, leaf: Array) -> None:
         if leaf.shape[:1] != (num,):
-            wanted = f"(N, …), an entry for each of N = {num} patterns"
-            raise ValueError(f"{name_of(path)} must have shape {wanted}; got {leaf.shape}")
+            expected = f"(N, …), an entry for each of N = {num} patterns"
+            raise ValueError(f"{name_of(path)} must have shape {expected}; got {leaf.shape}")
 
     jax.tree_util.tree_map_with_path(check, arrays)
     return arrays
 
 
 def values_for(memory: "Memory", values: Any, num: int) -> Any:
-    """Values of `num` patterns that are like the memory's. For a single pattern the leading axis
-    may be left out."""
+    """Return `values` of `num` patterns as a pytree like the memory's. For a single pattern the
+    leading axis may be missing.
+    """
     if values is None and memory.values is not None:
         raise ValueError("values must be given, one for each of patterns: the memory has values")
     if values is None:
@@ -40,20 +41,20 @@ def values_for(memory: "Memory", values: Any, num: int) -> Any:
             "values must be None: the memory has none; jdam.store(patterns, values=…) keeps them"
         )
     arrays = as_arrays(values)
-    got: Any = jax.tree.structure(arrays)
+    actual: Any = jax.tree.structure(arrays)
     structure: Any = jax.tree.structure(memory.values)
-    if got != structure:
-        raise TypeError(f"values must be a pytree like the memory's, {structure}; got {got}")
+    if actual != structure:
+        raise TypeError(f"values must be a pytree like the memory's, {structure}; got {actual}")
 
-    def fit(path: Any, leaf: Array, held: Array) -> Array:
-        if num == 1 and leaf.shape == held.shape[1:]:
+    def fit(path: Any, leaf: Array, stored: Array) -> Array:
+        if num == 1 and leaf.shape == stored.shape[1:]:
             leaf = leaf[None]
-        wanted = (num, *held.shape[1:])
-        if leaf.shape != wanted:
-            raise ValueError(f"{name_of(path)} must have shape {wanted}; got {leaf.shape}")
-        if leaf.dtype != held.dtype:
+        shape = (num, *stored.shape[1:])
+        if leaf.shape != shape:
+            raise ValueError(f"{name_of(path)} must have shape {shape}; got {leaf.shape}")
+        if leaf.dtype != stored.dtype:
             raise TypeError(
-                f"{name_of(path)} must have the dtype of the memory's, {held.dtype}; "
+                f"{name_of(path)} must have the dtype of the memory's, {stored.dtype}; "
                 f"got {leaf.dtype}: convert it"
             )
         return leaf
@@ -62,7 +63,7 @@ def values_for(memory: "Memory", values: Any, num: int) -> Any:
 
 
 def as_arrays(values: Any) -> Any:
-    """A pytree of arrays. A list is an array; tuples, dicts and other containers are pytrees."""
+    """Return a pytree of arrays. A list is an array; other containers are pytrees."""
     convert = jax.tree_util.tree_map_with_path
     return convert(_as_array, values, is_leaf=lambda value: isinstance(value, list))
 
@@ -80,16 +81,16 @@ def _as_array(path: Any, value: Any) -> Array:
         )
     if isinstance(array, Array):
         return array
-    found: Array = jax.device_put(array)  # which compiles nothing
-    rounded = jnp.issubdtype(array.dtype, jnp.floating) or found.dtype == array.dtype
-    if not rounded and (np.asarray(found) != array).any():
+    on_device: Array = jax.device_put(array)  # `jnp` would compile
+    rounded = jnp.issubdtype(array.dtype, jnp.floating) or on_device.dtype == array.dtype
+    if not rounded and (np.asarray(on_device) != array).any():
         raise ValueError(
-            f"{name} must be within the range of {found.dtype}, unless JAX has "
+            f"{name} must be within the range of {on_device.dtype}, unless JAX has "
             "jax.config.update('jax_enable_x64', True)"
         )
-    return found
+    return on_device
 
 
 def name_of(path: Any) -> str:
-    """What errors call a leaf of values."""
+    """Return the name of a leaf of values in errors."""
     return "values" + jax.tree_util.keystr(path)

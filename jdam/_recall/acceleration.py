@@ -1,4 +1,6 @@
-"""Steps that a recall tries before the plain one, and takes where the energy does not rise."""
+"""Accelerations: they propose a step before the plain one, taken if the energy does not rise. The
+history of an acceleration is a part of the state of the loop in `solver.py`.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,44 +21,44 @@ from jdam._recall.trust_region import Quadratic, minimise
 if TYPE_CHECKING:
     from jdam._recall.solver import Problem, Solver, State
 
-#: The trust region shrinks where the energy falls by less than the share POOR of what the model
-#: expects, and grows where it falls by more than the share GOOD.
+#: The trust region shrinks if the energy falls by less than POOR times the decrease that the model
+#: predicts, and grows if it falls by more than GOOD times that.
 POOR, GOOD = 0.25, 0.75
-#: By what factors.
+#: Factors by which the trust region shrinks and grows.
 SHRINK, GROW = 0.25, 3.0
 
 
 class Acceleration(ABC):
-    """How to propose steps: settings alone. The history is a part of the recall's state."""
+    """Rule that proposes steps. Subclasses are frozen dataclasses of settings."""
 
     @abstractmethod
     def start(self, measure: AnyMeasure, zero: Float[Array, ""]) -> Any:
-        """The history before the first step."""
+        """Return the history before the first step."""
 
     @abstractmethod
     def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
-        """The measure to try instead of the plain step `state.candidate`, and the history."""
+        """Return a measure to try instead of the plain step `state.candidate`, and the history."""
 
     @abstractmethod
     def update(self, history: Any, gain: Float[Array, ""], accepted: Bool[Array, ""]) -> Any:
-        """The history after a proposal was tried, at which the energy fell by at most `gain`."""
+        """Return the history after a proposal was tried; the energy fell by at most `gain`."""
 
 
 class History(NamedTuple):
-    """The last plain steps, in free coordinates."""
+    """The last plain steps, in unconstrained coordinates."""
 
     ends: Float[Array, "k z"]
     changes: Float[Array, "k z"]
-    length: Int[Array, ""]  # how many of the rows are in use
+    length: Int[Array, ""]  # number of rows in use
 
 
 @dataclass(frozen=True)
 class Anderson(Acceleration):
-    """The affine combination Σ αⱼ Φ(ξⱼ) of the last steps for which |Σ αⱼ (Φ(ξⱼ) − ξⱼ)| is least,
-    in free coordinates (Anderson, J. ACM 12, 1965; Walker and Ni, SIAM J. Numer. Anal. 49, 2011).
+    """Affine combination of the last steps, Σ αⱼ Φ(ξⱼ) with |Σ αⱼ (Φ(ξⱼ) − ξⱼ)| least.
 
-    It costs no evaluation. For factors of covariances the combination respects rotations:
-    Φ(LQ) = Φ(L)Q, and every step keeps to the Q of the one before.
+    The coordinates are those of `Measure.unconstrained` (Anderson, J. ACM 12, 1965; Walker and Ni,
+    SIAM J. Numer. Anal. 49, 2011). A proposal costs no evaluation. For factors of covariances the
+    combination respects rotations: Φ(LQ) = Φ(L)Q, and all steps have the same Q.
 
     **Arguments:**
 
@@ -75,8 +77,8 @@ class Anderson(Acceleration):
 
     def start(self, measure: AnyMeasure, zero: Array) -> History:
         flat, _ = ravel_pytree(unconstrained(measure))
-        none = jnp.zeros((self.depth, flat.size), flat.dtype)
-        return History(none, none, jnp.array(0, jnp.int32))
+        empty_rows = jnp.zeros((self.depth, flat.size), flat.dtype)
+        return History(empty_rows, empty_rows, jnp.array(0, jnp.int32))
 
     def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
         old: History = state.history
@@ -89,13 +91,13 @@ class Anderson(Acceleration):
         differences = jnp.where(used[:, None], change[None] - old.changes, 0)
         masses = geometry.masses(state.evaluation.view, state.evaluation.pull)
         flat = jnp.ones_like(end) if masses is None else ravel_pytree(masses)[0]
-        roots = jnp.sqrt(jax.lax.stop_gradient(flat))  # in coordinates of one unit
+        roots = jnp.sqrt(jax.lax.stop_gradient(flat))  # to scale coordinates to one unit
         mix = _least_squares(roots[None] * differences, roots * change)
         combined = end - mix @ jnp.where(used[:, None], end[None] - old.ends, 0)
         combined = unravel(jnp.where(roots > 0, combined, end))
-        # Where nothing changes, not even the last digit does.
+        # An array that the combination leaves unchanged is that of the plain step, bit for bit.
         measure = jax.tree.map(
-            lambda new, old, moved, kept: jnp.where((moved == kept).all(), old, new),
+            lambda new, old, moved, unmoved: jnp.where((moved == unmoved).all(), old, new),
             constrained(plain, combined),
             plain,
             combined,
@@ -109,13 +111,16 @@ class Anderson(Acceleration):
         return measure, history
 
     def update(self, history: History, gain: Array, accepted: Array) -> History:
-        """Steps from before one that failed say nothing of what comes."""
+        """Return the history; after a rejected proposal it is cut to the last step, because the
+        earlier ones predict badly.
+        """
         return history._replace(length=jnp.where(accepted, history.length, 1))
 
 
 def _least_squares(rows: Float[Array, "k z"], target: Float[Array, " z"]) -> Float[Array, " k"]:
-    """The c with |cᵀR − t| least, 0 for rows of zeros, by regularised normal equations of rows of
-    length one."""
+    """Return the c that minimises |cᵀR − t|, with 0 for rows of zeros, from regularised normal
+    equations of rows scaled to length one.
+    """
     squares = jnp.vecdot(rows, rows)
     on = squares > 0
     inverse = jnp.where(on, 1 / jnp.sqrt(jnp.where(on, squares, 1)), 0)
@@ -126,31 +131,31 @@ def _least_squares(rows: Float[Array, "k z"], target: Float[Array, " z"]) -> Flo
     def solve(_: Any, right: Array) -> Array:
         lower = jax.lax.stop_gradient(cholesky(gram))
         half = solve_lower(lower, right[:, None])
-        # An upper triangular matrix, read backwards, is a lower one.
+        # Reversing rows and columns makes the upper triangular matrix a lower one.
         result: Array = solve_lower(lower.T[::-1, ::-1], half[::-1])[::-1, 0]
         return result
 
     product = lambda c: gram @ c  # noqa: E731
-    found: Array = jax.lax.custom_linear_solve(product, rows @ target, solve, symmetric=True)
-    return inverse * found
+    coefficients: Array = jax.lax.custom_linear_solve(product, rows @ target, solve, symmetric=True)
+    return inverse * coefficients
 
 
 class Region(NamedTuple):
     """A trust region, and the last step in it."""
 
     radius: Float[Array, ""]  # 0 before the first step
-    length: Float[Array, ""]
-    expected: Float[Array, ""]  # by how much the energy should fall
+    length: Float[Array, ""]  # of the last step
+    expected: Float[Array, ""]  # decrease of the energy that the model predicts
 
 
 @dataclass(frozen=True)
 class TrustRegion(Acceleration):
-    """A Newton step within a region in which the energy is nearly quadratic, by conjugate gradients
-    (Steihaug, SIAM J. Numer. Anal. 20, 1983).
+    """Newton step within a region in which the energy is nearly quadratic, by conjugate gradients.
 
-    For point clouds whose atoms are to be placed exactly. A product with the second derivative
-    costs about as much as two evaluations. Its own derivatives would be third ones of the energy:
-    recall is differentiated with it by `Implicit` and `OneStep` only.
+    The method is that of Steihaug (SIAM J. Numer. Anal. 20, 1983). It suits point clouds whose
+    atoms are to be placed exactly. A product with the second derivative costs about as much as two
+    evaluations. Derivatives of the step would be third derivatives of the energy: use it with the
+    adjoints `Implicit` and `OneStep` only.
 
     **Arguments:**
 
@@ -166,8 +171,8 @@ class TrustRegion(Acceleration):
         checks.positive_int("max_products", self.max_products)
 
     def start(self, measure: AnyMeasure, zero: Array) -> Region:
-        nothing = jnp.zeros_like(zero)
-        return Region(nothing, nothing, nothing)
+        zeros = jnp.zeros_like(zero)
+        return Region(zeros, zeros, zeros)
 
     def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
         return _newton_step(self, solver, state, problem)
@@ -184,30 +189,31 @@ class TrustRegion(Acceleration):
 def _newton_step(
     settings: TrustRegion, solver: "Solver", state: "State", problem: "Problem"
 ) -> tuple[AnyMeasure, Region]:
+    """Return the measure at the minimiser of the quadratic model, and the trust region."""
     retraction = problem.memory.geometry.retraction(state.measure)
     if retraction is None:
         raise ValueError(
             f"acceleration=jdam.TrustRegion() needs a retraction; got {problem.memory.geometry}"
         )
     radius = jnp.where(state.history.radius > 0, state.history.radius, state.residual)
-    radius = jnp.where(solver.unfinished(state, problem), radius, 0)
+    radius = jnp.where(solver.cond_fun(state, problem), radius, 0)
     guess = state.evaluation.guess
 
     def slope(tangent: Any) -> Any:
-        found = solver.evaluate(retraction.retract(tangent), problem, guess)
-        return retraction.slope(found.view, found.pull)
+        evaluation = solver.evaluate(retraction.retract(tangent), problem, guess)
+        return retraction.slope(evaluation.view, evaluation.pull)
 
-    still = jax.tree.map(jnp.zeros_like, retraction.masses)
-    slope_here, curvature = jax.linearize(slope, still)
+    zero_tangent = jax.tree.map(jnp.zeros_like, retraction.masses)
+    slope_here, curvature = jax.linearize(slope, zero_tangent)
     flat, unravel = ravel_pytree(slope_here)
     model = Quadratic(
         flat,
         lambda tangent: ravel_pytree(curvature(unravel(tangent)))[0],
         ravel_pytree(retraction.masses)[0],
     )
-    found = minimise(model, radius, settings.max_products)
-    measure = retraction.retract(unravel(found.step))
-    return measure, Region(radius, found.length, found.decrease)
+    minimum = minimise(model, radius, settings.max_products)
+    measure = retraction.retract(unravel(minimum.step))
+    return measure, Region(radius, minimum.length, minimum.decrease)
 
 
 @_newton_step.defjvp

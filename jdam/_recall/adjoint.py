@@ -1,4 +1,4 @@
-"""How a recall is differentiated."""
+"""Adjoints: rules that differentiate a recall."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -22,19 +22,19 @@ LinearMap: TypeAlias = Callable[[AnyMeasure], AnyMeasure]
 
 
 class Adjoint(ABC):
-    """How to differentiate a recall: a frozen dataclass."""
+    """Rule that differentiates a recall. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
-        """The last state of a recall, with derivatives."""
+        """Return the last state of a recall, with derivatives."""
 
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
-    """Differentiate through the steps that were taken, in forward or reverse mode.
+    """Derivative of the steps that were taken, in forward or reverse mode.
 
-    Reverse mode keeps one state a step and computes the rest again; its result is the exact
-    derivative of what `recall` returned, converged or not.
+    Reverse mode stores one state for each step and recomputes the rest. The derivative is exactly
+    that of the result of `recall`, converged or not.
     """
 
     def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
@@ -43,18 +43,23 @@ class Unrolled(Adjoint):
 
 @dataclass(frozen=True)
 class Implicit(Adjoint):
-    """Differentiate the fixed point ξ = Φ(ξ, θ) itself, by the implicit function theorem:
+    """Derivative of the fixed point ξ = Φ(ξ, θ), by the implicit function theorem:
 
         (I − ∂Φ/∂ξ) dξ = (∂Φ/∂θ) dθ.
 
-    Memory does not depend on the number of steps, and the cost is that of one linear solve, by
-    GMRES to a relative accuracy `tol` (eps^0.7 of the dtype if None, 1e-5 in float32 and 1e-11
-    in float64). Right where the recall has converged, and as near as it has; `Status.MAX_STEPS`
-    says that it has not.
+    The memory needed does not depend on the number of steps, and the cost is one linear solve, by
+    GMRES. The derivative is as accurate as the recall is converged; `Status.MAX_STEPS` means that
+    it is not.
 
-    Where I − ∂Φ/∂ξ is singular, because Φ conserves something of the query (rotations of a
-    factor, which are no part of the measure; the weights of a point cloud if κ = 0), that part of
-    dξ is the query's own, as it is with `Unrolled`. Entries of the trace have derivative zero.
+    Where I − ∂Φ/∂ξ is singular, the part of dξ along the gauge is that of the query's tangent, as
+    with `Unrolled`. The gauge contains rotations of a factor, which leave the measure unchanged,
+    and the weights of a point cloud if κ = 0, which steps leave unchanged. Entries of the trace
+    have derivative zero.
+
+    **Arguments:**
+
+    - `tol`: the relative accuracy of the linear solve; None for eps^0.7 of the dtype, 1e-5 in
+      float32 and 1e-11 in float64.
 
     **Raises:** `TypeError` or `ValueError` unless `tol` is None or a number > 0.
     """
@@ -71,15 +76,16 @@ class Implicit(Adjoint):
     def _solve(
         self, contraction: LinearMap, gauge: LinearMap, direct: AnyMeasure, start: AnyMeasure
     ) -> AnyMeasure:
-        """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct from a
-        start on. The part of it along the gauge stays."""
+        """Return dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct
+        from `start`. The part of `start` along the gauge is unchanged.
+        """
 
         _, unravel = ravel_pytree(start)
 
         def residual(d: AnyMeasure) -> AnyMeasure:
             return jax.tree.map(jnp.subtract, d, contraction(d))
 
-        def regular(flat: Array) -> Array:  # I − J, where it is not zero
+        def regular(flat: Array) -> Array:  # I − J, made regular along the gauge
             d = unravel(flat)
             return ravel_pytree(jax.tree.map(jnp.add, residual(d), gauge(d)))[0]
 
@@ -87,19 +93,19 @@ class Implicit(Adjoint):
             eps = float(jnp.finfo(right.dtype).eps)
             return gmres(matvec, right, eps**0.7 if self.tol is None else self.tol)
 
-        # In one array: a leaf that a step leaves as it is would have no derivative to transpose.
+        # One flat array: a leaf that a step does not change would have no derivative to transpose.
         right, _ = ravel_pytree(jax.tree.map(jnp.subtract, direct, residual(start)))
-        found = jax.lax.custom_linear_solve(regular, right, solve, transpose_solve=solve)
-        return jax.tree.map(jnp.add, start, unravel(found))
+        solution = jax.lax.custom_linear_solve(regular, right, solve, transpose_solve=solve)
+        return jax.tree.map(jnp.add, start, unravel(solution))
 
 
 @dataclass(frozen=True)
 class OneStep(Adjoint):
-    """Differentiate the last step alone, as if it had started from a constant.
+    """Derivative of the last step alone, as if its start were constant.
 
-    The cheapest derivative, dξ = (∂Φ/∂θ) dθ: off by about the contraction factor of Φ, which at
-    high β is tiny, and zero in the query (one-step differentiation: Bolte, Pauwels and Vaiter,
-    arXiv:2305.13768).
+    This is the cheapest derivative, dξ = (∂Φ/∂θ) dθ, with zero derivative in the query. Its error
+    is about the contraction factor of Φ, which is tiny at high β (one-step differentiation: Bolte,
+    Pauwels and Vaiter, arXiv:2305.13768).
     """
 
     def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
@@ -109,6 +115,7 @@ class OneStep(Adjoint):
 def _directly(
     contraction: LinearMap, gauge: LinearMap, direct: AnyMeasure, start: AnyMeasure
 ) -> AnyMeasure:
+    """Return `direct`: the derivative of `OneStep`."""
     return direct
 
 
@@ -116,6 +123,7 @@ def _directly(
 def _at_fixed_point(
     solve: Callable[..., AnyMeasure], solver: Solver, query: AnyMeasure, problem: Problem
 ) -> State:
+    """Return the last state of a recall; `solve` turns partial derivatives into dξ."""
     return solver.descend(solver.start(query, problem), problem)
 
 
@@ -133,8 +141,8 @@ def _at_fixed_point_jvp(
     guess = end.evaluation.guess
 
     def evaluate(measure: AnyMeasure, problem: Problem) -> Evaluation:
-        found: Evaluation = solver.evaluate(measure, problem, guess)
-        return found
+        evaluation: Evaluation = solver.evaluate(measure, problem, guess)
+        return evaluation
 
     def step(measure: AnyMeasure, problem: Problem) -> AnyMeasure:
         return solver.move(measure, evaluate(measure, problem), problem)
@@ -145,7 +153,7 @@ def _at_fixed_point_jvp(
     dmeasure = solve(contraction, gauge, direct, dquery)
 
     def settle(measure: AnyMeasure, problem: Problem) -> State:
-        found = evaluate(measure, problem)._replace(guess=end.evaluation.guess)
-        return end._replace(measure=measure, evaluation=found)
+        evaluation = evaluate(measure, problem)._replace(guess=end.evaluation.guess)
+        return end._replace(measure=measure, evaluation=evaluation)
 
     return end, jax.jvp(settle, (measure, problem), (dmeasure, dproblem))[1]

@@ -1,4 +1,4 @@
-"""Attention whose keys are measures: hetero-association."""
+"""Attention with measures as keys: hetero-association."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +20,7 @@ from jdam._memory.memory import Memory, check_memory, length_or_capacity, store
 from jdam._memory.values import name_of
 from jdam._recall.recall import recall
 
-#: What to do with values that cannot be averaged.
+#: Advice in errors for values that have no mean.
 LABELS = "look labels up by memory.values[result.nearest], or average a one-hot array"
 
 
@@ -33,28 +33,36 @@ def attend(
     separation: Separation = LogSumExp(),
     num_steps: int = 10,
 ) -> AnyMeasure:
-    """What the memory associates with a query: its values averaged with the Gibbs weights wᵢ(ξ).
+    """Return the values of the memory, averaged with the Gibbs weights wᵢ(ξ) of the query.
 
-    **Arguments:** `memory`, `query`, `beta`, `separation` as in `energy`; the memory's patterns
-    are the keys. `values`, one for each key; the memory's own, `memory.values`, if None:
+    The patterns of the memory are the keys. The result can be differentiated in everything, the
+    values included. If a `separation` gives no pattern any weight, the result is 0 for arrays, and
+    the value of the nearest key for measures.
 
-    - an array (N, …) of floats: the result is Σ wᵢ valuesᵢ, of shape (…); or a tuple, a dict or
-      another pytree of such. For a memory with room to grow there may be a value for each place, so
-      that shapes stay; those of free slots weigh nothing;
-    - measures with one batch axis (N,), or a list of single ones, of any type: the result is their
-      barycentre, the minimiser of Σ wᵢ D(·, valuesᵢ), by at most `num_steps` fixed-point steps from
-      the heaviest value. D is that of the memory's geometry where it takes such measures, else
-      that which `store` chooses;
-    - a `Memory` of measures: the same in its own geometry, whose self terms are not computed
-      again. With the memory itself, `attend(memory, cue, beta, values=memory)`, a partial cue is
-      completed: addressed by what is there, answered by the whole pattern, whatever its size.
+    **Arguments:**
 
-    Differentiable in everything, the values included. Where a `separation` gives no pattern any
-    weight, the result is 0 for arrays, and the value of the nearest key for measures.
+    - `memory`, `query`, `beta`, `separation` as in `energy`.
+    - `values`: one for each key: arrays, measures or a memory, as below; None for `memory.values`.
+    - `num_steps`: the largest number of fixed-point steps for a barycentre, from the heaviest
+      value.
 
-    **Raises:** as `energy`; `TypeError` or `ValueError` for values of other kinds, another
-    number than there are keys, or another dtype than the memory's; `TypeError` for integers and
-    booleans, as labels are, which have no mean, and for no values where the memory has none.
+    **Values** may be
+
+    - arrays: a float array (N, …), or a tuple, a dict or another pytree of such. The result is Σ wᵢ
+      valuesᵢ, (…). A memory with capacity may have a value for each slot; the weights of free slots
+      are 0.
+    - measures of any type with one batch axis (N,), or a list of single ones. The result is their
+      barycentre, the minimiser of Σ wᵢ D(·, valuesᵢ). D is that of the memory's geometry if it
+      takes such measures, else that of the geometry which `store` chooses.
+    - a `Memory` of measures. The result is their barycentre in its geometry, with the self terms
+      stored there. `attend(memory, cue, beta, values=memory)` completes a partial cue: the weights
+      come from the cue, the result from whole patterns of any size.
+
+    **Returns:** arrays of shape (…), or a measure of the values' type.
+
+    **Raises:** as `energy`; `TypeError` or `ValueError` for values of other kinds, another number
+    than there are keys, or another dtype than the memory's; `TypeError` for integers and booleans,
+    such as labels, which have no mean, and for no values where the memory has none.
     """
     num_steps = checks.positive_int("num_steps", num_steps)
     check_memory(memory)
@@ -66,8 +74,8 @@ def attend(
     elif not isinstance(values, Memory):
         values = _floats(values)
     weights, nearest = weigh(memory, query, beta, separation)
-    held = values.patterns if isinstance(values, Memory) else values
-    for leaf in jax.tree.leaves(held):
+    arrays = values.patterns if isinstance(values, Memory) else values
+    for leaf in jax.tree.leaves(arrays):
         checks.same_dtype(memory=weights, values=leaf)
     if isinstance(values, Memory):
         weights = _for_values(memory, values, weights)
@@ -80,7 +88,7 @@ def attend(
 
 
 def _floats(values: Any) -> Any:
-    """A pytree of arrays of floats (N, …); a list is an array."""
+    """Return a pytree of float arrays (N, …); a list is converted to an array."""
 
     def check(path: Any, leaf: Any) -> Array:
         name = name_of(path)
@@ -97,25 +105,26 @@ def _floats(values: Any) -> Any:
 def _for_values(
     memory: Memory, values: Array | Memory, weights: Float[Array, " N"]
 ) -> Float[Array, " V"]:
-    """The weights, of which there is one for each place, for as many values."""
+    """Return the weights, (slots of the memory,), padded or cut to the slots of the values."""
     patterns = length_or_capacity(memory)
     if isinstance(values, Memory):
-        places, count = values.capacity, length_or_capacity(values)
+        num_slots, count = values.capacity, length_or_capacity(values)
     else:
-        places = count = len(values)
-    # Of a sharded memory the last parts are filled up, and its own values with them.
+        num_slots = count = len(values)
+    # The last parts of a sharded memory are padded, and its values with them.
     if count not in {patterns, memory.capacity, batch_size(memory.patterns)}:
         or_places = f", or of its {memory.capacity} places" if memory.size is not None else ""
         raise ValueError(
             f"values must have one entry for each of the {patterns} patterns{or_places}; "
             f"got {count}"
         )
-    if places == len(weights):
+    if num_slots == len(weights):
         return weights
-    return jnp.pad(weights, (0, max(0, places - len(weights))))[:places]
+    return jnp.pad(weights, (0, max(0, num_slots - len(weights))))[:num_slots]
 
 
 def _store_values(memory: Memory, values: Measure) -> Memory:
+    """Return a memory of `values` in the geometry of `memory`, if that takes such measures."""
     try:
         memory.geometry.check("values", values, 1)
     except TypeError:
@@ -125,7 +134,7 @@ def _store_values(memory: Memory, values: Measure) -> Memory:
 
 @compiled()
 def _mean(values: Array, weights: Float[Array, " N"], size: Int[Array, ""] | None) -> Array:
-    if size is not None:  # what is at free slots may be anything
+    if size is not None:  # NaN at a free slot times weight 0 would be NaN
         free = jnp.arange(len(values), dtype=jnp.int32) >= size
         values = jnp.where(free.reshape(-1, *[1] * (values.ndim - 1)), 0, values)
     return jnp.tensordot(weights, values, 1)
@@ -134,19 +143,23 @@ def _mean(values: Array, weights: Float[Array, " N"], size: Int[Array, ""] | Non
 def _barycentre(
     values: Memory, weights: Float[Array, " N"], heaviest: Int[Array, ""], num_steps: int
 ) -> AnyMeasure:
-    """The fixed point of recall, were the weights not to change."""
+    """Return the fixed point of a recall of `values` in which the weights are constant."""
     start = jax.tree.map(lambda leaf: leaf[heaviest], values.patterns)
     on = weights != 0
     log_prior = jnp.where(on, jnp.log(jnp.where(on, weights, 1)), -jnp.inf)
-    missing = batch_size(values.patterns) - len(log_prior)  # parts are filled up
+    missing = batch_size(values.patterns) - len(
+        log_prior
+    )  # the last parts of a sharded memory are padded
     log_prior = jnp.pad(log_prior, (0, missing), constant_values=-jnp.inf)
-    held = replace(values, log_prior=log_prior)
-    return recall(held, start, 1.0, max_steps=num_steps, tol=0, separation=_Given()).measure
+    weighted = replace(values, log_prior=log_prior)
+    return recall(
+        weighted, start, 1.0, max_steps=num_steps, tol=0, separation=_FixedWeights()
+    ).measure
 
 
 @dataclass(frozen=True)
-class _Given(Separation):
-    """E = Σ πᵢDᵢ and w = π: weights that do not depend on where the query is."""
+class _FixedWeights(Separation):
+    """E = Σ πᵢDᵢ and w = π: weights that do not depend on the query."""
 
     def energy(self, divergences: Array, log_prior: Any, beta: Array) -> Array:
         return jnp.vdot(self.weights(divergences, log_prior, beta), divergences)

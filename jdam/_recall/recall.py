@@ -1,4 +1,6 @@
-"""What is asked of a memory: one step of recall, a recall, a batch of them."""
+"""The public functions `step`, `recall` and `recall_batch`: checks of arguments around the
+solver.
+"""
 
 from functools import partial
 from typing import Any
@@ -31,9 +33,9 @@ from jdam._recall.result import Recall
 from jdam._recall.solver import Solver
 from jdam.geometry.protocol import Geometry
 
-#: How many plain steps come first where acceleration is chosen: short recalls are steps repeated.
+#: Delay of the default acceleration: short recalls are then sequences of `step`.
 PLAIN = 8
-#: Stands for the tolerances of the geometry, in the same program as any number.
+#: Value of `tol` for the tolerances of the geometry; None would compile another program.
 DEFAULT = -1.0
 
 
@@ -45,18 +47,22 @@ def step(
     *,
     separation: Separation = LogSumExp(),
 ) -> AnyMeasure:
-    """One step of recall, ξ⁺ = Φ(ξ) for step size τ = 1.
+    """Return the measure after one step of recall: Φ(ξ) for step size τ = 1.
 
-    For Gaussians Φ(ξ) = (Σ wᵢ(ξ) Tᵢ)_# ξ, Tᵢ the optimal transport map from ξ to Xᵢ
-    (the retrieval map of arXiv:2509.23162), and (1−τ)·id + τ·Σ wᵢTᵢ is pushed forward for
-    other τ; for vectors x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls, for `Bures` and
-    `Euclidean` by E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)).
+    For Gaussians Φ(ξ) = (Σ wᵢ(ξ) Tᵢ)_# ξ, where Tᵢ is the optimal transport map from ξ to Xᵢ (the
+    retrieval map of arXiv:2509.23162); for other τ the map is (1−τ)·id + τ·Σ wᵢTᵢ. For vectors
+    x⁺ = x + τ(Σ wᵢyᵢ − x). The energy falls, for `Bures` and `Euclidean` by
+    E(ξ) − E(Φ(ξ)) ≥ D(ξ, Φ(ξ)).
 
-    **Arguments:** as in `energy`; the damping `step_size` τ > 0, descending for τ ≤ 1. Where a
-    `separation` gives no pattern any weight, the step stays where it is.
+    **Arguments:**
 
-    **Returns:** a measure of the query's type; its factor has as many columns as the larger
-    of the query's and the patterns'.
+    - `memory`, `query`, `beta` as in `energy`.
+    - `step_size` τ > 0: the length of the step; for τ ≤ 1 the energy does not rise.
+    - `separation`: the shape of the energy. If it gives no pattern any weight, the query is
+      returned.
+
+    **Returns:** a measure of the query's type. The factor of a Gaussian has as many columns as the
+    larger of the query's and the patterns'.
 
     **Raises:** as `energy`; `ValueError` for a step size that is not positive.
     """
@@ -64,7 +70,7 @@ def step(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     check_separation(separation)
-    # Where it is proved that full steps never raise the energy, there is nothing to check.
+    # Without backtracking full steps never raise the energy: the candidate is not evaluated.
     attempts = 1 if memory.geometry.max_backtracks else 0
     solver = Solver(Exhaustive(), separation, attempts)
     return _step(memory, query, beta, step_size, solver=solver)
@@ -78,7 +84,9 @@ def _step(
         end = solver.run(query, solver.problem(memory, beta, step_size))
         return end.measure if solver.max_steps else end.candidate
 
-    return in_batches(run, None, memory, query, beta, step_size)  # a spread batch, where it is
+    return in_batches(
+        run, None, memory, query, beta, step_size
+    )  # a batch spread over devices stays there
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -99,41 +107,41 @@ def recall(
     acceleration: Acceleration | str | None = "auto",
     save_trace: bool = False,
 ) -> Recall:
-    """Steps from the query until a fixed point: what the memory holds nearest to it.
+    """Return the fixed point that steps from the query reach, with its status.
 
     A fixed point ξ = Φ(ξ) is a barycentre of the patterns with its own Gibbs weights.
-    Where β is large enough, β min Dᵢⱼ ≳ log N + 5, there is one by each pattern; where it is
-    small, patterns share one, and the status says `MIXTURE`.
+    For large β, β min Dᵢⱼ ≳ log N + 5, there is one near each pattern; for small β several patterns
+    share one, and the status is `MIXTURE`.
 
     **Arguments:**
 
     - `memory`, `query`, `beta`, `step_size` as in `step`.
-    - `max_steps` ≥ 1; if None 50, 200 for `Sinkhorn` with ρ and 256 for `Chamfer`.
-    - `tol` ≥ 0: stop when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0 takes all
-      `max_steps`. If None, eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root mean square
-      size of the patterns, W₂(Xᵢ, δ₀). For point clouds, if None, √ε/2000; a residual up to √ε/200
-      counts as converged where the energy no longer falls. For `Chamfer` √ε/10⁴.
-    - `search`: which patterns each step compares: all of them, `Exhaustive()`, or few, with a proof
-      that the others do not matter, `Certified()`. None chooses: of 512 and more full Gaussians,
-      mixtures or point clouds (without ρ) few where that is soon proved, else all; the recall is
-      that of `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
+    - `max_steps` ≥ 1; None for 50, 200 for `Sinkhorn` with ρ and 256 for `Chamfer`.
+    - `tol` ≥ 0: the recall ends when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0
+      takes all `max_steps`. None for eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root
+      mean square norm of the patterns, W₂(Xᵢ, δ₀). For point clouds None is √ε/2000, and a residual
+      up to √ε/200 counts as converged if the recall stagnated. For `Chamfer` None is √ε/10⁴.
+    - `search`: the patterns that each step compares: all of them, `Exhaustive()`, or few, with a
+      proof that the others do not matter, `Certified()`. None uses `Certified` for 512 and more
+      full Gaussians, mixtures or point clouds (without ρ), else `Exhaustive`; the recall is that of
+      `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
     - `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`.
     - `separation`: the shape of the energy.
-    - `acceleration`: a bolder step, tried before each plain one and taken where the energy does
-      not rise. `Anderson(depth)` combines the last steps and costs no evaluation; `TrustRegion()`
-      takes Newton steps, for `Sinkhorn`; None takes plain steps. "auto" is `Anderson(5)` after
-      eight plain steps for `Sinkhorn`, and None for all else. Fixed points are the same; a query
-      where basins meet may end in another one, of no higher energy. `Anderson(3)` pays where plain
-      steps are many: Gaussians near the β at which patterns merge, and clouds whose atoms are to
-      be placed exactly.
-    - `save_trace`: keep energy, residual and measure after each step.
+    - `acceleration`: a proposal, tried before each plain one and taken if the energy does not
+      rise. `Anderson(depth)` combines the last steps and costs no evaluation; `TrustRegion()` takes
+      Newton steps, for `Sinkhorn`; None takes plain steps. "auto" is `Anderson(5)` after eight
+      plain steps for `Sinkhorn`, and None for all other geometries. Fixed points are the same; a
+      query between basins may end in another one, of no higher energy. `Anderson(3)` pays if there
+      are many plain steps: Gaussians near the β at which patterns merge, and clouds whose atoms are
+      to be placed exactly.
+    - `save_trace`: whether to store energy, residual and measure after each step.
 
-    Changing β, step size, tol or values of the same shape does not recompile, nor does `max_steps`
-    up to the same power of two.
+    Changes of β, step size, tol or values of the same shape do not recompile, nor do changes of
+    `max_steps` up to the same power of two.
 
-    **Returns:** a `Recall`. `jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)`
-    recalls a batch; it ends when its last query does, and a query that fails says so in its
-    own status without touching the others.
+    **Returns:** a `Recall`. `jax.vmap(jdam.recall, (None, 0, None))(memory, queries, beta)` recalls
+    a batch, which ends with its last query; the failure of a query appears in its own status and
+    does not affect the others.
 
     **Raises:** as `step`, and for arguments that are not of these kinds; `ValueError` for the
     derivative of `TrustRegion()` steps by `Unrolled()`.
@@ -171,6 +179,7 @@ def _recall_checked(
     acceleration: Acceleration | str | None,
     save_trace: bool,
 ) -> Recall:
+    """Check the remaining arguments of `recall`, and return its result."""
     max_steps = memory.geometry.default_steps if max_steps is None else max_steps
     max_steps = checks.positive_int("max_steps", max_steps)
     check_separation(separation)
@@ -181,21 +190,21 @@ def _recall_checked(
             raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
-    # One program for all numbers of steps up to a power of two.
+    # One compiled program serves all numbers of steps up to a power of two.
     length = 1 << (max_steps - 1).bit_length()
-    acceleration = _accelerated(memory, acceleration)
+    acceleration = _checked_acceleration(memory, acceleration)
     solver = Solver(search, separation, length, acceleration, save_trace)
     limits = tol, jax.device_put(np.int32(max_steps))
-    found: Recall = _recall(memory, query, beta, step_size, limits, solver=solver, adjoint=adjoint)
+    result: Recall = _recall(memory, query, beta, step_size, limits, solver=solver, adjoint=adjoint)
     if length == max_steps or not save_trace:
-        return found
-    trace = jax.tree.map(lambda leaf: leaf[:max_steps], found.trace)
-    shorter: Recall = eqx.tree_at(lambda recalled: recalled.trace, found, trace)
-    return shorter
+        return result
+    trace = jax.tree.map(lambda leaf: leaf[:max_steps], result.trace)
+    truncated: Recall = eqx.tree_at(lambda recalled: recalled.trace, result, trace)
+    return truncated
 
 
-def _accelerated(memory: Memory, acceleration: Any) -> Acceleration | None:
-    """The acceleration asked for, or the geometry's own."""
+def _checked_acceleration(memory: Memory, acceleration: Any) -> Acceleration | None:
+    """Return the acceleration; for "auto" the default of the geometry."""
     if isinstance(acceleration, str) and acceleration == "auto":
         depth = memory.geometry.default_acceleration
         return Anderson(depth, delay=PLAIN) if depth else None
@@ -229,16 +238,19 @@ def recall_batch(
     save_trace: bool = False,
     progress: bool | None = None,
 ) -> Recall:
-    """`recall` of a batch of queries (Q,), `batch_size` of them after one another: for more than
-    `jax.vmap` could hold the state of.
+    """Return `recall` of a batch of queries (Q,), `batch_size` of them after one another.
 
-    Outside of `jax.jit` the device is asked for one batch after another, or for several that are
-    quick, and Ctrl-C stops the call as soon as it comes. The batch that the device works at it
-    still ends: a smaller `batch_size` shows progress more often, and is sooner over.
+    This is for batches whose state is too large for `jax.vmap`. Outside of `jax.jit` each program
+    on the device computes one batch, or several short ones, and Ctrl-C stops the call between
+    programs: with a smaller `batch_size` it stops sooner and the progress bar has more parts.
 
-    **Arguments:** as of `recall`; `queries` with one batch axis, which may be empty; `batch_size`
-    ≥ 1; `progress`: True draws a progress bar of the parts, False none, and None one on a terminal
-    after 2 seconds.
+    **Arguments:**
+
+    - `queries`: measures with one batch axis (Q,), which may be empty, or a list of single ones.
+    - `batch_size` ≥ 1.
+    - `progress`: True draws a progress bar of the parts, False none, and None one on a terminal
+      after 2 seconds.
+    - the others as in `recall`.
 
     **Returns:** a `Recall` whose leaves lead with (Q,).
 
@@ -267,17 +279,18 @@ def recall_batch(
         return result
 
     def part(start: Any, *, widths: tuple[int]) -> Recall:
-        some = rows_from(queries, start, width=widths[0])
-        found: Recall = _recall_batch(memory, some, beta, step_size, tol, **static)
-        return found
+        rows = rows_from(queries, start, width=widths[0])
+        results: Recall = _recall_batch(memory, rows, beta, step_size, tol, **static)
+        return results
 
     result = in_parts(part, (num,), (at_once,), "recall_batch", progress)
     return result
 
 
 def _recall_batch_size(memory: Memory, batch_size: int) -> int:
-    """How many queries to ask a device for at a time: a batch, or several that are quick. Less than
-    a batch would take longer, as queries of many steps would keep too few others busy."""
+    """Return the number of queries of one program on the device: a batch, or several short ones.
+    Fewer than a batch would take longer, because queries of many steps would leave the device idle.
+    """
     queries, patterns, _ = memory.geometry.batch_sizes(memory.patterns)
     num = TILES * queries * patterns // memory.capacity
     return max(batch_size, num - num % batch_size)
@@ -300,9 +313,9 @@ def _recall_batch(
         def one(query: AnyMeasure) -> Recall:
             return _recall_checked(memory, query, beta, step_size, tol, **dict(settings))
 
-        # Differentiated, one batch at a time too.
-        found: Recall = map_in_batches(jax.checkpoint(one), batch_size, queries)
-        return found
+        # With `checkpoint` derivatives are computed one batch at a time too.
+        results: Recall = map_in_batches(jax.checkpoint(one), batch_size, queries)
+        return results
 
     args = (memory, queries, beta, step_size, tol)
     batched = tuple(jax.tree.map(lambda _, mark=arg is queries: mark, arg) for arg in args)
@@ -311,21 +324,22 @@ def _recall_batch(
 
 
 def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
-    """`tol` as a checked scalar ≥ 0, or `DEFAULT`."""
+    """Return `tol` as a checked scalar ≥ 0; for None `DEFAULT`."""
     dtype = working_dtype(memory.dtype)
     if tol is None:
-        default: Array = jax.device_put(np.asarray(DEFAULT, dtype))  # which compiles nothing
+        default: Array = jax.device_put(np.asarray(DEFAULT, dtype))  # `jnp` would compile
         return default
     return checks.nonnegative_scalar("tol", tol, dtype)
 
 
 def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
-    """The residual that is small enough and the one at which to stop: both `tol`, or those of the
-    geometry."""
+    """Return the residual that counts as converged if the recall stagnated, and the residual at
+    which to stop: both `tol`, or those of the geometry.
+    """
     scale, _ = memory.magnitudes()
     defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
-    enough, sought = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
-    return enough, sought
+    sufficient, goal = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
+    return sufficient, goal
 
 
 @compiled(static=("solver", "adjoint"))

@@ -1,4 +1,4 @@
-"""What a recall returns, and how it says how it ended."""
+"""Result of a recall, and its status."""
 
 import enum
 
@@ -14,12 +14,12 @@ from jdam.geometry import Pose
 
 
 class Status(enum.IntEnum):
-    """How a recall ended: its `message` says what that means and what to do.
+    """Outcome of a recall; `message` explains it and gives a remedy.
 
-    `CONVERGED` and `MIXTURE` are results; the others say what a result lacks. Inside `jax.jit` a
-    status is its number, int32, and `jdam.Status(code)` has name and message. Of several that apply
-    the last one listed counts. Whether a recall ended between patterns can be
-    read from `Recall.mixture` in any case.
+    `CONVERGED` and `MIXTURE` are results; the others are warnings about the result. Inside
+    `jax.jit` a status is an int32, and `jdam.Status(code)` has its name and message. If several
+    apply, the status is the last of them in this list. `Recall.mixture` does not depend on the
+    status.
     """
 
     CONVERGED = 0
@@ -33,7 +33,7 @@ class Status(enum.IntEnum):
 
     @property
     def message(self) -> str:
-        """What it means, and what to do."""
+        """Explanation of the status, and a remedy."""
         return _MESSAGES[self]
 
 
@@ -54,14 +54,14 @@ _MESSAGES = {
 }
 
 
-# So that `help` has them, and they are written once.
+# The messages are also part of the docstring, for `help`.
 Status.__doc__ = "\n".join(
     [f"{Status.__doc__}", *(f"    {status.name}: {status.message}." for status in Status)]
 )
 
 
 class Trace(eqx.Module):
-    """What recall saw after each step; after convergence entries repeat the last.
+    """Energy, residual and measure after each step; after convergence the last entry is repeated.
 
     energy:   (T,), E of the measure, a squared distance.
     residual: (T,), a distance.
@@ -76,25 +76,25 @@ class Trace(eqx.Module):
 class Recall(eqx.Module):
     """The result of `jdam.recall`.
 
-    measure:   what was recalled, of the query's type.
+    measure:   the last measure, of the query's type.
     nearest:   index of the heaviest pattern.
     weight:    its Gibbs weight.
-    divergence: D(measure, that pattern), a squared distance: how far from it recall ended.
-    inliers:   (n,), of clouds with ρ: e^(−f/ρ) of each atom of the measure against that pattern
-               under `Sinkhorn`, e^(−s/(ρ+ε)) under `Chamfer`, the share of its mass that finds a
-               partner there. Near 1 for atoms that belong to the pattern, near 0 for strays; None
-               for other geometries.
-    pose:      the `jdam.Pose` that lays that pattern on the measure, under `Aligned`; else None.
+    divergence: D(measure, that pattern), a squared distance.
+    inliers:   (n,), of clouds with ρ: the transported fraction of each atom of the measure in the
+               transport to that pattern, e^(−f/ρ) under `Sinkhorn`, e^(−s/(ρ+ε)) under `Chamfer`.
+               Near 1 for atoms that belong to the pattern, near 0 for strays; None for other
+               geometries.
+    pose:      the `jdam.Pose` that maps that pattern onto the measure, under `Aligned`; else None.
     energy:    E(measure), a squared distance.
-    residual:  how far a full step would go, a distance (W₂ for `Bures`).
-    num_steps: steps taken.
+    residual:  length of a full step, a distance (W₂ for `Bures`).
+    num_steps: number of steps taken.
     status:    a `jdam.Status`.
-    neglected: bound on the Gibbs mass left out by the search, over all steps.
-    trace:     a `Trace` of all steps, if it was asked for.
+    neglected: bound on the Gibbs mass that the search neglected, over all steps.
+    trace:     a `Trace` of all steps, with `save_trace`; else None.
     mixture:   whether no pattern has more than half of the weight, whatever the status.
 
-    All numbers belong to `measure`, not to a step before it; in half precision to the measure
-    before it was rounded, for the work is done in float32.
+    All numbers belong to `measure`, not to the step before. In half precision they belong to the
+    measure before it was rounded, because the computation is in float32.
     """
 
     measure: AnyMeasure
@@ -116,8 +116,8 @@ class Recall(eqx.Module):
         return is_mixture(self.weight)
 
     def __repr__(self) -> str:
-        held = isinstance(self.status, Array | np.ndarray) and checks.is_concrete(self.status)
-        if not held:
+        concrete = isinstance(self.status, Array | np.ndarray) and checks.is_concrete(self.status)
+        if not concrete:
             return super().__repr__()
         codes, counts = np.unique(np.asarray(self.status), return_counts=True)
         names = [Status(int(code)).name for code in codes]
@@ -128,11 +128,11 @@ class Recall(eqx.Module):
                 f"Recall({names[0]} after {self.num_steps} steps: nearest={self.nearest}, "
                 f"weight={self.weight:.4g}, energy={self.energy:.4g}, residual={self.residual:.1e})"
             )
-        listed = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
-        return f"Recall(batch of {self.status.shape}: {listed})"
+        listing = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
+        return f"Recall(batch of {self.status.shape}: {listing})"
 
 
 def is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
-    """Whether the heaviest pattern has no more than half of the weight, up to rounding."""
+    """Return whether the largest weight is at most one half, up to rounding."""
     result: Array = weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
     return result

@@ -1,4 +1,4 @@
-"""Truncated conjugate gradients: the least value of a quadratic model within a radius."""
+"""Truncated conjugate gradients: the minimum of a quadratic model in a trust region."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,20 +10,20 @@ from jaxtyping import Bool, Float, Int
 from jdam._core.linalg import safe_sqrt
 from jdam._core.loops import while_loop
 
-#: By how much to reduce the slope of the model.
+#: The slope of the model at which the iteration ends, relative to that at 0.
 ENOUGH = 0.1
 
 
 class Quadratic(NamedTuple):
-    """⟨g, s⟩ + ½⟨s, H s⟩, where lengths are |s|² = Σ mⱼ sⱼ²."""
+    """The model ⟨g, s⟩ + ½⟨s, H s⟩ in the norm |s|² = Σ mⱼ sⱼ²."""
 
     slope: Float[Array, " z"]  # g
     curvature: Callable[[Array], Array]  # s ↦ H s
-    masses: Float[Array, " z"]  # m ≥ 0; where it is 0 nothing moves
+    masses: Float[Array, " z"]  # m ≥ 0; coordinates with m = 0 do not move
 
 
 class Minimum(NamedTuple):
-    """Where the model was found least."""
+    """The minimiser of the model, as far as it was computed."""
 
     step: Float[Array, " z"]
     decrease: Float[Array, ""]  # of the model
@@ -31,6 +31,8 @@ class Minimum(NamedTuple):
 
 
 class _Iterate(NamedTuple):
+    """State of the conjugate gradients."""
+
     found: Minimum
     slope: Float[Array, " z"]  # of the model at the step
     direction: Float[Array, " z"]
@@ -42,10 +44,12 @@ class _Iterate(NamedTuple):
 
 
 def minimise(model: Quadratic, radius: Float[Array, ""], most: int) -> Minimum:
-    """The least value in Krylov spaces of at most `most` dimensions, down to a tenth of the slope,
-    or where conjugate gradients leave the radius, as they do along a negative curvature
-    (Steihaug, SIAM J. Numer. Anal. 20, 1983; norms by the recurrences of Conn, Gould and Toint,
-    Trust-Region Methods, 2000, 7.5)."""
+    """Return the minimiser of the model in a Krylov space of at most `most` dimensions.
+
+    The iteration ends when the slope has fallen to a tenth, or when it leaves the radius, as it
+    does along a direction of negative curvature (Steihaug, SIAM J. Numer. Anal. 20, 1983; norms by
+    the recurrences of Conn, Gould and Toint, Trust-Region Methods, 2000, 7.5).
+    """
     inverse = jnp.where(model.masses > 0, 1 / jnp.where(model.masses > 0, model.masses, 1), 0)
     raised = inverse * model.slope
     squares = jnp.vdot(model.slope, raised)
@@ -62,34 +66,34 @@ def minimise(model: Quadratic, radius: Float[Array, ""], most: int) -> Minimum:
     )
     goal = ENOUGH**2 * squares
 
-    def unfinished(at: _Iterate) -> Array:
-        return ~at.ended & (at.squares > goal) & (at.products < most)
+    def cond_fun(state: _Iterate) -> Array:
+        return ~state.ended & (state.squares > goal) & (state.products < most)
 
-    def turn(at: _Iterate) -> _Iterate:
-        image = model.curvature(at.direction)
-        bend = jnp.vdot(at.direction, image)
-        convex = bend > 0
-        inside = at.squares / jnp.where(convex, bend, 1)
-        room = jnp.maximum(radius**2 - at.found.length**2, 0)
+    def body_fun(state: _Iterate) -> _Iterate:
+        image = model.curvature(state.direction)
+        curvature = jnp.vdot(state.direction, image)
+        convex = curvature > 0
+        newton = state.squares / jnp.where(convex, curvature, 1)
+        gap = jnp.maximum(radius**2 - state.found.length**2, 0)
         # To the boundary: |step + t·direction| = radius.
-        edge = room / (at.along + safe_sqrt(at.along**2 + at.speed * room))
-        ended = ~convex | (inside >= edge)
-        t = jnp.where(ended, edge, inside)
-        length = safe_sqrt(at.found.length**2 + t * (2 * at.along + t * at.speed))
-        decrease = at.found.decrease + t * (at.squares - t * bend / 2)
-        slope = at.slope + t * image
+        edge = gap / (state.along + safe_sqrt(state.along**2 + state.speed * gap))
+        ended = ~convex | (newton >= edge)
+        t = jnp.where(ended, edge, newton)
+        length = safe_sqrt(state.found.length**2 + t * (2 * state.along + t * state.speed))
+        decrease = state.found.decrease + t * (state.squares - t * curvature / 2)
+        slope = state.slope + t * image
         raised = inverse * slope
         squares = jnp.vdot(slope, raised)
-        following = squares / at.squares
+        ratio = squares / state.squares
         return _Iterate(
-            found=Minimum(at.found.step + t * at.direction, decrease, length),
+            found=Minimum(state.found.step + t * state.direction, decrease, length),
             slope=slope,
-            direction=following * at.direction - raised,
+            direction=ratio * state.direction - raised,
             squares=squares,
-            along=following * (at.along + t * at.speed),
-            speed=squares + following**2 * at.speed,
-            products=at.products + 1,
+            along=ratio * (state.along + t * state.speed),
+            speed=squares + ratio**2 * state.speed,
+            products=state.products + 1,
             ended=ended,
         )
 
-    return while_loop(unfinished, turn, start, model.slope, model.masses, radius).found
+    return while_loop(cond_fun, body_fun, start, model.slope, model.masses, radius).found
