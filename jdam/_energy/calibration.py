@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import batch_size, in_batches, map_in_batches, masked_cond
+from jdam._core.batching import batch_size, map_in_batches, masked_cond
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._energy.average import compare, view_of
@@ -184,7 +184,11 @@ def _scores(
     return found
 
 
-@compiled(static=("search",))
+def _query_batch_size(memory: Memory, *, search: Search) -> int:
+    return search.query_batch_size(memory)
+
+
+@compiled(static=("search",), batch_size=_query_batch_size)
 def _score(
     memory: Memory,
     query: AnyMeasure,
@@ -193,12 +197,9 @@ def _score(
     *,
     search: Search,
 ) -> Float[Array, " N"]:
-    def score(memory: Memory, query: AnyMeasure, beta: Array, classes: Array | None) -> Array:
-        if not isinstance(search, Certified):
-            return _exactly(divergences_of(memory, query), memory, beta, classes)
-        return _bounded(search, jnp.int32(0), (memory, query, beta, classes)).least
-
-    return in_batches(score, search.query_batch_size(memory), memory, query, beta, classes)
+    if not isinstance(search, Certified):
+        return _exactly(divergences_of(memory, query), memory, beta, classes)
+    return _bounded(search, jnp.int32(0), (memory, query, beta, classes)).least
 
 
 def _bounded(

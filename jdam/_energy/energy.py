@@ -8,7 +8,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import in_batches
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import all_rows
 from jdam._energy.average import Settings, compare_all, evaluate
@@ -39,11 +38,6 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     return _divergences(memory, fit_query(memory, query))
 
 
-@compiled()
-def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    return in_batches(divergences_of, query_batch_size(memory), memory, query)
-
-
 def divergences_of(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     """Return D(ξ, Xᵢ) for every pattern, ∞ for free slots."""
     result, occupied = compare_all(memory, query), memory.occupied
@@ -52,9 +46,12 @@ def divergences_of(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     return jnp.where(occupied, result, jnp.where(slots.size_of(memory) < 0, jnp.nan, jnp.inf))
 
 
-def query_batch_size(memory: Memory) -> int:
+def query_batch_size(memory: Memory, **_: Any) -> int:
     """Return the number of queries of a batch that are compared with the patterns at once."""
     return memory.geometry.batch_sizes(memory.patterns).queries
+
+
+_divergences = compiled(batch_size=query_batch_size)(divergences_of)
 
 
 def energy(
@@ -82,14 +79,11 @@ def energy(
     return _energy(memory, query, inverse_temperature(memory, beta), separation=separation)
 
 
-@compiled(static=("separation",))
+@compiled(static=("separation",), batch_size=query_batch_size)
 def _energy(
     memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
 ) -> Float[Array, ""]:
-    def energy_at(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
-        return evaluate(Settings(separation, with_pull=False), memory, query, beta).energy
-
-    return in_batches(energy_at, query_batch_size(memory), memory, query, beta)
+    return evaluate(Settings(separation, with_pull=False), memory, query, beta).energy
 
 
 def gibbs_weights(
@@ -112,17 +106,14 @@ def weigh(
     return _weigh(memory, query, inverse_temperature(memory, beta), separation=separation)
 
 
-@compiled(static=("separation",))
+@compiled(static=("separation",), batch_size=query_batch_size)
 def _weigh(
     memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, separation: Separation
 ) -> tuple[Float[Array, " N"], Int[Array, ""]]:
-    def weights_at(memory: Memory, query: AnyMeasure, beta: Array) -> tuple[Array, Array]:
-        divergences = compare_all(memory, query)
-        prior = all_rows(memory.log_prior, memory.layout)
-        weights = separation.weights(divergences, prior, beta)
-        return weights, heaviest(weights, divergences, prior)
-
-    return in_batches(weights_at, query_batch_size(memory), memory, query, beta)
+    divergences = compare_all(memory, query)
+    prior = all_rows(memory.log_prior, memory.layout)
+    weights = separation.weights(divergences, prior, beta)
+    return weights, heaviest(weights, divergences, prior)
 
 
 def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:

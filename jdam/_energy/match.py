@@ -10,7 +10,6 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import in_batches
 from jdam._core.compile import compiled
 from jdam._energy.average import compare, view_of
 from jdam._energy.energy import divergences_of, fit_query, query_batch_size
@@ -88,12 +87,8 @@ def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
     return _match(memory, query, index)
 
 
-@compiled()
+@compiled(batch_size=query_batch_size)
 def _match(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:
-    return in_batches(_match_one, query_batch_size(memory), memory, query, index)
-
-
-def _match_one(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:
     geometry, view = memory.geometry, view_of(memory.geometry, query)
     if index is None:
         index = jnp.argmin(divergences_of(memory, query)).astype(jnp.int32)

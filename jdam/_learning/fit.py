@@ -35,7 +35,7 @@ from jdam._measures.base import AnyMeasure, constrained, unconstrained
 from jdam._memory.memory import Memory, store
 from jdam._recall.recall import check_tolerance, recall, tolerances
 from jdam._recall.result import Recall
-from jdam._recall.solver import Solver
+from jdam._recall.solver import Solver, run
 
 #: (memory, β, query, target) ↦ how wrong the memory is about one query.
 Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
@@ -261,6 +261,6 @@ def _descend(
     solver = Solver(Exhaustive(), separation)
     tol, goal = tolerances(memory, query, tol)
     problem = solver.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol, goal=goal)
-    state = solver.run(measure, problem)  # of no steps: it evaluates
+    state = run(solver, measure, problem)  # of no steps: it evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
     return solver.report(state, problem)

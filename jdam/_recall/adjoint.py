@@ -15,7 +15,7 @@ from jdam._core.derivatives import full_precision
 from jdam._core.gmres import gmres
 from jdam._energy.evaluation import Evaluation
 from jdam._measures.base import AnyMeasure
-from jdam._recall.solver import Problem, Solver, State
+from jdam._recall.solver import Problem, Solver, State, run
 
 #: A linear map of tangents of a measure.
 LinearMap: TypeAlias = Callable[[AnyMeasure], AnyMeasure]
@@ -38,7 +38,7 @@ class Unrolled(Adjoint):
     """
 
     def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
-        return solver.run(query, problem)
+        return run(solver, query, problem)
 
 
 @dataclass(frozen=True)

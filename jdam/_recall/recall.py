@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
-from jdam._core.batching import in_batches, map_in_batches
+from jdam._core.batching import map_in_batches
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import on_local_shards
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
@@ -30,7 +30,7 @@ from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration, Anderson, TrustRegion
 from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.result import Recall
-from jdam._recall.solver import Solver
+from jdam._recall.solver import Solver, run
 from jdam.geometry.protocol import Geometry
 
 #: Delay of the default acceleration: short recalls are then sequences of `step`.
@@ -76,17 +76,16 @@ def step(
     return _step(memory, query, beta, step_size, solver=solver)
 
 
-@compiled(static=("solver",))
+def _whole_batch(memory: Memory, **_: Any) -> None:
+    """All queries of a batch are in the work queue of the solver, which has a batch size."""
+
+
+@compiled(static=("solver",), batch_size=_whole_batch)
 def _step(
     memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, solver: Solver
 ) -> AnyMeasure:
-    def run(memory: Memory, query: AnyMeasure, beta: Array, step_size: Array) -> AnyMeasure:
-        end = solver.run(query, solver.problem(memory, beta, step_size))
-        return end.measure if solver.max_steps else end.candidate
-
-    return in_batches(
-        run, None, memory, query, beta, step_size
-    )  # a batch spread over devices stays there
+    end = run(solver, query, solver.problem(memory, beta, step_size))
+    return end.measure if solver.max_steps else end.candidate
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -342,7 +341,7 @@ def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Ar
     return sufficient, goal
 
 
-@compiled(static=("solver", "adjoint"))
+@compiled(static=("solver", "adjoint"), batch_size=_whole_batch)
 def _recall(
     memory: Memory,
     query: AnyMeasure,
@@ -353,11 +352,8 @@ def _recall(
     solver: Solver,
     adjoint: Adjoint,
 ) -> Recall:
-    def run(memory: Memory, query: AnyMeasure, *others: Any) -> Recall:
-        beta, step_size, (tol, max_steps) = others
-        tol, goal = tolerances(memory, query, tol)
-        problem = solver.problem(memory, beta, step_size)
-        problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
-        return solver.report(adjoint.run(solver, query, problem), problem)
-
-    return in_batches(run, None, memory, query, beta, step_size, limits)
+    tol, max_steps = limits
+    tol, goal = tolerances(memory, query, tol)
+    problem = solver.problem(memory, beta, step_size)
+    problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
+    return solver.report(adjoint.run(solver, query, problem), problem)

@@ -134,12 +134,6 @@ class Solver:
             moved = geometry.backtrack(view, pull, problem.step_size, caution)
         return _where(evaluation.weight == 0, measure, moved)  # no pattern has any weight
 
-    def run(self, query: AnyMeasure, problem: Problem) -> State:
-        """Return the last state, with the derivative of the steps taken, and without arrays that
-        only the loop needs.
-        """
-        return _run(self, query, problem)
-
     def descend(self, state: State, problem: Problem) -> State:
         """Return the last state. It has no derivative."""
         at_once = self.search.query_batch_size(problem.memory)
@@ -333,12 +327,15 @@ class Solver:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _run(solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+def run(solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+    """Return the last state, with the derivative of the steps taken, and without arrays that only
+    the loop needs.
+    """
     end = solver.descend(solver.start(query, problem), problem)
     return _stripped(end)
 
 
-@partial(_run.defjvp, symbolic_zeros=True)
+@partial(run.defjvp, symbolic_zeros=True)
 @full_precision
 def _run_jvp(
     solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]

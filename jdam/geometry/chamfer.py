@@ -144,6 +144,10 @@ class Chamfer(Geometry):
         ½|x−y|² within patterns, `Chamfer(epsilon·u, rho=rho·u, hellinger_scale=hellinger_scale/u,
         feature_scale=feature_scale·u)`.
 
+        Where atoms of cues are off by a known σ in each coordinate, an ε of 1 to 3σ² and a ρ of 5
+        to 10σ² are better than any default. For σ of 4 % of the median distance within patterns
+        these are about `relative(patterns, 0.01, rho=0.03)`; the defaults are for twice that σ.
+
         **Arguments:** `patterns`: clouds with any batch axes, or a list of them.
 
         **Raises:** as `Sinkhorn.relative`.
