@@ -57,8 +57,8 @@ def rotate(matrices: Float[Array, "B m n"]) -> Rotated:
 
     def with_products(columns: list[Column]) -> _Turn:
         tops = [column[:rows] for column in columns]
-        squares = [_inner(top, top) for top in tops]
-        inner = [_inner(tops[i], tops[half + i]) for i in range(half)]
+        squares = list(map(_inner, tops, tops))
+        inner = list(map(_inner, tops[:half], tops[half:]))
         return _Turn(Rotated(columns, squares), inner)
 
     def body_fun(_: Array, carry: _Turn) -> _Turn:
@@ -194,7 +194,7 @@ def _first_least(x: Float[Array, "m B"]) -> Float[Array, "m B"]:
 
 def _inner(x: Column, y: Column) -> Float[Array, " B"]:
     """Compute ⟨x, y⟩ term by term, which is faster than a sum over an axis."""
-    return reduce(jnp.add, [x[k] * y[k] for k in range(len(x))])
+    return reduce(jnp.add, map(jnp.multiply, x, y))
 
 
 def _without(basis: list[Column], x: Column) -> Column:

@@ -40,16 +40,17 @@ class Status(enum.IntEnum):
 _MESSAGES = {
     Status.CONVERGED: "a fixed point, residual ≤ tol, at which one pattern has more than half of "
     "the weight",
-    Status.MIXTURE: "a fixed point, residual ≤ tol, that averages several patterns, as is wanted "
-    "of several that share a class: raise beta if a single one is to be recalled",
+    Status.MIXTURE: "a fixed point, residual ≤ tol, that averages several patterns: the result of "
+    "denoising; raise beta to recall a single pattern",
     Status.MAX_STEPS: "residual > tol after max_steps: raise max_steps, beta or tol",
     Status.STALLED: "residual > tol, and no step lowers the energy by more than its rounding: "
     "raise tol, or compute in float64; where an inner solver is involved, lower its tol",
     Status.SOLVER: "an inner solver missed its tolerance: raise its max_iterations, tol or epsilon",
-    Status.UNCERTIFIED: "the search cannot bound what it left out: raise its max_candidates, or "
-    "beta",
-    Status.NONFINITE: "NaN or infinity in the query, the memory or on the way; beta or step_size "
-    "≤ 0, tol < 0; or a memory that was overfilled, or changed behind its back",
+    Status.UNCERTIFIED: "the search cannot bound the Gibbs mass that it neglects: raise its "
+    "max_candidates, or beta",
+    Status.NONFINITE: "NaN or infinity in the query, the memory or a result; beta or step_size ≤ 0; "
+    "tol < 0; or an invalid memory: overfilled, or with patterns replaced without being prepared "
+    "again",
     Status.OUT_OF_REACH: "no pattern within reach of an Epanechnikov separation: lower beta",
 }
 
