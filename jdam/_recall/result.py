@@ -49,8 +49,8 @@ _MESSAGES = {
     Status.UNCERTIFIED: "the search cannot bound the Gibbs mass that it neglects: raise its "
     "max_candidates, or beta",
     Status.NONFINITE: "NaN or infinity in the query, the memory or a result; beta or step_size "
-    "≤ 0; tol < 0; or an invalid memory: overfilled, or with patterns replaced without being prepared "
-    "again",
+    "≤ 0; tol < 0; or an invalid memory: overfilled, or with patterns replaced without being "
+    "prepared again",
     Status.OUT_OF_REACH: "no pattern within reach of an Epanechnikov separation: lower beta",
 }
 
