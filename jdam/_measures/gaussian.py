@@ -27,9 +27,9 @@ RAGGED_FACTORS = "jdam.stack fills up single measures of different sizes"
 class Gaussian(Measure):
     """The Gaussian N(m, L Lᵀ), stored as its mean m and a factor L of its covariance.
 
-    A factor has twice the digits of the covariance, and represents covariances of low rank
-    directly: L may have any number r ≥ 1 of columns. L and L Q represent the same Gaussian for
-    every orthogonal Q, so compare covariances or W₂, not factors.
+    A factor resolves small standard deviations that are lost in the rounding of a covariance, and
+    represents covariances of low rank directly: L may have any number r ≥ 1 of columns. L and L Q
+    represent the same Gaussian for every orthogonal Q, so compare covariances or W₂, not factors.
 
     **Arguments:**
 
@@ -154,8 +154,8 @@ class Gaussian(Measure):
         for an empty list, for lists of different lengths and for samples of different dimension.
         """
         rows = check_ragged("samples", "Gaussian", samples, weights)
-        # Sets whose sizes have the same power of two are padded together, so that padding at most
-        # doubles the work.
+        # Only sets whose sizes differ by less than a factor of two are padded together, so that
+        # padding at most doubles the work.
         groups: dict[int, dict[int, tuple[Any, ...]]] = {}
         for i, pair in rows.items():
             groups.setdefault((len(pair[0]) - 1).bit_length(), {})[i] = pair

@@ -108,8 +108,8 @@ def covariance_root(
 
     **Returns:**
 
-    - the asymmetry |Σ − Σᵀ|_F, and the norm |S² − Σ|_F for the root S of the positive part, both in
-      units of the rounding that is allowed, 10·max(d, 10)·eps·|Σ|_F.
+    - the asymmetry |Σ − Σᵀ|_F, in units of the rounding allowed, 10·max(d, 10)·eps·|Σ|_F.
+    - the negativity |S² − Σ|_F, where S is the root of the positive part of Σ, in the same units.
     - the root Σ^½, NaN where one of these exceeds 1.
     """
     # Σ is scaled to a largest entry of 1, since squares of its entries may overflow or underflow.
