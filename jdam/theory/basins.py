@@ -6,9 +6,9 @@ c = 1), D(ξ, Xₖ) ≥ c(dₖ − s)² and therefore
 
     wₖ ≤ (πₖ/πᵢ) exp(−β(D(ξ, Xₖ) − D(ξ, Xᵢ))) ≤ (πₖ/πᵢ) exp(−βc dₖ(dₖ − 2s)).
 
-Where D is S_ε with cost ½|x−y|² (c = ½), the same holds for dₖ = |mᵢ − mₖ| and s = √(S_ε/c), since
-S_ε ≥ ½|Δm|². The bounds then are statements about S_ε and about means. Lower bounds on dₖ may
-take the place of dₖ, so that few exact comparisons are needed.
+Where D is S_ε with cost ½|x−y|² (c = ½) or MW₂² (c = 1), the same holds for dₖ = |mᵢ − mₖ| and
+s = √(D/c), since D ≥ c|Δm|². The bounds then are statements about D and about means. Lower bounds
+on dₖ may take the place of dₖ, so that few exact comparisons are needed.
 """
 
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ def separations(memory: Memory) -> Float[Array, " N"]:
     arXiv:2509.23162).
 
     It is W₂ for Gaussians and |x−y| for vectors, and a lower bound on it if more than 64 patterns
-    would have to be compared. For point clouds and `EntropicBures` it is the distance between
-    means, which is at most W₂ and is the quantity of Lemma 11 of arXiv:2603.20656.
+    would have to be compared. For point clouds, mixtures and `EntropicBures` it is the distance
+    between means, which is at most W₂ and is the quantity of Lemma 11 of arXiv:2603.20656.
 
     **Arguments:**
 
@@ -159,8 +159,8 @@ def one_step_bound(
     covariances on a sphere. Queries on the geodesic from Xᵢ to its nearest pattern attain the
     largest term up to the factor wᵢ; in random directions the distance is much smaller.
 
-    For clouds (κ = 0) and `EntropicBures` the bound is one on the distance between the mean after
-    the step and the mean of the pattern, and `radius` is one of √(2S_ε).
+    For clouds (κ = 0), mixtures and `EntropicBures` the bound is one on the distance between the
+    mean after the step and the mean of the pattern, and `radius` is one of √(D/c).
 
     **Arguments:** (scalars: use `jax.vmap` for batches)
 
@@ -203,7 +203,7 @@ def contraction_bound(
 
     **Returns:** a scalar ≥ 0, without unit.
 
-    **Raises:** as `separations`; `TypeError` for point clouds and `EntropicBures`.
+    **Raises:** as `separations`; `TypeError` for point clouds, mixtures and `EntropicBures`.
     """
     check_memory(memory, metric=True)
     args = _one_of(memory, index, radius, beta)
@@ -242,8 +242,8 @@ def basin_radius(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
     never leaves the ball of radius s.
 
     All limits of recalls that start in the ball are within `fidelity` of the pattern. For clouds
-    (κ = 0) and `EntropicBures` the radius is one of √(2S_ε), and S_ε to the pattern rises by no
-    more than the contribution of the other patterns to the energy, since the energy never rises.
+    (κ = 0), mixtures and `EntropicBures` the radius is one of √(D/c), and D to the pattern rises by
+    no more than the contribution of the other patterns to the energy, since the energy never rises.
 
     **Arguments:**
 
@@ -262,17 +262,17 @@ def fidelity(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
     For Gaussians and vectors it is the smallest s for which `one_step_bound` is at most s. All
     fixed points that recall reaches from the ball of `basin_radius` are within s of the pattern.
 
-    For clouds and `EntropicBures` it is the smallest s for which there is a minimiser X* of the
-    energy with √(2S_ε(X*, Xᵢ)) ≤ s, by Theorem 3 of arXiv:2603.20656,
+    For clouds, mixtures and `EntropicBures` it is the smallest s for which there is a minimiser X*
+    of the energy with √(D(X*, Xᵢ)/c) ≤ s, as in Theorem 3 of arXiv:2603.20656 (D = S_ε, c = ½),
 
-        S_ε(X*, Xᵢ) ≤ β⁻¹ log(1 + Σ_{k≠i} (πₖ/πᵢ) exp(−βΔₖ)),    Δₖ = ½dₖ(dₖ − 2s).
+        D(X*, Xᵢ) ≤ β⁻¹ log(1 + Σ_{k≠i} (πₖ/πᵢ) exp(−βΔₖ)),    Δₖ = c dₖ(dₖ − 2s).
 
     **Arguments:**
 
     - `memory`: as in `separations`.
     - `beta`: the inverse temperature, > 0.
 
-    **Returns:** distances (N,), W₂ or √(2S_ε); ∞ where nothing is proved.
+    **Returns:** distances √(D/c), (N,); ∞ where nothing is proved.
     """
     check_memory(memory)
     return _fixed_points(memory, inverse_temperature(memory, beta))[0]
@@ -299,7 +299,7 @@ def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
     **Arguments:**
 
     - `memory`: as in `separations`.
-    - `error`: a distance > 0, W₂ or, for clouds and `EntropicBures`, √(2S_ε).
+    - `error`: a distance √(D/c) > 0: W₂, |x−y|, √(2S_ε) or MW₂.
 
     **Returns:** a scalar; ∞ if there is no such β, as for patterns that are stored twice.
     """

@@ -46,14 +46,15 @@ def certify(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Certificate:
     is included. Covariances need not commute and patterns need not be on a sphere, as they must for
     Theorem 2 of arXiv:2509.23162.
 
-    **Point clouds with κ = 0 and `EntropicBures`.** Means follow m⁺ = m + τ(Σ wₖmₖ − m), and the
-    energy never exceeds the energy E₀ of the query. If for some a ≥ |m − mᵢ|
+    **Point clouds with κ = 0, mixtures and `EntropicBures`.** Means follow
+    m⁺ = m + τ(Σ wₖmₖ − m), and the energy never exceeds the energy E₀ of the query. D ≥ c|Δm|² with
+    c = 1 for mixtures and ½ else. If for some a ≥ |m − mᵢ|
 
-        Σ_{k≠i} πₖ dₖ exp(β(E₀ − ½(dₖ−a)²)) ≤ a,        dₖ = |mᵢ − mₖ|,
+        Σ_{k≠i} πₖ dₖ exp(β(E₀ − c(dₖ−a)²)) ≤ a,        dₖ = |mᵢ − mₖ|,
 
-    then for all step sizes τ ≤ 1 the mean stays within a of mᵢ, and S_ε(ξ, Xᵢ) stays below
-    E₀ − β⁻¹ log(1 − Σ_{k≠i} πₖ exp(β(E₀ − ½(dₖ−a)²))), with πᵢ = 1. `error` is √(2S_ε) for this
-    bound on S_ε, so that it is about the distance of the query; the certificate of a recalled
+    then for all step sizes τ ≤ 1 the mean stays within a of mᵢ, and D(ξ, Xᵢ) stays below
+    E₀ − β⁻¹ log(1 − Σ_{k≠i} πₖ exp(β(E₀ − c(dₖ−a)²))), with πᵢ = 1. `error` is √(D/c) for this
+    bound on D, so that it is about the distance of the query; the certificate of a recalled
     measure bounds the distance of the result. The proof uses means only: it never separates
     patterns whose means coincide, and rarely succeeds for queries that differ from a pattern in
     shape by more than the distance between means, or at small β. With κ > 0 nothing is proved.
@@ -84,7 +85,7 @@ def _certify(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> tuple
 
 def _margin(memory: Memory) -> Float[Array, ""]:
     """The allowance for rounding errors of a distance: eps^0.7 times the typical norm of the
-    patterns, which is also the default tol of recall."""
+    patterns, which is also the default of `Geometry.tolerances`."""
     scale, _ = memory.magnitudes()
     margin: Array = jax.lax.stop_gradient(scale) * float(jnp.finfo(scale.dtype).eps) ** 0.7
     return margin
@@ -115,7 +116,7 @@ def _by_distances(
 def _by_means(
     memory: Memory, query: AnyMeasure, beta: Array, bounded: Bounded
 ) -> tuple[Array, Array]:
-    """The proof by means and the energy: whether it succeeds, and the bound on √(2S_ε)."""
+    """The proof by means and the energy: whether it succeeds, and the bound on √(D/c)."""
     nearest, b = memory[bounded.nearest], beta * cost_scale(memory)
     own = jnp.arange(memory.capacity, dtype=jnp.int32) == bounded.nearest
     distances = jnp.where(own, jnp.inf, distances_of_means(memory, nearest))
