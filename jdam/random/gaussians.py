@@ -118,8 +118,9 @@ def _uniform_on_slice(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Float
 
     start = (jnp.zeros(num, jnp.int32), jnp.zeros(num, dtype), jnp.ones(num, dtype))
     sizes = jnp.arange(dim, 1, -1, dtype=dtype)
-    levels = (sizes, zero_probabilities, choices, fractions)
-    (ones, shift, scale), points = jax.lax.scan(body_fun, start, levels)
+    (ones, shift, scale), points = jax.lax.scan(
+        body_fun, start, (sizes, zero_probabilities, choices, fractions)
+    )
     last = shift + scale * (dim / 2 - ones.astype(dtype))
     points = jnp.concatenate([points, last[None]]).T
     points = jax.random.permutation(order_key, points, axis=1, independent=True)

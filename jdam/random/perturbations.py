@@ -24,24 +24,28 @@ def perturb(
 ) -> AnyMeasure:
     """Draw a random measure at the W₂ distance `radius` (cost |x−y|²) from each measure of a batch.
 
+    The argument `where` selects the perturbation:
+
+    - `"mean"`: a translation in a uniform direction.
+    - `"covariance"`: the image under x ↦ x + S(x − m), with S symmetric, of a uniform eigenbasis
+      and normal eigenvalues, scaled to ∫|S(x−m)|² = radius². Signs of eigenvalues are changed where
+      I + S would not be ⪰ 0, which leaves the integral as it is. The map then is the gradient of a
+      convex function and therefore optimal, so that any radius is exact. For `DiagonalGaussian` S
+      is diagonal; a Gaussian that is a point mass gets a random covariance.
+    - `"both"`: a translation and a change of covariance, each with half of radius². Vectors and
+      clouds that are one point are translated only.
+    - `"atoms"`, for clouds: a translation of each atom by `radius` in a direction of its own. The
+      distance is exact because `radius` must not exceed half the smallest distance between atoms.
+
+    Each component of a `GaussianMixture` is perturbed by `radius`. This is the MW₂ distance as long
+    as all components stay nearer to their original than to the other components.
+
     **Arguments:**
 
     - `key`: a `jax.random` key, one for the whole batch.
     - `measure`: a Gaussian, a mixture, a cloud or an array (…, d) of vectors, of any batch shape.
     - `radius`: W₂ distances (not squared) ≥ 0, a scalar or of the batch shape.
-    - `where`: the kind of perturbation:
-      `"mean"` is a translation in a uniform direction.
-      `"covariance"` is the image under x ↦ x + S(x − m), with S symmetric, of a uniform
-      eigenbasis and normal eigenvalues, scaled to ∫|S(x−m)|² = radius². Signs of eigenvalues are
-      changed where I + S would not be ⪰ 0, which leaves the integral as it is. The map then is the
-      gradient of a convex function and therefore optimal, so that any radius is exact. For
-      `DiagonalGaussian` S is diagonal; a Gaussian that is a point mass gets a random covariance.
-      `"both"`, the default, is one of each with half of radius²; vectors have a mean only.
-      `"atoms"`, for clouds, moves each atom by `radius` in a direction of its own. The distance is
-      exact because no atom may move by more than half the smallest distance between two atoms.
-
-    Each component of a `GaussianMixture` is perturbed by `radius`. This is the MW₂ distance as long
-    as all components stay nearer to their original than to the other components.
+    - `where`: one of the above.
 
     **Returns:** a measure of the type and batch shape of `measure`.
 
@@ -93,8 +97,10 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
     if isinstance(measure, PointCloud) and where == "both":
         # A cloud that is one point has no covariance to change, and is translated by all of radius.
         point = _variance(measure) == 0
-        mean_radius = jnp.where(point, radius, mean_radius)
-        shape_radius = jnp.where(point, 0, shape_radius)
+        mean_radius, shape_radius = (
+            jnp.where(point, radius, mean_radius),
+            jnp.where(point, 0, shape_radius),
+        )
     measure = measure if where == "mean" else _deform(shape_key, measure, shape_radius)
     if where == "covariance":
         return measure
