@@ -153,7 +153,7 @@ def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
 
 
 def _changes_prepared(params: dict[str, Any]) -> bool:
-    """Whether the prepared arrays of a memory depend on any of the parameters."""
+    """Whether the prepared arrays of a memory may depend on any of the parameters."""
     return bool(set(params) - {PRIOR})
 
 
