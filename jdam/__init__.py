@@ -1,30 +1,31 @@
 """jdam: dense associative memory over probability measures.
 
-A memory stores measures X₁ … X_N. Everything follows from one divergence D between measures and
-one way to move a measure: the energy E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), and recall, which
-steps down it.
+A memory stores measures X₁ … X_N, the patterns. A geometry defines a divergence D between measures
+and a descent step of a measure. They define the energy E(ξ) = −β⁻¹ log Σᵢ πᵢ exp(−β D(ξ, Xᵢ)), and
+recall, which descends the energy from a query to a fixed point.
 
     memory = jdam.store(patterns)              # measures with one batch axis, or an array (N, d)
     result = jdam.recall(memory, query, beta)  # result.measure, result.nearest, result.status, …
 
-The folders, from the bottom up; each uses only those above it in this list:
+The folders in the order of their dependencies. Each imports only folders that precede it in this
+list:
 
-    _core       what JAX lacks: batching, collectives, decompositions, checks
-    _measures   the kinds: `Gaussian`, `DiagonalGaussian`, `GaussianMixture`, `PointCloud`
+    _core       extensions of JAX: batching, collectives, decompositions, loops, checks
+    _measures   kinds of measures: `Gaussian`, `DiagonalGaussian`, `GaussianMixture`, `PointCloud`
     _entropic   entropic transport between point clouds
-    geometry    D and how to move: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
+    geometry    divergences and steps: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
                 `Chamfer`, `Aligned`, `Euclidean`, `DotProduct`
-    _memory     `Memory`, `store`, room to grow, files, `shard`
-    _energy     the average over the patterns; separations and searches; `pairwise`, `match`,
-                `suggest_beta`, `calibrate`
+    _memory     `Memory`, `store`, capacity for more patterns, files, `shard`
+    _energy     Gibbs averages over the patterns; separations and searches; `pairwise`, `match`,
+                `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`
     _learning   `parametrize`, `fit`, `descend`
     nn, sklearn, theory, random, plot, demo
 
-The way of one recall: `_recall/recall.py` checks what is asked, `_recall/solver.py` is the loop of
-steps and evaluations, `_energy/average.py` goes through the patterns for an evaluation, and the
-geometry's file, as `geometry/bures.py`, has the formulas: `compare` a query with patterns, `move`
-it. A geometry of one's own is a class with `check` and `compare`: see `jdam.Geometry`.
+A recall runs through four files: `_recall/recall.py` checks the arguments, `_recall/solver.py` is
+the loop of steps and evaluations, `_energy/average.py` evaluates the Gibbs average over the
+patterns, and the file of the geometry, as `geometry/bures.py`, has the formulas of `compare` and
+`move`. A new geometry is a class with the methods `check` and `compare`; see `jdam.Geometry`.
 """
 
 from importlib.metadata import version as _version

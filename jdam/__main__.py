@@ -1,5 +1,5 @@
-"""`python -m jdam`: recall photographs, stored as Gaussians, and molecules, stored as point clouds,
-from damaged copies and from parts."""
+"""`python -m jdam`: the demonstrations of `jdam.demo`. They recall photographs, stored as
+Gaussians, and molecules, stored as point clouds, from damaged copies and from parts."""
 
 import argparse
 import sys
@@ -14,7 +14,7 @@ MISSING = "the demo needs scikit-learn, ase, pillow, matplotlib and tqdm: pip in
 
 
 def run(seed: int, beta: float, out: Path) -> None:
-    """Both demonstrations: their tables printed, their figures written to a folder."""
+    """Run both demonstrations, print their tables and write their figures to the folder `out`."""
     try:
         import ase  # noqa: F401
         import matplotlib  # noqa: F401
@@ -25,14 +25,14 @@ def run(seed: int, beta: float, out: Path) -> None:
         raise SystemExit(f"jdam: {MISSING} ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
     for demo in (partial(photographs.run, beta=beta), molecules.run):
-        # None: no bar where there is no terminal, as in logs.
+        # disable=None: tqdm shows nothing if the output is not a terminal.
         with tqdm(file=sys.stderr, bar_format="{desc} {elapsed}", disable=None) as progress:
-            found = demo(np.random.default_rng(seed), out=out, tick=progress.set_description)
-        print(found, end="\n\n")
+            table = demo(np.random.default_rng(seed), out=out, tick=progress.set_description)
+        print(table, end="\n\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`run` with what the command line says."""
+    """Parse the command line, or `arguments` in its place, and call `run`."""
     parser = argparse.ArgumentParser(
         prog="python -m jdam",
         description="Recall the blocks of two photographs, stored as Gaussians, and molecules, "

@@ -1,4 +1,7 @@
-"""What `jdam.plot` asks of matplotlib, which is imported when something is drawn only."""
+"""The matplotlib code of `jdam.plot`: axes, colours and collections.
+
+Matplotlib is an optional dependency, and imported inside functions only.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -7,12 +10,13 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: How many colours of a property cycle to take before they repeat: a multiple of usual lengths.
+#: Number of colours of a property cycle that are drawn before they repeat: a multiple of the usual
+#: lengths of cycles.
 COLOURS = 60
 
 
 def axes(ax: "Axes | None") -> "Axes":
-    """`ax`, the current axes if None."""
+    """`ax`, or the current axes if None."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -21,7 +25,7 @@ def axes(ax: "Axes | None") -> "Axes":
 
 
 def labelled(ax: "Axes", names: tuple[str, str]) -> "Axes":
-    """The axes, with these labels where they had none."""
+    """Label the axes that have no label, and return them."""
     if not ax.get_xlabel():
         ax.set_xlabel(names[0])
     if not ax.get_ylabel():
@@ -30,11 +34,11 @@ def labelled(ax: "Axes", names: tuple[str, str]) -> "Axes":
 
 
 def next_colours(ax: "Axes", num: int, *, filled: bool = False) -> np.ndarray:
-    """The next colours (num, 4) of the property cycle of lines, or of what is filled."""
+    """The next colours (num, 4) of the property cycle of lines, or of filled patches."""
     from matplotlib.colors import to_rgba_array
 
     artists: list[Any] = []
-    # Matplotlib tells the next colour by drawing with it.
+    # Matplotlib has no public function for the next colour, so empty artists are drawn and removed.
     for _ in range(min(num, COLOURS)):
         artists += ax.fill([], []) if filled else ax.plot([], [])
     colours = [artist.get_facecolor() if filled else artist.get_color() for artist in artists]
@@ -44,39 +48,41 @@ def next_colours(ax: "Axes", num: int, *, filled: bool = False) -> np.ndarray:
 
 
 def colours_of(ax: "Axes", features: np.ndarray) -> np.ndarray:
-    """Colours (M, 4) of atoms by their features (…, k): one of the property cycle for each largest
-    feature, as of one-hot labels; along the colour map for single numbers."""
+    """Colours (M, 4) of atoms by their features (…, k). For k > 1 the index of the largest feature,
+    as of a one-hot label, selects a colour of the property cycle; a single feature selects one of
+    the colour map."""
     from matplotlib import colormaps, rcParams
     from matplotlib.colors import Normalize
 
     rows = features.reshape(-1, features.shape[-1])
     if rows.shape[1] > 1:
-        found: np.ndarray = next_colours(ax, rows.shape[1], filled=True)[rows.argmax(1)]
-        return found
+        colours: np.ndarray = next_colours(ax, rows.shape[1], filled=True)[rows.argmax(1)]
+        return colours
     shades = Normalize()(rows[:, 0]).filled()
     return np.asarray(colormaps[rcParams["image.cmap"]](shades))
 
 
 def styled(style: dict[str, Any], artist: type, **default: Any) -> dict[str, Any]:
-    """`style` over `default`, with lw, ec, … spelled out, so that they replace it."""
+    """The `default` style with the entries of `style`, whose aliases, as lw, are spelled out."""
     from matplotlib.cbook import normalize_kwargs
 
     return default | normalize_kwargs(style, artist)
 
 
 def faded(colours: Any, weights: np.ndarray) -> np.ndarray:
-    """The colours (N·K, 4) of components, of weights (…, K), from those of their mixtures."""
+    """The colours (N·K, 4) of components: those of their mixtures, more transparent for smaller
+    weights (…, K)."""
     from matplotlib.colors import to_rgba_array
 
     shares = np.sqrt(weights / weights.max(-1, keepdims=True)).reshape(-1, weights.shape[-1])
-    found: np.ndarray = np.resize(to_rgba_array(colours), (len(shares), 4))
-    found = found.repeat(shares.shape[1], axis=0)
-    found[:, 3] *= shares.ravel()
-    return found
+    result: np.ndarray = np.resize(to_rgba_array(colours), (len(shares), 4))
+    result = result.repeat(shares.shape[1], axis=0)
+    result[:, 3] *= shares.ravel()
+    return result
 
 
 def dots(ax: "Axes", outlines: np.ndarray, colours: Any) -> None:
-    """A dot for each outline that is a point, of which nothing would be drawn."""
+    """Draw a dot for each outline that is a single point, which a polygon would not show."""
     from matplotlib.colors import to_rgba_array
 
     points = np.flatnonzero(np.ptp(outlines, axis=1).max(-1) == 0)
@@ -86,22 +92,38 @@ def dots(ax: "Axes", outlines: np.ndarray, colours: Any) -> None:
         ax.scatter(xs, ys, s=16, c=colours[points], zorder=2)
 
 
-def contours(ax: "Axes", xs: Any, ys: Any, found: np.ndarray, style: dict[str, Any]) -> None:
-    """Filled contours of energies, whose levels lie closer near the minimum."""
+def contours(ax: "Axes", xs: Any, ys: Any, energies: np.ndarray, style: dict[str, Any]) -> None:
+    """Draw filled contours of energies (len(ys), len(xs)), with denser levels near the minimum."""
     from matplotlib.colors import PowerNorm
 
-    low, high = found.min(), found.max()
+    low, high = energies.min(), energies.max()
     levels = low + (high - low) * np.linspace(0, 1, 25) ** 2
-    ax.contourf(xs, ys, found, **{"norm": PowerNorm(0.5, low, high), "levels": levels} | style)
+    ax.contourf(xs, ys, energies, **{"norm": PowerNorm(0.5, low, high), "levels": levels} | style)
+
+
+def atom_paths(ax: "Axes", points: np.ndarray, weights: np.ndarray, style: dict[str, Any]) -> Any:
+    """Draw the paths of atoms through the stages (T, n, 2) of a cloud, more opaque for larger
+    weights (T, n), and return their colour."""
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import to_rgba
+
+    style = styled(style, LineCollection, linewidth=0.8)
+    colour = style.pop("color", None)
+    colour = next_colours(ax, 1)[0] if colour is None else colour
+    steps = np.stack([points[:-1], points[1:]], axis=2).reshape(-1, 2, 2)
+    opacity = (weights[:-1] / weights.max(axis=1, keepdims=True)[:-1]).ravel()
+    colours = [to_rgba(colour, 0.6 * alpha) for alpha in opacity]
+    ax.add_collection(LineCollection(list(steps), **{"edgecolor": colours} | style))
+    return colour
 
 
 def links(ax: "Axes", ends: np.ndarray, masses: np.ndarray, style: dict[str, Any]) -> None:
-    """Lines (L, 2, 2), as opaque as their masses (L,) are large."""
+    """Draw lines (L, 2, 2), more opaque for larger masses (L,)."""
     from matplotlib.collections import LineCollection
     from matplotlib.colors import to_rgba
 
     style = styled(style, LineCollection, linewidth=1.2, zorder=2)
     colour = style.pop("color", "0.25")
-    faded = [to_rgba(colour, mass / masses.max(initial=1e-300)) for mass in masses]
-    ax.add_collection(LineCollection(list(ends), **{"edgecolor": faded} | style))
+    colours = [to_rgba(colour, mass / masses.max(initial=1e-300)) for mass in masses]
+    ax.add_collection(LineCollection(list(ends), **{"edgecolor": colours} | style))
     ax.autoscale_view()

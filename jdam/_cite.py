@@ -1,4 +1,5 @@
-"""The papers behind what is in use, as BibTeX."""
+"""BibTeX entries of the papers on which geometries, separations, adjoints and accelerations are
+based."""
 
 from typing import Any
 
@@ -16,7 +17,7 @@ from jdam.geometry import (
     Sinkhorn,
 )
 
-#: For each paper its authors, title, journal and year.
+#: {key: (authors, title, journal, year)}.
 PAPERS = {
     "tankala2025dense": (
         "Tankala, Chandan and Balasubramanian, Krishnakumar",
@@ -87,7 +88,7 @@ PAPERS = {
         1983,
     ),
 }
-#: Which papers a class rests on.
+#: The keys of the papers on which each class is based.
 BEHIND: dict[type, tuple[str, ...]] = {
     Bures: ("tankala2025dense",),
     EntropicBures: ("tankala2025dense", "janati2020entropic"),
@@ -104,10 +105,17 @@ BEHIND: dict[type, tuple[str, ...]] = {
 
 
 def cite(memory: Memory, *used: Any) -> str:
-    """BibTeX entries of the papers behind a memory's geometry, and behind what else is `used`:
-    separations, adjoints and accelerations, as `jdam.cite(memory, jdam.Entmax(2.0))`.
+    """BibTeX entries of the papers on which a memory and a recall from it are based.
 
-    **Raises:** `TypeError` if `memory` is none.
+    **Arguments:**
+
+    - `memory`: the memory, for the papers of its geometry.
+    - `used`: separations, adjoints and accelerations, as in
+      `jdam.cite(memory, jdam.Entmax(2.0))`.
+
+    **Returns:** the entries, separated by blank lines.
+
+    **Raises:** `TypeError` if `memory` is not a memory.
     """
     check_memory(memory)
     geometry = memory.geometry
@@ -120,6 +128,7 @@ def cite(memory: Memory, *used: Any) -> str:
 
 
 def _entry(key: str) -> str:
+    """The BibTeX entry of one of the `PAPERS`."""
     author, title, journal, year = PAPERS[key]
     fields = {"title": title, "author": author, "journal": journal, "year": year}
     lines = [f"  {name:7} = {{{value}}}," for name, value in fields.items()]

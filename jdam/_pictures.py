@@ -1,4 +1,5 @@
-"""What `jdam.plot` draws, in numbers: projections, grids, ways of recalls. No matplotlib here."""
+"""The NumPy code of `jdam.plot`: checks, projections, grids and trajectories as arrays, without
+matplotlib."""
 
 from typing import Any
 
@@ -16,24 +17,25 @@ from jdam._measures.point_cloud import PointCloud
 from jdam._memory.memory import Memory, check_against, check_memory
 from jdam._recall.result import Recall, Trace
 
+#: The name of each kind of measure in `kind` and in messages.
 KINDS: dict[Any, str] = {
     Gaussian: "Gaussians",
     DiagonalGaussian: "Gaussians",
     GaussianMixture: "mixtures",
     PointCloud: "point clouds",
 }
-#: The array by which a measure is translated, if it is not its mean.
+#: The array that changes under a translation of a measure, if it is not "mean".
 MOVED: dict[Any, str] = {PointCloud: "points", GaussianMixture: "means"}
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def numpy(array: Any) -> np.ndarray:
-    """The values in double precision, as matplotlib wants them."""
+    """The values as a NumPy array of float64."""
     return np.asarray(array, np.float64)
 
 
 def coordinates(name: str, dim: int, axes: Any) -> list[int]:
-    """`axes` checked to be two of `dim` coordinates."""
+    """`axes`, checked to be two different coordinates below `dim`, as a list."""
     if dim < 2:
         raise ValueError(f"{name} must have dimension d ≥ 2; got {dim}")
     pair = tuple(axes)
@@ -46,8 +48,11 @@ def coordinates(name: str, dim: int, axes: Any) -> list[int]:
 def frame(
     name: str, measures: AnyMeasure, axes: Any, *, of: str = "", line: bool = False
 ) -> tuple[list[int], tuple[str, str]]:
-    """The coordinates that are drawn, and their labels; those of Gaussians in one dimension are
-    mean and standard deviation; on a `line` it is the only one, and the energy."""
+    """The coordinates that are drawn, and the labels of both axes.
+
+    For Gaussians in one dimension these are the mean and the standard deviation. If `line` is True,
+    measures in one dimension have one coordinate, and the second axis is the energy. `of` is
+    appended to the names of coordinates."""
     if on_half_plane(measures):
         return [0, 1], ("mean", "standard deviation")
     dim = dim_of(measures)
@@ -60,7 +65,7 @@ def frame(
 
 
 def labels(pair: list[int], dim: int, of: str = "") -> tuple[str, str]:
-    """The labels of two of `dim` coordinates."""
+    """The labels x₁, x₂, … of two of `dim` coordinates."""
     among = f" (of {dim} coordinates)" if dim > 2 else ""
     first, second = (f"x{i + 1}".translate(SUBSCRIPTS) + of + among for i in pair)
     return first, second
@@ -69,12 +74,13 @@ def labels(pair: list[int], dim: int, of: str = "") -> tuple[str, str]:
 def outlines(
     gaussian: Gaussian | DiagonalGaussian, pair: list[int], num_std: float, num_points: int = 120
 ) -> np.ndarray:
-    """Points (N, num_points, 2) of the contours of marginals, m + num_std·Σ^½u, |u| = 1."""
+    """Points (N, num_points, 2) on the contours m + num_std·Σ^½u, |u| = 1, of the marginals on two
+    coordinates."""
     if isinstance(gaussian, DiagonalGaussian):
         factor = numpy(gaussian.scale)[..., pair, None] * np.eye(2)
     else:
         factor = numpy(gaussian.factor)[..., pair, :]
-    # The singular value decomposition of the factor keeps what the covariance would round away.
+    # The singular values of the factor resolve thin ellipses that a rounded covariance would lose.
     u, s, _ = np.linalg.svd(factor.reshape(-1, *factor.shape[-2:]), full_matrices=False)
     if s.shape[-1] == 1:
         u, s = u.repeat(2, -1), s * [1.0, 0.0]
@@ -94,36 +100,38 @@ def deviations(gaussian: Gaussian | DiagonalGaussian) -> np.ndarray:
 
 
 def on_half_plane(measures: AnyMeasure) -> bool:
-    """Whether these are Gaussians in one dimension, drawn as (mean, standard deviation)."""
+    """Whether the measures are Gaussians in one dimension, which are drawn as points (mean,
+    standard deviation)."""
     return isinstance(measures, Gaussian | DiagonalGaussian) and measures.dim == 1
 
 
 def places(measures: AnyMeasure) -> np.ndarray:
-    """Vectors as they are, Gaussians in one dimension as (mean, standard deviation), means of
-    others."""
+    """The points that represent measures: vectors themselves, (mean, standard deviation) of
+    Gaussians in one dimension, and the means of other measures."""
     if on_half_plane(measures):
         return np.concatenate([numpy(measures.mean), deviations(measures)], -1)
-    known = isinstance(measures, Gaussian | DiagonalGaussian | GaussianMixture | PointCloud)
-    return numpy(measures.mean if known else measures)
+    has_mean = isinstance(measures, Gaussian | DiagonalGaussian | GaussianMixture | PointCloud)
+    return numpy(measures.mean if has_mean else measures)
 
 
 def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
-    """The measures of one recall in order, as a batch, up to where nothing changes any more."""
-    found = trace.trace if isinstance(trace, Recall) else trace
-    if found is None:
+    """The measures of one recall in order, as a batch that ends with the last change. `start`, if
+    given, is the first of them."""
+    steps = trace.trace if isinstance(trace, Recall) else trace
+    if steps is None:
         raise ValueError("trace must be that of a recall with save_trace=True; got None")
-    if not isinstance(found, Trace):
+    if not isinstance(steps, Trace):
         raise TypeError(f"trace must be a jdam.Trace or jdam.Recall; got {type(trace).__name__}")
-    if found.energy.ndim != 1:
+    if steps.energy.ndim != 1:
         raise ValueError(
-            f"trace must be of one recall; got a batch of {found.energy.shape[:-1]}: "
+            f"trace must be of one recall; got a batch of {steps.energy.shape[:-1]}: "
             "jax.tree.map(lambda leaf: leaf[i], trace) is the i-th"
         )
-    measure = found.measure
+    measure = steps.measure
     if start is not None:
         if isinstance(start, Measure) and type(start) is not type(measure):
-            wanted = type(measure).__name__
-            raise TypeError(f"start must be a {wanted}, as recalled; got {type(start).__name__}")
+            expected = type(measure).__name__
+            raise TypeError(f"start must be a {expected}, as recalled; got {type(start).__name__}")
         if isinstance(start, Gaussian) and isinstance(measure, Gaussian):
             start = start.pad(measure.rank)
         got = [jnp.shape(leaf) for leaf in jax.tree.leaves(start)]
@@ -140,7 +148,8 @@ def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
 
 
 def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasure:
-    """The pattern at which a recall ended with the measure `last`."""
+    """The pattern that was recalled: `Recall.nearest`, or for a `Trace` the pattern of least
+    divergence from its last measure `last`."""
     check_memory(memory)
     last = memory.geometry.check("trace.measure", last, 0)
     check_against(memory, "trace.measure", last)
@@ -149,31 +158,32 @@ def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasu
     return memory[int(np.argmin(divergences(memory, last)))]
 
 
-def kind(memory: Memory, wanted: tuple[str, ...]) -> str:
-    """What the memory holds, as "2-D vectors"; one of those `wanted`, with or without "2-D"."""
+def kind(memory: Memory, allowed: tuple[str, ...]) -> str:
+    """The kind and dimension of the patterns, as "2-D vectors", checked to be one of the names
+    `allowed`, which may be without dimension."""
     check_memory(memory)
     patterns = memory.patterns
     name = KINDS.get(type(patterns), type(patterns).__name__)
     if isinstance(patterns, jax.Array | np.ndarray):
         name = "vectors"
-    found = f"{dim_of(patterns)}-D {name}"
-    if found not in wanted and name not in wanted:
-        raise ValueError(f"memory must hold {' or '.join(wanted)}; got {found}")
-    return found
+    full_name = f"{dim_of(patterns)}-D {name}"
+    if full_name not in allowed and name not in allowed:
+        raise ValueError(f"memory must hold {' or '.join(allowed)}; got {full_name}")
+    return full_name
 
 
-def check_type(name: str, measure: Any, *wanted: type) -> None:
-    """Raise unless the measure is of one of these kinds."""
-    if not isinstance(measure, wanted):
-        names = " or ".join(f"jdam.{kind.__name__}" for kind in wanted)
+def check_type(name: str, measure: Any, *allowed: type) -> None:
+    """Raise `TypeError` unless the measure has one of the types `allowed`."""
+    if not isinstance(measure, allowed):
+        names = " or ".join(f"jdam.{kind.__name__}" for kind in allowed)
         raise TypeError(f"{name} must be a {names}; got {type(measure).__name__}")
 
 
 def links(
     query: AnyMeasure, pattern: AnyMeasure, plan: Any, pair: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ends (L, 2, 2) and masses (L,) of a plan, of which what is too little to be seen is left
-    out."""
+    """The lines (L, 2, 2) between atoms or components, and their masses (L,) in the transport plan.
+    Masses below 1 % of the largest are omitted, since they would be invisible."""
     x, y, mass = numpy(places_of(query))[:, pair], numpy(places_of(pattern))[:, pair], numpy(plan)
     rows, columns = np.nonzero(mass > 0.01 * mass.max())
     return np.stack([x[rows], y[columns]], 1), mass[rows, columns]
@@ -182,24 +192,24 @@ def links(
 def grid(
     memory: Memory, pair: list[int], given: tuple[Any, Any], sizes: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """`given` arrays, checked; where None such that they enclose the patterns. On the line the
-    second is None."""
+    """The coordinates xs and ys of a grid, or xs and None for a line: the arrays `given`, checked,
+    or, where they are None, `sizes` points that enclose the patterns."""
     ends = extent(memory[: len(memory)], pair)
-    found = []
+    arrays = []
     for name, span, array, size in zip(("xs", "ys"), ends, given, sizes, strict=False):
         values = np.linspace(*span, size) if array is None else numpy(array)
         if values.ndim != 1 or len(values) < 2 or not (np.diff(values) > 0).all():
-            wanted = "a rising array of two or more"
-            raise ValueError(f"{name} must be {wanted}; got {values.tolist()}")
-        found.append(values)
-    if on_half_plane(memory.patterns) and found[1][0] < 0:
-        raise ValueError(f"ys must be ≥ 0, standard deviations; got {found[1][0]:g}")
-    return found[0], found[1] if len(found) == 2 else None
+            expected = "a rising array of two or more"
+            raise ValueError(f"{name} must be {expected}; got {values.tolist()}")
+        arrays.append(values)
+    if on_half_plane(memory.patterns) and arrays[1][0] < 0:
+        raise ValueError(f"ys must be ≥ 0, standard deviations; got {arrays[1][0]:g}")
+    return arrays[0], arrays[1] if len(arrays) == 2 else None
 
 
 def extent(patterns: AnyMeasure, pair: list[int]) -> list[tuple[float, float]]:
-    """The interval of each coordinate that patterns fill, of Gaussians in one dimension those of
-    (mean, standard deviation)."""
+    """The intervals of the coordinates `pair` that contain the patterns; for Gaussians in one
+    dimension those of (mean, standard deviation)."""
     if on_half_plane(patterns):
         where, widest = places(patterns), deviations(patterns).max()
         low = np.array([where[:, 0].min() - widest, 0])
@@ -211,13 +221,13 @@ def extent(patterns: AnyMeasure, pair: list[int]) -> list[tuple[float, float]]:
 
 
 def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
-    """Points (M, d) that patterns fill, and how far around them: two standard deviations of
-    Gaussians, nothing around atoms, and some room around vectors."""
+    """Points (M, d) of patterns, and the margin that is shown around them: two standard deviations
+    for Gaussians and components, 0 for atoms, and 30 % of the range for vectors."""
     if isinstance(patterns, PointCloud):
         return numpy(patterns.points)[numpy(patterns.weights) > 0], np.zeros(1)
     if isinstance(patterns, GaussianMixture):
-        held = numpy(patterns.weights) > 0
-        return numpy(patterns.means)[held], 2 * deviations(patterns.components)[held]
+        on = numpy(patterns.weights) > 0
+        return numpy(patterns.means)[on], 2 * deviations(patterns.components)[on]
     if isinstance(patterns, Gaussian | DiagonalGaussian):
         return numpy(patterns.mean), 2 * deviations(patterns)
     where = numpy(patterns)
@@ -225,15 +235,17 @@ def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
 
 
 def points(xs: np.ndarray, ys: np.ndarray | None) -> np.ndarray:
-    """The points (M, 2) of the grid, row by row, or (M, 1) of the line."""
+    """The points (M, 2) of a grid, row by row, or (M, 1) of a line if `ys` is None."""
     return np.stack([a.ravel() for a in np.meshgrid(*([xs] if ys is None else [xs, ys]))], -1)
 
 
 def queries(
     memory: Memory, query: AnyMeasure | None, pair: list[int], xs: Any, ys: Any
 ) -> AnyMeasure:
-    """A measure at every point of the grid, row by row: of Gaussians in one dimension the one of
-    this mean and standard deviation, of others `query`, the first pattern if None, translated."""
+    """A batch of measures, one for each point of the grid, row by row.
+
+    For Gaussians in one dimension a point is the mean and the standard deviation. Otherwise the
+    measures are translations of `query`, or of the first pattern if it is None."""
     where = points(xs, ys)
     if on_half_plane(memory.patterns):
         x, y = (jnp.asarray(where[:, i : i + 1], memory.dtype) for i in (0, 1))
@@ -246,34 +258,35 @@ def queries(
 
 
 def translated(query: AnyMeasure, shifts: np.ndarray) -> AnyMeasure:
-    """The batch (M,) of a single measure translated by `shifts` (M, d)."""
-    moved = MOVED.get(type(query), "mean")
-    array = getattr(query, moved) if isinstance(query, Measure) else query
+    """The batch (M,) of translations of a single measure by `shifts` (M, d)."""
+    name = MOVED.get(type(query), "mean")
+    array = getattr(query, name) if isinstance(query, Measure) else query
     by = shifts.reshape(len(shifts), *[1] * (array.ndim - 1), -1)
-    found = jnp.asarray(numpy(array)[None] + by, array.dtype)
+    moved = jnp.asarray(numpy(array)[None] + by, array.dtype)
     if not isinstance(query, Measure):
-        return found
+        return moved
     batch = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(shifts), *leaf.shape)), query)
-    return eqx.tree_at(lambda measure: getattr(measure, moved), batch, found)
+    return eqx.tree_at(lambda measure: getattr(measure, name), batch, moved)
 
 
 def transported(
     query: Gaussian | DiagonalGaussian, moved: Gaussian | DiagonalGaussian, points: np.ndarray
 ) -> np.ndarray:
-    """Where the map x ↦ m⁺ + L⁺L⁻¹(x − m) of a step from `query` to `moved` takes points."""
+    """The images of points under the map x ↦ m⁺ + L⁺L⁻¹(x − m) of the step from `query` to
+    `moved`."""
     if isinstance(query, Gaussian) and isinstance(moved, Gaussian):
         before, after = numpy(query.pad(moved.rank).factor), numpy(moved.factor)
     else:
         before, after = (np.diag(numpy(g.scale)) for g in (query, moved))  # type: ignore[union-attr]
     if np.linalg.matrix_rank(before) < len(before):
         raise ValueError("query must have a covariance of full rank; got a singular one")
-    along = after @ np.linalg.pinv(before)
-    result: np.ndarray = numpy(moved.mean) + (points - numpy(query.mean)) @ along.T
+    linear = after @ np.linalg.pinv(before)
+    result: np.ndarray = numpy(moved.mean) + (points - numpy(query.mean)) @ linear.T
     return result
 
 
 def measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-    """Dimensions, logarithms of counts and their standard errors, all checked."""
+    """The dimensions, log counts, and standard errors of log counts (or None), checked."""
     d, n = numpy(dims), numpy(counts)
     given = {"dims": d, "counts": n} | ({} if errors is None else {"errors": numpy(errors)})
     for name, array in given.items():
@@ -283,6 +296,21 @@ def measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarra
             raise ValueError(f"{name} must be finite and > 0; got {array.tolist()}")
     least = 3 if errors is None else 2
     if len(np.unique(d)) < 2 or len(d) < least:
-        wanted = f"at least {least} points, two of them different"
-        raise ValueError(f"dims must hold {wanted}; got {d.tolist()}")
+        expected = f"at least {least} points, two of them different"
+        raise ValueError(f"dims must hold {expected}; got {d.tolist()}")
     return d, np.log(n), None if errors is None else given["errors"] / n
+
+
+def fitted_line(
+    d: np.ndarray, log_counts: np.ndarray, log_errors: np.ndarray | None
+) -> tuple[float, float, float]:
+    """The slope, its standard error and the intercept of a least squares fit of log counts to
+    dimensions, weighted by the errors unless they are None."""
+    weights = np.ones_like(d) if log_errors is None else log_errors**-2
+    centre = np.average(d, weights=weights)
+    inertia = np.sum(weights * (d - centre) ** 2)
+    slope = np.sum(weights * (d - centre) * log_counts) / inertia
+    intercept = np.average(log_counts, weights=weights) - slope * centre
+    residuals = log_counts - intercept - slope * d
+    scatter = np.sum(residuals**2) / (len(d) - 2) if log_errors is None else 1.0
+    return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)

@@ -1,4 +1,4 @@
-"""Layers for models in Equinox. (For others see `jdam.parametrize`.)"""
+"""Layers for Equinox models. (For models of other libraries see `jdam.parametrize`.)"""
 
 import math
 from collections.abc import Callable
@@ -24,25 +24,30 @@ from jdam._recall.attention import attend
 
 
 class MeasureAttention(eqx.Module):
-    """Attention from a measure to learned measures: Σ wᵢ(ξ) valuesᵢ, w the Gibbs weights.
+    """Attention from a measure to learned measures: Σ wᵢ(ξ) valuesᵢ, with Gibbs weights w.
 
         layer = jdam.nn.MeasureAttention(memory, 10, key=key)
         jax.vmap(layer)(queries)                  # (Q, 10)
 
-    The keys are the memory's patterns, of any kind, and move as `jdam.parametrize` says, so that
-    measures remain measures under any optimizer. All arrays of the module are parameters, as is
-    usual in Equinox: `keys`, `values` and, if it is learned, `log_beta`. What is not learned is
-    static, and equal for equal numbers, so that a layer, its copies and others built alike can be
-    averaged, stacked (`jax.tree.map`, `eqx.filter_vmap` of the constructor) and called by one
-    compiled program.
+    The keys are the patterns of the memory, of any kind, in the unconstrained coordinates of
+    `jdam.parametrize`, so that measures remain measures under any optimizer. All arrays of the
+    module are parameters, as usual in Equinox: `keys`, `values` and, if β is learned, `log_beta`.
+    All else is static, and equal if its numbers are equal, so that a layer, its copies and layers
+    of the same construction can be averaged, stacked (`jax.tree.map`, `eqx.filter_vmap` of the
+    constructor) and called by one compiled program.
 
-    **Arguments:** `memory`: the keys to begin with, in their geometry. `values`: the number of
-    outputs, drawn from N(0, 1/N) by `key`, or an array (N, …) to begin with. `beta`: a number > 0,
-    to begin with or for good; if None, what `jdam.suggest_beta` says of the memory. `learn`: names
-    as of `parametrize`, and "beta". `separation`: as of `jdam.attend`.
+    **Arguments:**
+
+    - `memory`: the initial keys and their geometry.
+    - `values`: the number of outputs, whose initial values are drawn from N(0, 1/N), or an array
+      (N, …) of initial values.
+    - `beta`: a number > 0, the initial value if β is learned; `jdam.suggest_beta(memory)` if None.
+    - `learn`: a tuple of names: those of `parametrize`, and "beta".
+    - `separation`: as in `jdam.attend`.
+    - `key`: a `jax.random` key, for a number of outputs as `values`.
 
     **Raises:** as `parametrize`; `TypeError` or `ValueError` for other values or β; `ValueError`
-    inside `jax.jit` or `jax.vmap` where arrays that are not learned are traced.
+    inside `jax.jit` or `jax.vmap` if arrays that are not learned are traced.
     """
 
     keys: dict[str, Any]
@@ -64,9 +69,9 @@ class MeasureAttention(eqx.Module):
     ):
         if learn:
             check_learn(learn)
-        named = but_beta(learn)
+        names = but_beta(learn)
         rebuild: Any
-        self.keys, rebuild = parametrize(memory, named) if named else ({}, Rebuild(memory, ()))
+        self.keys, rebuild = parametrize(memory, names) if names else ({}, Rebuild(memory, ()))
         if not checks.is_concrete(*jax.tree.leaves(rebuild.memory)):
             raise ValueError(
                 "memory must be known outside of jax.jit and jax.vmap but for what is learned (of "
@@ -74,23 +79,23 @@ class MeasureAttention(eqx.Module):
                 "known): make layers one by one and stack them by jax.tree.map; or use jdam.attend"
             )
         self.rebuild = rebuild
-        inside = working_dtype(memory.dtype)
+        dtype = working_dtype(memory.dtype)
         if isinstance(values, int):
             if key is None:
                 raise TypeError("key must be given to draw values; or values as an array")
             shape = (memory.capacity, checks.positive_int("values", values))
-            drawn = jax.random.normal(key, shape, inside) / math.sqrt(memory.capacity)
+            drawn = jax.random.normal(key, shape, dtype) / math.sqrt(memory.capacity)
             self.values = drawn.astype(memory.dtype)
         else:
             self.values = checks.float_array(
                 "values", values, cure="for labels pass a one-hot array"
             )
             if self.values.shape[:1] != (memory.capacity,):
-                wanted = f"(N, …), N = {memory.capacity}"
-                raise ValueError(f"values must have shape {wanted}; got {self.values.shape}")
+                expected = f"(N, …), N = {memory.capacity}"
+                raise ValueError(f"values must have shape {expected}; got {self.values.shape}")
         with checks.kept_concrete((memory, beta)):
             beta = suggest_beta(memory) if beta is None else inverse_temperature(memory, beta)
-            beta = beta.astype(inside)
+            beta = beta.astype(dtype)
         if BETA not in learn and not checks.is_concrete(beta):
             raise ValueError(
                 "beta must be known outside of jax.jit and jax.vmap unless it is learned; got a "
@@ -103,12 +108,12 @@ class MeasureAttention(eqx.Module):
 
     @property
     def memory(self) -> Memory:
-        """The keys as they are now."""
+        """The memory with the current keys."""
         return self.rebuild(self.keys)
 
     @property
     def beta(self) -> Float[Array, ""]:
-        """β as it is now."""
+        """The current β."""
         if self.log_beta is not None:
             return jnp.exp(self.log_beta)
         return jnp.asarray(self.given_beta, working_dtype(self.values.dtype))
@@ -116,8 +121,16 @@ class MeasureAttention(eqx.Module):
     def __call__(
         self, query: AnyMeasure, *, beta: ArrayLike | None = None, key: Array | None = None
     ) -> Float[Array, "..."]:
-        """Σ wᵢ(ξ) valuesᵢ for one query: use `jax.vmap` over a batch. `beta` stands for the layer's
-        own if given; `key` is not used."""
+        """The output Σ wᵢ(ξ) valuesᵢ for one query.
+
+        **Arguments:**
+
+        - `query`: a measure of the type of the keys. Use `jax.vmap` for batches.
+        - `beta`: an inverse temperature in place of that of the layer, if not None.
+        - `key`: not used; layers of Equinox take one.
+
+        **Returns:** an array of the shape of one row of `values`.
+        """
         beta = self.beta if beta is None else beta
-        found: Array = attend(self.memory, query, beta, self.values, separation=self.separation)
-        return found
+        output: Array = attend(self.memory, query, beta, self.values, separation=self.separation)
+        return output

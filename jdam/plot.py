@@ -1,7 +1,7 @@
-"""Pictures of measures, recalls and energies by matplotlib, which `jdam[plot]` installs.
+"""Figures of measures, recalls and energies by matplotlib, which `jdam[plot]` installs.
 
-Every function draws on the axes `ax`, the current ones if None, and returns them; other keywords
-style what is drawn. Axes without labels get them, x₁, x₂, … for coordinates of measures.
+Every function draws on the axes `ax`, the current axes if None, labels them if they have no labels,
+and returns them. Other keyword arguments (`style`) are those of the artist.
 """
 
 import math
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OF_ELLIPSES = (Gaussian, DiagonalGaussian, GaussianMixture)
-#: Memories that have a landscape.
+#: The kinds of memory for which `landscape` is defined.
 LANDSCAPES = ("Gaussians", "mixtures", "point clouds", "1-D vectors", "2-D vectors")
 
 
@@ -39,13 +39,17 @@ def ellipses(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians, of their marginals on two
-    coordinates `axes`; those of singular ones are segments and dots. Of mixtures those of
-    all components, the fainter the less they weigh. Each Gaussian or mixture of a batch has the
-    next colour of the cycle, unless `color` or `edgecolor` says otherwise.
+    """Draw the contours (x−m)ᵀΣ⁻¹(x−m) = `num_std`² of Gaussians; for singular covariances these
+    are segments and dots. For mixtures all components are drawn, with less opacity for smaller
+    weights. Unless `color` or `edgecolor` is given, each Gaussian or mixture of a batch has the
+    next colour of the property cycle.
 
-    **Arguments:** `gaussian`, a single one or a batch, d ≥ 2; `style` of a
-    `matplotlib.collections.PolyCollection`.
+    **Arguments:**
+
+    - `gaussian`: a Gaussian or mixture, or a batch, d ≥ 2.
+    - `axes`: two coordinates, whose marginals are drawn.
+    - `num_std`: the radius of the contours in standard deviations, > 0.
+    - `style`: keyword arguments of `matplotlib.collections.PolyCollection`.
 
     **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
     two of the coordinates and for `num_std` ≤ 0.
@@ -60,7 +64,7 @@ def ellipses(
     style = artists.styled(
         style, PolyCollection, facecolor="none", linewidth=1.5, joinstyle="round"
     )
-    # A colour is that of the line; whoever wants a filled ellipse says so by facecolor.
+    # `color` would fill the ellipses too, which are filled by `facecolor` only.
     colour = style.pop("color", None)
     if "edgecolor" not in style:
         num = math.prod(gaussian.batch_shape)
@@ -84,13 +88,16 @@ def cloud(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The atoms of point clouds, their areas proportional to their weights; atoms of weight 0 are
-    not seen. Each cloud of a batch has the next colour of the property cycle, and where atoms have
-    features, as one-hot labels, each label has one, unless `c`, `color` or `facecolor` says
-    otherwise. One unit is as long on both axes.
+    """Draw the atoms of point clouds, with areas proportional to their weights, on axes of equal
+    scale. Unless `c`, `color` or `facecolor` is given, each cloud of a batch, or each label if the
+    atoms have features as one-hot labels, has a colour of the property cycle.
 
-    **Arguments:** `cloud`, a single one or a batch, d ≥ 2; `size`, the area in points² that the
-    atoms of a cloud share; `style` of `Axes.scatter`.
+    **Arguments:**
+
+    - `cloud`: a cloud or a batch, d ≥ 2.
+    - `axes`: two coordinates to project on.
+    - `size`: the total area of the atoms of a cloud in points², > 0.
+    - `style`: keyword arguments of `Axes.scatter`.
 
     **Raises:** `TypeError` for other measures; `ValueError` for d < 2, for `axes` that are not
     two of the coordinates and for `size` ≤ 0.
@@ -102,7 +109,7 @@ def cloud(
     ax = artists.axes(ax)
     weights = pictures.numpy(cloud.weights).ravel()
     points = pictures.numpy(cloud.points)[..., pair].reshape(-1, 2)
-    # Of a marker of no size the edge would still be drawn.
+    # The edge of a marker of size 0 would be drawn.
     points = np.where(weights[:, None] > 0, points, np.nan)
     from matplotlib.collections import PathCollection
 
@@ -129,25 +136,27 @@ def trajectory(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The way of one recall, up to where it stood still, and the pattern at which it ended.
+    """Draw the trajectory of one recall up to its last change, and the recalled pattern.
 
-    Of Gaussians and mixtures, the path of the means, and ellipses of its stages 0, 1, 2, 4, 8, …
-    and the last, the later the darker; of Gaussians in one dimension the path of (mean, standard
-    deviation), as on a `landscape`.
-    Of point clouds, the paths of the atoms, as dark as their weight was, and the cloud at the end.
-    Of vectors, the path.
-    The pattern is drawn if there is a `memory`: as broad grey ellipses, as grey rings around its
-    atoms, three times as large, or as a white cross.
+    - Gaussians and mixtures: the path of the means, and ellipses after 0, 1, 2, 4, 8, … steps and
+      at the end, with increasing opacity.
+    - Gaussians in one dimension: the path of (mean, standard deviation), as on a `landscape`.
+    - Point clouds: the paths of the atoms, more opaque for larger weights, and the last cloud.
+    - Vectors: the path.
 
-    **Arguments:** `trace`, of one recall with `save_trace=True`, or that `Recall`; `start`, its
-    query, if the way is to begin there; `memory`, the one that was asked, of which the pattern
-    `Recall.nearest` is drawn, or, of a `Trace`, the one of least divergence from its last measure;
-    `axes`, two coordinates to project on; `num_std` as in `ellipses` and `size` as in `cloud`;
-    `style` of the path, a `matplotlib.lines.Line2D`, or of the paths of atoms, a
-    `matplotlib.collections.LineCollection`.
+    The pattern is drawn as wide grey ellipses, grey rings around its atoms, or a white cross.
 
-    **Raises:** `TypeError` for anything else, and for a memory of other measures; `ValueError`
-    for a recall without a trace, for a batch of recalls, for d < 2 where there is nothing to draw,
+    **Arguments:**
+
+    - `trace`: a `Recall` of one query with `save_trace=True`, or its `Trace`.
+    - `start`: the query, if the trajectory is to begin there.
+    - `memory`: the memory, if a pattern is to be drawn: that of `Recall.nearest`, or for a `Trace`
+      the one of least divergence from its last measure.
+    - `axes`, `num_std`, `size`: as in `ellipses` and `cloud`.
+    - `style`: keyword arguments of `Line2D`, or for clouds `LineCollection`, of matplotlib.
+
+    **Raises:** `TypeError` for arguments of other types, and for a memory of other measures;
+    `ValueError` for a recall without trace, for a batch of recalls, for d < 2 except for Gaussians,
     for a memory of another dimension, and for `axes` that are not two of the coordinates.
     """
     stages = pictures.stages(trace, start)
@@ -157,7 +166,9 @@ def trajectory(
     if pattern is not None:
         _pattern(pattern, pair, ax, num_std, size)
     if isinstance(stages, PointCloud):
-        return _atom_paths(stages, pair, size, ax, style)
+        points, weights = pictures.numpy(stages.points)[..., pair], pictures.numpy(stages.weights)
+        colour = artists.atom_paths(ax, points, weights, style)
+        return cloud(stages[-1], axes=(pair[0], pair[1]), size=size, ax=ax, color=colour)
     from matplotlib.colors import to_rgba
     from matplotlib.lines import Line2D
 
@@ -165,15 +176,15 @@ def trajectory(
     (line,) = ax.plot(*path.T, **artists.styled(style, Line2D, marker=".", linewidth=1.2))
     if isinstance(stages, OF_ELLIPSES) and not pictures.on_half_plane(stages):
         last = len(stages) - 1
-        shown = sorted({0, last} | {2**k for k in range(last.bit_length()) if 2**k < last})
-        fading = [to_rgba(line.get_color(), a) for a in np.linspace(0.25, 1, len(shown))]
-        look = {"edgecolor": fading, "zorder": line.get_zorder()}
-        ellipses(stages[np.array(shown)], axes=axes, num_std=num_std, ax=ax, **look)
+        drawn = sorted({0, last} | {2**k for k in range(last.bit_length()) if 2**k < last})
+        colours = [to_rgba(line.get_color(), a) for a in np.linspace(0.25, 1, len(drawn))]
+        look = {"edgecolor": colours, "zorder": line.get_zorder()}
+        ellipses(stages[np.array(drawn)], axes=axes, num_std=num_std, ax=ax, **look)
     return ax
 
 
 def _pattern(pattern: AnyMeasure, pair: list[int], ax: "Axes", num_std: float, size: float) -> None:
-    """A pattern beneath what is drawn later, and so wide that this does not cover it."""
+    """Draw a pattern beneath all else, and wide enough to be visible around it."""
     axes = (pair[0], pair[1])
     if isinstance(pattern, PointCloud):
         rings = {"facecolor": "none", "edgecolor": "0.45", "linewidth": 1.0, "alpha": 1.0}
@@ -202,13 +213,16 @@ def match(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """What of a query belongs to what of a pattern: lines between their atoms, or between the means
-    of components, the darker the more mass the plan of `jdam.match` takes along them. The pattern
-    is drawn as in `trajectory`, the query as a `cloud` or as `ellipses`.
+    """Draw the transport plan of `jdam.match` as lines between the atoms of query and pattern, or
+    between the means of their components, more opaque for larger masses. The pattern is drawn as in
+    `trajectory`, the query as a `cloud` or as `ellipses`.
 
-    **Arguments:** `memory` and `query` as of `jdam.match`; `matched`, its result, or the index of
-    the pattern, or None for the nearest; `axes`, `num_std` and `size` as in `trajectory`; `style`
-    of a `matplotlib.collections.LineCollection`.
+    **Arguments:**
+
+    - `memory`, `query`: as in `jdam.match`.
+    - `matched`: the result of `jdam.match`, or the index of the pattern; None for the nearest.
+    - `axes`, `num_std`, `size`: as in `ellipses` and `cloud`.
+    - `style`: keyword arguments of `matplotlib.collections.LineCollection`.
 
     **Raises:** as `jdam.match`; `ValueError` for d < 2 and for other `axes` than two coordinates.
     """
@@ -234,44 +248,45 @@ def landscape(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The energy E as filled contours; in one dimension, except of Gaussians, a curve.
+    """Draw the energy E as filled contours, or in one dimension, except for Gaussians, as a curve.
 
-    Of Gaussians in one dimension, over (mean, standard deviation); of vectors on the line and in
-    the plane, over them. Of other Gaussians, mixtures and point clouds, over the place of the
-    query: it is translated so that two coordinates of its mean are those of the grid, while its
-    shape, and its mean in other coordinates, are held.
+    For Gaussians in one dimension E is a function of (mean, standard deviation), and for vectors in
+    one or two dimensions a function of the vector. For other Gaussians, mixtures and point clouds E
+    is that of translations of a query, a function of two coordinates of its mean. Levels are denser
+    near the minimum, so that contours of a squared distance are evenly spaced.
 
-    Levels lie closer near the minimum: E grows like a squared distance, so that they come out
-    evenly spaced.
+    **Arguments:**
 
-    **Arguments:** `memory` and `beta` as in `jdam.energy`; `query`, the measure that is translated,
-    the first pattern if None; `axes`, along which two coordinates; `xs` and `ys`, the grid, which
-    encloses the patterns if None; `style` of `Axes.contourf`, or of `Axes.plot` for a curve. Of
-    clouds and mixtures the grid has fewer points, for each takes as long as a step of recall: in
-    a large memory, pass smaller `xs` and `ys`.
+    - `memory`, `beta`: as in `jdam.energy`.
+    - `query`: the measure that is translated; the first pattern if None.
+    - `axes`: two coordinates along which it is translated.
+    - `xs`, `ys`: the increasing coordinates of the grid, which encloses the patterns if they are
+      None. For clouds and mixtures each grid point takes the time of a step of recall; the default
+      grid is smaller for them.
+    - `style`: keyword arguments of `Axes.contourf`, or of `Axes.plot` for a curve.
 
-    **Raises:** as `jdam.energy`; `ValueError` for a memory of other measures, for a `query` where
-    nothing is translated, for `axes` that are not two of the coordinates, and for `xs` or `ys`
-    that do not rise.
+    **Raises:** as `jdam.energy`; `ValueError` for a memory of other measures, for a `query` that is
+    not translated, for `axes` that are not two of the coordinates, and for `xs` or `ys` that are
+    not increasing.
     """
     kind = pictures.kind(memory, LANDSCAPES)
     beta = inverse_temperature(memory, beta)
-    still = kind == "1-D Gaussians" or kind.endswith("vectors")
-    if still and query is not None:
+    points_only = kind == "1-D Gaussians" or kind.endswith("vectors")
+    if points_only and query is not None:
         raise ValueError(f"query must be None for {kind}, of which no shape is held; got {query!r}")
-    of = "" if still else " of the mean"
+    of = "" if points_only else " of the mean"
     pair, names = pictures.frame("memory", memory.patterns, axes, of=of, line=True)
     if len(pair) == 1 and ys is not None:
         raise ValueError(f"ys must be None for {kind}, of which a curve is drawn; got {ys!r}")
-    quick = len(pair) == 1 or still or kind.endswith("Gaussians")
-    xs, ys = pictures.grid(memory, pair, (xs, ys), (101, 81) if quick else (41, 33))
+    is_fast = len(pair) == 1 or points_only or kind.endswith("Gaussians")
+    xs, ys = pictures.grid(memory, pair, (xs, ys), (101, 81) if is_fast else (41, 33))
     queries = pictures.queries(memory, query, pair, xs, ys)
-    found = pictures.numpy(jax.vmap(energy, (None, 0, None))(memory, queries, beta))
+    energies = pictures.numpy(jax.vmap(energy, (None, 0, None))(memory, queries, beta))
     ax = artists.labelled(artists.axes(ax), names)
     if ys is None:
-        ax.plot(xs, found, **style)
+        ax.plot(xs, energies, **style)
     else:
-        artists.contours(ax, xs, ys, found.reshape(len(ys), len(xs)), style)
+        artists.contours(ax, xs, ys, energies.reshape(len(ys), len(xs)), style)
     return ax
 
 
@@ -285,24 +300,27 @@ def field(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """Arrows of one step of recall, from where it starts to where it ends.
+    """Draw one step of recall as a vector field on a grid.
 
-    Of Gaussians in the plane, how the step from `query` moves points, by its map
-    x ↦ m⁺ + L⁺L⁻¹(x − m); of Gaussians in one dimension, how it moves (mean, standard deviation),
-    on their `landscape`; of vectors in the plane, how it moves them.
+    For Gaussians in the plane the arrows show the map x ↦ m⁺ + L⁺L⁻¹(x − m) of the step from
+    `query`, for Gaussians in one dimension the change of (mean, standard deviation), as on a
+    `landscape`, and for vectors in the plane the change of the vector.
 
-    **Arguments:** `memory` and `beta` as in `jdam.step`; `query`, of Gaussians in the plane only,
-    its covariance not singular; `xs` and `ys`, the grid, which encloses the patterns if None;
-    `style` of `Axes.quiver`.
+    **Arguments:**
+
+    - `memory`, `beta`: as in `jdam.step`.
+    - `query`: for Gaussians in the plane, a query with a nonsingular covariance; otherwise None.
+    - `xs`, `ys`: as in `landscape`.
+    - `style`: keyword arguments of `Axes.quiver`.
 
     **Raises:** as `jdam.step`; `ValueError` for a memory of other measures, for a `query` that is
-    missing or has no place, and for `xs` or `ys` that do not rise.
+    missing, singular or not allowed, and for `xs` or `ys` that are not increasing.
     """
     kind = pictures.kind(memory, ("2-D Gaussians", "1-D Gaussians", "2-D vectors"))
     beta = inverse_temperature(memory, beta)
     if (query is None) == (kind == "2-D Gaussians"):
-        wanted = "given for 2-D Gaussians and for nothing else"
-        raise ValueError(f"query must be {wanted}; got {query!r} for {kind}")
+        condition = "given for 2-D Gaussians and for nothing else"
+        raise ValueError(f"query must be {condition}; got {query!r} for {kind}")
     pair, names = pictures.frame("memory", memory.patterns, (0, 1))
     xs, ys = pictures.grid(memory, pair, (xs, ys), (17, 15))
     if query is None:
@@ -330,11 +348,14 @@ def capacity(
     ax: "Axes | None" = None,
     **style: Any,
 ) -> "Axes":
-    """The largest numbers N of patterns recalled, `counts`, against dimension, on a logarithmic
-    axis, with the line log N = a + b·d of `fit_exponent`.
+    """Draw the largest numbers N of recalled patterns on a logarithmic axis over the dimension,
+    with the line log N = a + b·d of `fit_exponent`.
 
-    **Arguments:** `dims`, `counts` and `errors` as in `fit_exponent`; `fit`, whether to draw the
-    line; `style` of `Axes.errorbar`.
+    **Arguments:**
+
+    - `dims`, `counts`, `errors`: as in `fit_exponent`.
+    - `fit`: whether to draw the line.
+    - `style`: keyword arguments of `Axes.errorbar`.
 
     **Raises:** as `fit_exponent`.
     """
@@ -361,40 +382,18 @@ def capacity(
 def fit_exponent(
     dims: ArrayLike, counts: ArrayLike, errors: ArrayLike | None = None
 ) -> tuple[float, float, float]:
-    """The line log N = a + b·d through numbers of patterns, by least squares.
+    """Fit the line log N = a + b·d to numbers of patterns by least squares.
 
-    **Arguments:** `dims` d and `counts` N > 0, of one length; `errors`, the standard errors of
-    the counts, > 0, by which points are weighted; if None all logarithms are equally uncertain, and
-    as much as they scatter around the line.
+    **Arguments:**
+
+    - `dims`: dimensions d > 0, (n,).
+    - `counts`: numbers N > 0, (n,).
+    - `errors`: standard errors > 0 of the counts, the weights of the fit, (n,). If None, all log N
+      have the same error, which is estimated from their scatter about the line.
 
     **Returns:** the slope b, its standard error, and the intercept a.
 
-    **Raises:** `ValueError` for lengths that differ, values that are not finite or not > 0, or
-    too few dimensions: two different ones, and without errors three points.
+    **Raises:** `ValueError` for lengths that differ, for values that are not finite or not > 0, and
+    for fewer than two different dimensions, or fewer than three points if `errors` is None.
     """
-    d, log_counts, log_errors = pictures.measured(dims, counts, errors)
-    weights = np.ones_like(d) if log_errors is None else log_errors**-2
-    centre = np.average(d, weights=weights)
-    inertia = np.sum(weights * (d - centre) ** 2)
-    slope = np.sum(weights * (d - centre) * log_counts) / inertia
-    intercept = np.average(log_counts, weights=weights) - slope * centre
-    residuals = log_counts - intercept - slope * d
-    scatter = np.sum(residuals**2) / (len(d) - 2) if log_errors is None else 1.0
-    return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)
-
-
-def _atom_paths(
-    stages: PointCloud, pair: list[int], size: float, ax: "Axes", style: dict[str, Any]
-) -> "Axes":
-    from matplotlib.collections import LineCollection
-    from matplotlib.colors import to_rgba
-
-    points, weights = pictures.numpy(stages.points)[..., pair], pictures.numpy(stages.weights)
-    style = artists.styled(style, LineCollection, linewidth=0.8)
-    colour = style.pop("color", None)
-    colour = artists.next_colours(ax, 1)[0] if colour is None else colour
-    steps = np.stack([points[:-1], points[1:]], axis=2).reshape(-1, 2, 2)
-    dark = (weights[:-1] / weights.max(axis=1, keepdims=True)[:-1]).ravel()
-    faded = [to_rgba(colour, 0.6 * alpha) for alpha in dark]
-    ax.add_collection(LineCollection(list(steps), **{"edgecolor": faded} | style))
-    return cloud(stages[-1], axes=(pair[0], pair[1]), size=size, ax=ax, color=colour)
+    return pictures.fitted_line(*pictures.measured(dims, counts, errors))

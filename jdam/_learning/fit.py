@@ -1,4 +1,5 @@
-"""Learning with optax: a memory from queries and targets, and a measure down the energy."""
+"""Learning with optax: `fit` and `Learner` for memories, and `descend`, which minimises the energy
+over a measure."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from jdam._recall.recall import check_tolerance, recall, tolerances
 from jdam._recall.result import Recall
 from jdam._recall.solver import Solver, run
 
-#: (memory, β, query, target) ↦ how wrong the memory is about one query.
+#: A loss (memory, β, query, target) ↦ scalar for one query and its target.
 Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
 
 LEARNABLE = (PATTERNS, BETA, PRIOR)
@@ -46,33 +47,47 @@ LEARNABLE = (PATTERNS, BETA, PRIOR)
 def recall_error(
     memory: Memory, beta: Array, query: AnyMeasure, target: AnyMeasure
 ) -> Float[Array, ""]:
-    """D(Φ(ξ), Y): how far one step of recall from the query ends from the target, a squared
-    distance."""
+    """The loss D(Φ(ξ), Y): the divergence between the measure after one step of recall from the
+    query ξ and the target Y.
+
+    **Arguments:**
+
+    - `memory`, `beta`, `query`: as in `recall`.
+    - `target`: Y, a measure of the type of the query.
+
+    **Returns:** a scalar, in squared units of distance.
+    """
     recalled = recall(memory, query, beta, max_steps=1).measure
-    wanted = store(jax.tree.map(lambda leaf: leaf[None], target), memory.geometry)
-    return divergences(wanted, recalled)[0]
+    target_memory = store(jax.tree.map(lambda leaf: leaf[None], target), memory.geometry)
+    return divergences(target_memory, recalled)[0]
 
 
 class FitState(eqx.Module):
-    """Where a fit has come to: `memory` and `beta` are what has been learned."""
+    """The state of a fit: `memory` and `beta` are the current results."""
 
     memory: Memory
     beta: Float[Array, ""]
-    #: What is learned, in coordinates without constraints and at least in float32: the optimizer's
-    #: steps and squares of slopes would vanish in halves.
+    #: The parameters in unconstrained coordinates. Their dtype is at least float32, since steps of
+    #: the optimizer and squares of gradients may underflow in half precision.
     free: dict[str, Any]
     optimizer_state: Any
 
 
 @dataclass(frozen=True)
 class Learner:
-    """How to learn a memory: pure functions `init` and `update`, as those of optax.
+    """The pure functions `init` and `update` of a fit, in the manner of optax.
 
-    **Arguments:** an optax `optimizer`; `loss(memory, beta, query, target)` of one query and its
-    target, any pytree, `jdam.recall_error` if not given; `learn`, some of "beta", whose logarithm
-    the optimizer moves, and of what `jdam.parametrize` knows: "patterns", "prior", and parameters
-    of the geometry, as "epsilon". Measures remain measures; atoms of weight 0 and patterns that
-    the prior switches off stay so.
+    Measures remain measures under all updates. Atoms of weight 0 and patterns of prior 0 remain so.
+
+    **Arguments:**
+
+    - `optimizer`: an optax optimizer.
+    - `loss`: a function (memory, beta, query, target) ↦ scalar of one query and its target, which
+      may be any pytree; `jdam.recall_error` by default.
+    - `learn`: a tuple of names: "beta" (the optimizer changes log β), and those of
+      `jdam.parametrize`: "patterns", "prior", and parameters of the geometry, as "epsilon".
+
+    **Raises:** `ValueError` if `learn` is not a tuple of names.
     """
 
     optimizer: optax.GradientTransformation
@@ -83,19 +98,32 @@ class Learner:
         check_learn(self.learn)
 
     def init(self, memory: Memory, beta: ArrayLike) -> FitState:
-        """The state before the first update."""
+        """Return the state before the first update, for a `memory` and β > 0 to begin with.
+
+        **Raises:** as `parametrize`; `TypeError` or `ValueError` for a β that is not a number > 0.
+        """
         beta = inverse_temperature(memory, beta).astype(memory.dtype)
         free = {BETA: jnp.log(beta).astype(working_dtype(memory.dtype))}
         free = {} if BETA not in self.learn else free
-        if named := but_beta(self.learn):
-            free |= parametrize(memory, named)[0]
+        if names := but_beta(self.learn):
+            free |= parametrize(memory, names)[0]
         return FitState(memory, beta, free, self.optimizer.init(free))
 
     def update(
         self, state: FitState, queries: AnyMeasure, targets: Any
     ) -> tuple[FitState, Float[Array, ""]]:
-        """One step of the optimizer on a batch of queries and targets, and the mean loss
-        before it. Jitted; new batches of the same shape do not recompile."""
+        """Take one step of the optimizer on a batch.
+
+        The function is jitted; batches of the same shape do not recompile.
+
+        **Arguments:**
+
+        - `state`: the state after `init` or the last update.
+        - `queries`: measures with one batch axis (M,).
+        - `targets`: a pytree of arrays with the leading axis (M,).
+
+        **Returns:** the new state, and the mean loss of the batch before the step.
+        """
         result: tuple[FitState, Array] = _update(self, state, queries, targets)
         return result
 
@@ -109,32 +137,34 @@ def _update(
         losses = jax.vmap(partial(learner.loss, memory, beta))(queries, targets)
         return losses.mean()
 
-    loss, slope = jax.value_and_grad(mean_loss)(state.free)
-    free, optimizer_state = _moved(learner.optimizer, slope, state.optimizer_state, state.free)
+    loss, gradient = jax.value_and_grad(mean_loss)(state.free)
+    free, optimizer_state = _updated(learner.optimizer, gradient, state.optimizer_state, state.free)
     memory, beta = _constrained(state, free)
     return FitState(memory, beta, free, optimizer_state), loss
 
 
 def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
+    """The memory and β with the parameters `free`, and all else as in `state`."""
     memory, beta = state.memory, state.beta
     if BETA in free:
         beta = jnp.exp(free[BETA]).astype(memory.dtype)
-    if named := but_beta(tuple(free)):
-        memory = Rebuild(memory, named)({name: free[name] for name in named})
+    if names := but_beta(tuple(free)):
+        memory = Rebuild(memory, names)({name: free[name] for name in names})
     return memory, beta
 
 
-def _moved(
-    optimizer: optax.GradientTransformation, slope: Any, optimizer_state: Any, free: Any
+def _updated(
+    optimizer: optax.GradientTransformation, gradient: Any, optimizer_state: Any, free: Any
 ) -> tuple[Any, Any]:
-    # Users may have set JAX to be stricter than optax is.
+    """The parameters and the state of the optimizer after one update."""
+    # optax relies on promotion, which users may have switched off.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        change, optimizer_state = optimizer.update(slope, optimizer_state, free)
-        return optax.apply_updates(free, change), optimizer_state
+        updates, optimizer_state = optimizer.update(gradient, optimizer_state, free)
+        return optax.apply_updates(free, updates), optimizer_state
 
 
 class Fit(eqx.Module):
-    """What `jdam.fit` learned.
+    """The result of `jdam.fit`.
 
     memory: the learned memory.
     beta:   the learned β.
@@ -160,20 +190,27 @@ def fit(
     key: Array | None = None,
     progress: bool = True,
 ) -> Fit:
-    """Learn patterns, β and prior from queries (M,) and what should be made of each.
+    """Learn patterns, β and prior from pairs of queries and targets.
 
-    Minimises the mean over pairs of `loss(memory, beta, query, target)`, by default the
-    divergence D(Φ(ξ), Y) between one step of recall from the query and its target, from the
-    given memory and β on. `Learner` is the pure `init` and `update` of which this is the loop.
+    The mean of `loss(memory, beta, query, target)` over the pairs is minimised, by default the
+    divergence D(Φ(ξ), Y) between the measure after one step of recall from the query and the
+    target. This is a loop over `Learner.update`.
 
-    **Arguments:** `queries`: measures with one batch axis (M,); `targets`: a pytree of arrays that
-    lead with (M,), measures for the default loss. `optimizer`: any of optax. `loss`, `learn`: as in
-    `Learner`. `batch_size`: pairs of each step, drawn by `key`; all of them if None.
-    `progress`: whether to draw a progress bar, on a terminal.
+    **Arguments:**
 
-    **Returns:** the learned `memory` and `beta`, and the `losses` of all steps.
+    - `memory`, `beta`: the initial memory and inverse temperature.
+    - `queries`: measures with one batch axis (M,).
+    - `targets`: a pytree of arrays with the leading axis (M,), measures for the default loss.
+    - `optimizer`: an optax optimizer.
+    - `loss`, `learn`: as in `Learner`.
+    - `num_steps`: the number T ≥ 1 of updates.
+    - `batch_size`: the number of pairs of each update, drawn at random; all pairs if None.
+    - `key`: the `jax.random` key of the batches; `jax.random.key(0)` if None.
+    - `progress`: whether to show a progress bar, on a terminal only.
 
-    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
+    **Returns:** a `Fit` with the learned `memory` and `beta`, and the `losses` of all updates.
+
+    **Raises:** `TypeError` or `ValueError` for arguments outside these types and ranges.
     """
     num_steps = checks.positive_int("num_steps", num_steps)
     queries = memory.geometry.check("queries", queries, 1)
@@ -188,17 +225,17 @@ def fit(
     key = jax.random.key(0) if key is None else key
     learner = Learner(optimizer, loss, tuple(learn))
     state, losses = learner.init(memory, beta), []
-    # None: no bar where there is no terminal, as in logs.
+    # disable=None: tqdm shows no bar if the output is not a terminal.
     with trange(num_steps, disable=None if progress else True, desc="fit") as steps:
         for step in steps:
             batch = queries, targets
             if size < num:
-                drawn = jax.random.choice(jax.random.fold_in(key, step), num, (size,), False)
-                batch = jax.tree.map(lambda leaf, drawn=drawn: jnp.asarray(leaf)[drawn], batch)
-            state, mean = learner.update(state, *batch)
-            losses.append(mean)
+                rows = jax.random.choice(jax.random.fold_in(key, step), num, (size,), False)
+                batch = jax.tree.map(lambda leaf, rows=rows: jnp.asarray(leaf)[rows], batch)
+            state, mean_loss = learner.update(state, *batch)
+            losses.append(mean_loss)
             if not steps.disable:
-                steps.set_postfix(loss=f"{float(mean):.4g}")
+                steps.set_postfix(loss=f"{float(mean_loss):.4g}")
     return Fit(state.memory, state.beta, jnp.stack(losses))
 
 
@@ -212,17 +249,21 @@ def descend(
     tol: ArrayLike | None = None,
     separation: Separation = LogSumExp(),
 ) -> Recall:
-    """Minimise the energy itself, from the query on, by an optax optimizer instead of steps of
-    recall.
+    """Minimise the energy from the query on by an optax optimizer, instead of steps of recall.
 
-    The optimizer moves factors, points and logarithms of weights (all of a point cloud,
-    whatever κ), so that the measure remains one. Its learning rate is in units of these.
+    The parameters are the coordinates of `Measure.unconstrained`: means and factors, or points and
+    logarithms of weights, where the weights of a cloud change for any κ. The learning rate is in
+    units of these coordinates.
 
-    **Arguments:** `memory`, `query`, `beta`, `separation` as in `energy`; `optimizer`: any
-    of optax, hashable, which recompiles for each new object; `num_steps` ≥ 1; `tol`: as in
-    `recall`, for the status alone.
+    **Arguments:**
 
-    **Returns:** a `Recall` of the last iterate; `num_steps` is that of all. Batches by `jax.vmap`.
+    - `memory`, `query`, `beta`, `separation`: as in `energy`. Use `jax.vmap` for batches of
+      queries.
+    - `optimizer`: an optax optimizer, hashable; each new object is compiled again.
+    - `num_steps`: the number of updates, ≥ 1; there is no stopping criterion.
+    - `tol`: as in `recall`, for the status only.
+
+    **Returns:** a `Recall` of the last iterate.
 
     **Raises:** as `recall`.
     """
@@ -247,16 +288,16 @@ def _descend(
     num_steps: int,
     separation: Separation,
 ) -> Recall:
-    def height(free: AnyMeasure) -> Float[Array, ""]:
+    def energy_of(free: AnyMeasure) -> Float[Array, ""]:
         return energy(memory, constrained(query, free), beta, separation=separation)
 
-    def turn(carry: tuple[AnyMeasure, Any], _: None) -> tuple[tuple[AnyMeasure, Any], None]:
+    def body_fun(carry: tuple[AnyMeasure, Any], _: None) -> tuple[tuple[AnyMeasure, Any], None]:
         free, optimizer_state = carry
-        return _moved(optimizer, jax.grad(height)(free), optimizer_state, free), None
+        return _updated(optimizer, jax.grad(energy_of)(free), optimizer_state, free), None
 
     free = unconstrained(query)
     start = (free, optimizer.init(free))
-    (free, _), _ = scan(turn, start, None, memory, query, beta, length=num_steps)
+    (free, _), _ = scan(body_fun, start, None, memory, query, beta, length=num_steps)
     measure = constrained(query, free)
     solver = Solver(Exhaustive(), separation)
     tol, goal = tolerances(memory, query, tol)

@@ -1,4 +1,4 @@
-"""A memory as arrays without constraints, for optimizers and models of any kind."""
+"""A memory as a pytree of unconstrained parameters, for optimizers and models of any library."""
 
 import dataclasses
 import functools
@@ -22,37 +22,43 @@ from jdam._memory.prepared import prepare
 from jdam.geometry import Geometry
 
 PATTERNS, PRIOR = "patterns", "prior"
-#: Learned beside a memory, of which it is no part.
+#: β is a parameter of `jdam.fit` and `jdam.nn`, but not of the memory, so `parametrize` rejects it.
 BETA = "beta"
 
 
 def parametrize(
     memory: Memory, learn: tuple[str, ...] = (PATTERNS,)
 ) -> tuple[dict[str, Any], Callable[[dict[str, Any]], Memory]]:
-    """A memory as parameters that may take any values, and the way back.
+    """Return unconstrained parameters of a memory, and the function that builds the memory from
+    them.
 
         params, rebuild = jdam.parametrize(memory)
         loss = lambda params: jdam.energy(rebuild(params), query, beta)   # jit, grad, vmap, optax
 
-    `rebuild(params)` is pure and differentiable, and prepares what it returns anew, so that nothing
-    of it is stale. It keeps what is not learned: other parts of the memory, atoms of weight 0,
-    patterns that the prior switches off, and room to grow. Two that keep the same numbers are
-    equal, as copies are, so that as a static part of models they make no difference.
+    `rebuild(params)` is pure and differentiable, and computes all prepared arrays of the memory
+    anew. It contains the constant parts of the memory: the arrays that are not in `params`, atoms
+    of weight 0, patterns of prior 0, and free slots. Two such functions are equal if these
+    constants are equal, so that models which contain them as static fields have the same structure.
 
-    **Arguments:** a `memory` in one piece; `learn`, some of
+    **Arguments:**
 
-    - "patterns": factors of Gaussians and means, standard deviations (of either sign), points and
-      logarithms of weights of clouds, vectors; as `Measure.unconstrained` has them;
-    - "prior": log πᵢ;
-    - arrays of the geometry by name, of "epsilon", "rho", "hellinger_scale" and "feature_scale" the
-      logarithms.
+    - `memory`: a memory that is not sharded.
+    - `learn`: a tuple of names of parameters:
+      "patterns" for the coordinates of `Measure.unconstrained`, as means and factors, standard
+      deviations (of either sign), points and logarithms of weights, or vectors;
+      "prior" for log πᵢ;
+      and names of arrays of the geometry, where those of "epsilon", "rho", "hellinger_scale" and
+      "feature_scale" are represented by their logarithms.
 
-    **Returns:** `params`, a dictionary by these names of arrays, or of dictionaries of arrays for
-    measures of several, in at least float32; and `rebuild`.
+    **Returns:**
 
-    **Raises:** `TypeError` for other kinds of arguments, `ValueError` for a sharded memory, for
-    names that are not of these or that the geometry has no value for, and for κ = 0 or λ = 0, which
-    have no logarithm.
+    - `params`: a dictionary {name: array}, where "patterns" of a `Measure` is a dictionary of
+      arrays. The dtype is at least float32.
+    - `rebuild`: the function `params` ↦ memory.
+
+    **Raises:** `TypeError` for arguments of other types; `ValueError` for a sharded memory, for
+    other names, for arrays that the geometry does not have, and for κ = 0 or λ = 0, which have no
+    logarithm.
     """
     check_memory(memory)
     if memory.layout is not None:
@@ -78,11 +84,11 @@ def parametrize(
 
 
 class Rebuild:
-    """Params ↦ memory, for the names that are learned.
+    """The function `params` ↦ memory that `parametrize` returns.
 
-    It is equal to others that hold the same numbers, be they copies or made of another memory, so
-    that models with them are of one structure: they can be averaged and stacked, and one compiled
-    program serves all. Arrays that are traced are equal only to themselves."""
+    Two instances are equal if their `learn` and the constants in their memories are equal. As
+    static fields of models they therefore give models one structure: the models can be averaged and
+    stacked, and share one compiled program. A traced array is equal to itself only."""
 
     def __init__(self, memory: Memory, learn: tuple[str, ...]):
         self.memory, self.learn = memory, learn
@@ -101,12 +107,12 @@ class Rebuild:
         return hash(self._identity)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # What identifies it is computed anew: structures of pytrees cannot be pickled.
+        # `_identity` is not pickled, since structures of pytrees cannot be.
         return Rebuild, (self.memory, self.learn)
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
-        """What two that are equal have in common: read once, since `jax.jit` asks at each call."""
+        """The key of equality and hash. It is cached, since `jax.jit` hashes at each call."""
         leaves, structure = jax.tree.flatten(self.memory)
         return frozenset(self.learn), structure, *map(_digest, leaves)
 
@@ -115,47 +121,48 @@ class Rebuild:
 
 
 def check_learn(learn: object) -> None:
-    """Raise unless it is a tuple of names."""
-    named = isinstance(learn, tuple | list) and all(isinstance(name, str) for name in learn)
-    if not named or not learn:
+    """Raise `ValueError` unless `learn` is a tuple of names, or a list, that is not empty."""
+    is_names = isinstance(learn, tuple | list) and all(isinstance(name, str) for name in learn)
+    if not is_names or not learn:
         raise ValueError(f"learn must be a tuple of names, as ('patterns',); got {learn!r}")
 
 
 def but_beta(names: tuple[str, ...]) -> tuple[str, ...]:
-    """What of the names `parametrize` knows."""
+    """The names without "beta", which are those of `parametrize`."""
     return tuple(name for name in names if name != BETA)
 
 
 def _not_learned(memory: Memory, params: dict[str, Any]) -> Memory:
-    """The memory with zeros for what is learned, and nothing prepared of it: only what stays."""
+    """The memory with zeros for the parameters, and without the arrays prepared from them."""
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     with checks.kept_concrete(memory):
-        blank = _moved(memory, zeros)
-    if _is_stale(params):
-        blank = dataclasses.replace(blank, prepared=None, fingerprint=None)
-    return blank
+        constant = _with_params(memory, zeros)
+    if _changes_prepared(params):
+        constant = dataclasses.replace(constant, prepared=None, fingerprint=None)
+    return constant
 
 
 def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
-    moved = _moved(memory, params)
-    if _is_stale(params):
-        prepared, fingerprint = prepare(moved.patterns, moved.geometry)
-        moved = dataclasses.replace(moved, prepared=prepared, fingerprint=fingerprint)
-    return moved
+    """The memory with these parameters, prepared anew where they change the prepared arrays."""
+    rebuilt = _with_params(memory, params)
+    if _changes_prepared(params):
+        prepared, fingerprint = prepare(rebuilt.patterns, rebuilt.geometry)
+        rebuilt = dataclasses.replace(rebuilt, prepared=prepared, fingerprint=fingerprint)
+    return rebuilt
 
 
-def _is_stale(params: dict[str, Any]) -> bool:
-    """Whether what is prepared depends on what is learned."""
+def _changes_prepared(params: dict[str, Any]) -> bool:
+    """Whether the prepared arrays of a memory may depend on any of the parameters."""
     return bool(set(params) - {PRIOR})
 
 
-def _moved(memory: Memory, params: dict[str, Any]) -> Memory:
-    """The memory with these params, and what was prepared as it is."""
+def _with_params(memory: Memory, params: dict[str, Any]) -> Memory:
+    """The memory with these parameters and its previous prepared arrays."""
     patterns, prior, geometry = memory.patterns, memory.log_prior, memory.geometry
     if PATTERNS in params:
-        moved = constrained(patterns, _with_fields(unconstrained(patterns), params[PATTERNS]))
-        patterns = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), moved, patterns)
+        measures = constrained(patterns, _with_fields(unconstrained(patterns), params[PATTERNS]))
+        patterns = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), measures, patterns)
     if PRIOR in params:
         off = memory.log_weights == -jnp.inf
         prior = jnp.where(off, -jnp.inf, params[PRIOR]).astype(memory.dtype)
@@ -168,8 +175,8 @@ def _moved(memory: Memory, params: dict[str, Any]) -> Memory:
 
 
 def _digest(leaf: Any) -> Any:
-    """What tells an array from others of other numbers: of traced ones, and those of which others
-    have a part, which it is."""
+    """A key that is equal for equal arrays: shape, dtype and hash of the values. For traced arrays,
+    and arrays that are partly on other hosts, it is the identity of the object."""
     if not checks.is_concrete(leaf) or not getattr(leaf, "is_fully_addressable", True):
         return id(leaf)
     array = np.ascontiguousarray(leaf)
@@ -178,12 +185,14 @@ def _digest(leaf: Any) -> Any:
 
 
 def _arrays(geometry: Geometry) -> tuple[str, ...]:
-    """The names of the geometry's arrays of floats."""
+    """The names of the floating arrays of a geometry."""
     names = (field.name for field in dataclasses.fields(geometry))
     return tuple(name for name in names if eqx.is_inexact_array(getattr(geometry, name)))
 
 
 def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
+    """The logarithm of an array of a geometry if it is one of `Geometry.positive`, else the
+    array."""
     value: Array = getattr(geometry, name)
     if name not in geometry.positive:
         return value
@@ -193,7 +202,8 @@ def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
 
 
 def _as_fields(measure: AnyMeasure) -> Any:
-    """The arrays of a measure by name but for its constants; those of anything else as they are."""
+    """The floating arrays {name: array} of a `Measure` without its `constants`; vectors and other
+    pytrees are returned as they are."""
     if not isinstance(measure, Measure):
         return measure
     names = [x.name for x in dataclasses.fields(measure) if x.name not in measure.constants]
@@ -202,7 +212,7 @@ def _as_fields(measure: AnyMeasure) -> Any:
 
 
 def _with_fields(measure: AnyMeasure, fields: Any) -> AnyMeasure:
-    """The measure with these arrays, unchecked."""
+    """The measure with the arrays of `_as_fields`, which are not checked."""
     if not isinstance(measure, Measure):
         return fields
     names = list(fields)

@@ -1,4 +1,8 @@
-"""What all measures share."""
+"""The base class `Measure`, and functions that accept a measure of any kind or a vector.
+
+Axes, sizes, padding and coordinates are derived here from the annotations of a subclass, so that
+the other folders need no case for each kind of measure.
+"""
 
 import functools
 from collections.abc import Mapping
@@ -14,7 +18,7 @@ from jax import Array
 from jdam._core import checks
 from jdam._core.compile import float_dtype
 
-#: A `Measure`, an array (…, d) that is a vector, or whatever pytree of arrays a geometry takes.
+#: A `Measure`, an array (…, d) of vectors, or any other pytree of arrays that a geometry accepts.
 AnyMeasure: TypeAlias = Any
 M = TypeVar("M")
 Kind = TypeVar("Kind", bound="Measure")
@@ -23,26 +27,27 @@ Kind = TypeVar("Kind", bound="Measure")
 class Measure(eqx.Module):
     """A probability measure, or a batch of them: a frozen pytree.
 
-    A kind of measure declares the axes of its arrays by jaxtyping annotations, the batch first:
+    A subclass declares the axes of its arrays by jaxtyping annotations, the batch axes first:
 
         class Uniform(jdam.Measure):
             centre: Float[Array, "*batch d"]
             radius: Float[Array, "*batch"]
 
-    Every field so annotated leads with the same batch axes, and `d` is the dimension of the
-    space. `batch_shape`, `dim`, `dtype`, indexing and the repr follow from that. An array whose
-    annotation allows None may be missing.
+    All fields with such an annotation have the same batch axes, and `d` is the dimension of the
+    space. `batch_shape`, `dim`, `dtype`, indexing and the repr are derived from the annotations.
+    An array whose annotation allows None is optional.
 
-    To let an optimizer move a measure, override `unconstrained` and `constrained` where arrays are
-    constrained, and `gauge` where different arrays are the same measure. Where measures of
-    different sizes may be stored together, as clouds of few and of many atoms, `padding` says how
-    arrays are filled up without changing the measure.
+    A subclass whose arrays are constrained overrides `unconstrained` and `constrained`, which
+    optimizers use. A subclass in which different arrays represent the same measure overrides
+    `gauge`. A subclass whose measures of different sizes can be stored together, as clouds of few
+    and of many atoms, sets `padding`, which must not change the measure.
     """
 
-    #: For each axis that may be longer than a measure needs, how each array that has it is filled
-    #: up: a mode of `numpy.pad`, of which "constant" means zeros.
+    #: {axis: {array: mode}} for the axes that can be padded; `mode` is one of `numpy.pad`, where
+    #: "constant" means zeros.
     padding: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    #: Arrays that neither recall nor an optimizer moves; `constrained` takes those of its `self`.
+    #: Names of arrays that neither recall nor an optimizer changes; `constrained` copies them from
+    #: its `self`.
     constants: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -54,7 +59,7 @@ class Measure(eqx.Module):
 
     @property
     def dim(self) -> int:
-        """The dimension d of the space the measure lives on."""
+        """The dimension d of the space on which the measure is defined."""
         if "d" not in self.sizes:
             raise AttributeError(f"{type(self).__name__} declares no axis d")
         return self.sizes["d"]
@@ -62,12 +67,12 @@ class Measure(eqx.Module):
     @property
     def sizes(self) -> dict[str, int]:
         """The lengths of the axes of a single measure, by name."""
-        found: dict[str, int] = {}
+        sizes: dict[str, int] = {}
         for name, axes in _axes(type(self)).items():
             if getattr(self, name) is not None:
                 shape = getattr(self, name).shape
-                found |= dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
-        return found
+                sizes |= dict(zip(axes, shape[len(shape) - len(axes) :], strict=True))
+        return sizes
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -84,40 +89,42 @@ class Measure(eqx.Module):
         if not self.batch_shape:
             raise TypeError("a single measure cannot be indexed; its batch shape is ()")
         checks.index(index, len(self), "a batch")
-        picked: Kind = jax.tree.map(lambda leaf: leaf[index], self)
-        return picked
+        selected: Kind = jax.tree.map(lambda leaf: leaf[index], self)
+        return selected
 
     def padded(self: Kind, **sizes: int) -> Kind:
-        """The same measure with axes of these names filled up to at least these lengths."""
+        """The same measure, with the named axes padded to at least the given lengths."""
         measure = self
         for axis, size in sizes.items():
             if size > self.sizes[axis]:
-                measure = _filled_up(measure, axis, size - self.sizes[axis])
+                measure = _padded_along(measure, axis, size - self.sizes[axis])
         return measure
 
     def unconstrained(self: Kind) -> Kind:
-        """Coordinates without constraints, in the same arrays: by default the arrays themselves."""
+        """Unconstrained coordinates of the measure, as an instance of the same class. By default
+        these are the arrays themselves."""
         return self
 
     def constrained(self: Kind, free: Kind) -> Kind:
-        """The measure at some free coordinates; of this one only what is not free stays."""
+        """The measure with unconstrained coordinates `free`, the inverse of `unconstrained`; by
+        default `free` itself. An override copies padding and `constants` from `self`."""
         return free
 
     def gauge(self: Kind, tangent: Kind) -> Kind:
-        """Of a tangent, the part along which the arrays move and the measure does not, by a
-        projection: by default none."""
-        none: Kind = jax.tree.map(jnp.zeros_like, tangent)
-        return none
+        """The projection of `tangent` on the directions that change the arrays but not the measure.
+        By default it is zero."""
+        zero: Kind = jax.tree.map(jnp.zeros_like, tangent)
+        return zero
 
     def describe(self) -> str:
-        """The kind of measure and its sizes, for a memory's repr."""
+        """The kind of measure and its sizes, for the repr of a memory."""
         sizes = ", ".join(f"{name}={size}" for name, size in self.sizes.items())
         return f"{type(self).__name__}({sizes})"
 
 
 @functools.cache
 def _axes(kind: type[Measure]) -> dict[str, tuple[str, ...]]:
-    """The names of the axes after the batch of each array of a kind of measure."""
+    """The axis names of each array of a kind of measure, without the batch axes."""
     hints = get_type_hints(kind)
     strings = {x.name: _axes_in(hints[x.name]) for x in fields(kind)}
     axes = {name: tuple(names[1:]) for name, names in strings.items() if names[:1] == ["*batch"]}
@@ -129,47 +136,47 @@ def _axes(kind: type[Measure]) -> dict[str, tuple[str, ...]]:
 
 
 def _axes_in(hint: Any) -> list[str]:
-    """The names of all axes of an array, which may also be None."""
+    """The axis names in the annotation of an array or of an optional array; [] for others."""
     arrays = [part for part in (hint, *get_args(hint)) if hasattr(part, "dim_str")]
     return arrays[0].dim_str.split() if arrays else []
 
 
-def _filled_up(measure: Kind, axis: str, missing: int) -> Kind:
-    """The measure with `missing` more entries along an axis."""
-    filled = {}
+def _padded_along(measure: Kind, axis: str, missing: int) -> Kind:
+    """The measure padded by `missing` entries along `axis`."""
+    padded = {}
     for name, axes in _axes(type(measure)).items():
         array = getattr(measure, name)
         if axis in axes and array is not None:
             mode = measure.padding[axis][name]
             widths = [(0, 0)] * array.ndim
             widths[axes.index(axis) - len(axes)] = (0, missing)
-            # On the host where arrays are there: JAX would compile every shape.
+            # NumPy pads NumPy arrays, since JAX would compile a program for each shape.
             pad: Any = np.pad if isinstance(array, np.ndarray) else jnp.pad
-            filled[name] = pad(array, widths, mode=mode)
-    picked = lambda m: [getattr(m, name) for name in filled]  # noqa: E731
-    longer: Kind = eqx.tree_at(picked, measure, list(filled.values()))
-    return longer
+            padded[name] = pad(array, widths, mode=mode)
+    arrays_of = lambda m: [getattr(m, name) for name in padded]  # noqa: E731
+    result: Kind = eqx.tree_at(arrays_of, measure, list(padded.values()))
+    return result
 
 
 def unconstrained(measure: AnyMeasure) -> AnyMeasure:
-    """`Measure.unconstrained`; vectors are free."""
+    """`measure.unconstrained()`; vectors and other pytrees are returned as they are."""
     return measure.unconstrained() if isinstance(measure, Measure) else measure
 
 
 def constrained(like: AnyMeasure, free: AnyMeasure) -> AnyMeasure:
-    """`Measure.constrained`."""
+    """`like.constrained(free)`; `free` itself for vectors and other pytrees."""
     return like.constrained(free) if isinstance(like, Measure) else free
 
 
 def dim_of(measure: AnyMeasure) -> int | None:
-    """The dimension of the space on which a measure lives, or of a vector; None of others."""
+    """The dimension of the space of a measure, or of a vector; None for other pytrees."""
     if isinstance(measure, Measure):
         return measure.sizes.get("d")
     return int(measure.shape[-1]) if isinstance(measure, Array | np.ndarray) else None
 
 
 def describe(patterns: AnyMeasure) -> str:
-    """`Measure.describe`; a name of others."""
+    """`patterns.describe()`; for vectors their dimension, and the class name for other pytrees."""
     if isinstance(patterns, Measure):
         return patterns.describe()
     if isinstance(patterns, Array | np.ndarray):
@@ -178,16 +185,23 @@ def describe(patterns: AnyMeasure) -> str:
 
 
 def check_same_arrays(name: str, measure: AnyMeasure, like: AnyMeasure, have: str) -> None:
-    """Raise where one of two measures has an array that the other lacks, or one of another size but
-    for what may be padded. `have` says whose arrays those of `like` are."""
+    """Raise `ValueError` unless two measures of one kind have the same optional arrays, and the
+    same sizes along all axes that cannot be padded.
+
+    **Arguments:**
+
+    - `name`: the argument `measure`, for the message.
+    - `measure`, `like`: measures of one kind, or vectors, for which nothing is checked.
+    - `have`: subject and verb of the message, as "the patterns have".
+    """
     if not isinstance(measure, Measure):
         return
     for array, axes in _axes(type(measure)).items():
-        there, wanted = (getattr(m, array) is not None for m in (measure, like))
-        if wanted and not there:
+        present, expected = (getattr(m, array) is not None for m in (measure, like))
+        if expected and not present:
             shape = ", ".join(axes)
             raise ValueError(f"{name} must have {array} ({shape}) as {have}; got none")
-        if there and not wanted:
+        if present and not expected:
             raise ValueError(f"{name} must have no {array}, as {have} none; got some")
     for axis, size in like.sizes.items():
         if axis not in like.padding and measure.sizes[axis] != size:
@@ -196,11 +210,12 @@ def check_same_arrays(name: str, measure: AnyMeasure, like: AnyMeasure, have: st
 
 
 def any_of(measures: AnyMeasure) -> AnyMeasure:
-    """A single measure of the shape of those of a batch, which may be empty, for checks of it."""
+    """A single measure of zeros with the shapes of the elements of a batch, which may be empty.
+    Checks of shapes use it."""
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), measures)
 
 
 def with_leaves(measure: M, *leaves: Array) -> M:
-    """A measure like `measure` of other arrays, unchecked: for values that need no check."""
-    changed: M = jax.tree.unflatten(jax.tree.structure(measure), leaves)
-    return changed
+    """A measure of the same kind with the arrays `leaves`, which are not checked."""
+    replaced: M = jax.tree.unflatten(jax.tree.structure(measure), leaves)
+    return replaced

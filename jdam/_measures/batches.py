@@ -1,4 +1,4 @@
-"""Single measures put together to a batch, and batches to one."""
+"""Concatenation of measures of any kind: single measures to a batch, and two batches to one."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,19 @@ from jdam._measures.base import AnyMeasure, Measure, check_same_arrays
 
 
 def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
-    """Single measures of one kind, or vectors, as one batch (N,).
+    """Stack single measures of one kind, or vectors, to one batch (N,).
 
-    What may be padded is: factors of Gaussians with zero columns to the largest rank, clouds with
-    atoms of weight 0 to the largest number.
+    Measures of different sizes are padded where their kind allows it: factors of Gaussians with
+    zero columns to the largest rank, clouds with atoms of weight 0 to the largest number of atoms.
 
-    **Arguments:** `measures`: a list of N `jdam.Measure`s without batch axes, or of N arrays (d,).
+    **Arguments:**
 
-    **Raises:** naming the first element that does not go with the one before it, `TypeError` for
-    measures of different kinds or dtypes, `ValueError` for batches, for different dimensions and
-    for an empty list.
+    - `measures`: a list of N `jdam.Measure`s without batch axes, or of N arrays (d,).
+
+    **Returns:** a measure of batch shape (N,), or an array (N, d).
+
+    **Raises:** `TypeError` for measures of different kinds or dtypes; `ValueError` for batches, for
+    different dimensions and for an empty list. The message names the first element at fault.
     """
     if not isinstance(measures, list | tuple):
         kind = type(measures).__name__
@@ -31,44 +34,45 @@ def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
         raise ValueError("measures must hold at least one measure; got an empty list")
     single = [_single(f"measures[{i}]", measure) for i, measure in enumerate(measures)]
     for i, measure in enumerate(single[1:], start=1):
-        _check_alike(f"measures[{i}]", measure, "measures[0]", single[0])
-    # On the host where values are concrete: JAX would compile every shape.
+        _check_compatible(f"measures[{i}]", measure, "measures[0]", single[0])
+    # NumPy stacks concrete values, since JAX would compile a program for each shape.
     if all(checks.is_concrete(*jax.tree.leaves(measure)) for measure in single):
-        held = _evened(jax.tree.map(np.asarray, single))
-        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *held)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *_evened(single))
+        padded = _padded_to_largest(jax.tree.map(np.asarray, single))
+        return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *padded)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *_padded_to_largest(single))
 
 
 def join(first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
-    """Two batches (N,) and (M,) of one kind as one, padded as by `stack`."""
-    _check_alike("second", second, "first", first)
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), *_evened([first, second]))
+    """The concatenation (N + M,) of two batches (N,) and (M,) of one kind, padded as by `stack`."""
+    _check_compatible("second", second, "first", first)
+    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), *_padded_to_largest([first, second]))
 
 
 def as_batch(measures: AnyMeasure) -> AnyMeasure:
-    """The batch that a list of measures makes; anything else as it is."""
-    listed = isinstance(measures, list | tuple) and len(measures) > 0
-    return stack(measures) if listed and isinstance(measures[0], Measure) else measures
+    """`stack(measures)` for a list of `Measure`s; anything else is returned as it is."""
+    is_list = isinstance(measures, list | tuple) and len(measures) > 0
+    return stack(measures) if is_list and isinstance(measures[0], Measure) else measures
 
 
 def as_row(measure: AnyMeasure) -> AnyMeasure:
-    """A single measure as a batch (1,)."""
+    """The batch (1,) of a single measure."""
 
     def row(leaf: Array | np.ndarray) -> Array | np.ndarray:
-        # On the host where the value is there: JAX would compile every shape.
+        # NumPy indexes concrete values, since JAX would compile a program for each shape.
         return np.asarray(leaf)[None] if checks.is_concrete(leaf) else leaf[None]
 
     return jax.tree.map(row, measure)
 
 
 def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
+    """`measure`, checked to be a single measure or a vector (d,) of floats."""
     if isinstance(measure, Measure):
         if measure.batch_shape:
             raise ValueError(
                 f"{name} must be a single measure, batch shape (); got {measure.batch_shape}"
             )
         return measure
-    # Arrays of the host stay there.
+    # NumPy arrays stay on the host, where `stack` may pad them.
     array = measure if isinstance(measure, np.ndarray) else checks.float_array(name, measure)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
@@ -79,11 +83,11 @@ def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
     return array
 
 
-def _check_alike(name: str, measure: AnyMeasure, first_name: str, first: AnyMeasure) -> None:
-    """Raise unless both are of one kind, dtype and, but for what may be padded, size."""
-    kind, wanted = _kind(measure), _kind(first)
-    if kind != wanted:
-        raise TypeError(f"{name} must be like {first_name}, of kind {wanted}; got {kind}")
+def _check_compatible(name: str, measure: AnyMeasure, first_name: str, first: AnyMeasure) -> None:
+    """Raise unless both have one kind, one dtype and, along axes without padding, one size."""
+    kind, expected = _kind(measure), _kind(first)
+    if kind != expected:
+        raise TypeError(f"{name} must be like {first_name}, of kind {expected}; got {kind}")
     if float_dtype(measure) != float_dtype(first):
         raise TypeError(
             f"{name} must have the dtype of {first_name}, {float_dtype(first)}; "
@@ -109,8 +113,8 @@ def _sizes(measure: AnyMeasure) -> dict[str, int]:
     return {"d": measure.shape[-1]} if isinstance(measure, Array | np.ndarray) else {}
 
 
-def _evened(measures: Sequence[AnyMeasure]) -> list[AnyMeasure]:
-    """The measures padded to the same sizes."""
+def _padded_to_largest(measures: Sequence[AnyMeasure]) -> list[AnyMeasure]:
+    """The measures, padded along each axis of `padding` to the largest size among them."""
     first = measures[0]
     if not isinstance(first, Measure):
         return list(measures)

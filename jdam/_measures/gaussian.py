@@ -1,4 +1,4 @@
-"""Gaussian measures, stored as factors of their covariances."""
+"""Gaussian measures: full covariances, stored as factors, and diagonal ones."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ from jdam._measures.moments import covariance_root, moments
 from jdam._measures.ragged import build, check_ragged
 from jdam._measures.simplex import simplex_weights
 
-#: What to do with lists of arrays of different shapes.
+#: Advice in error messages about lists of arrays of different shapes.
 RAGGED = "jdam.Gaussian.from_ragged_samples takes different numbers of samples"
 RAGGED_FACTORS = "jdam.stack fills up single measures of different sizes"
 
@@ -27,11 +27,14 @@ RAGGED_FACTORS = "jdam.stack fills up single measures of different sizes"
 class Gaussian(Measure):
     """The Gaussian N(m, L Lᵀ), stored as its mean m and a factor L of its covariance.
 
-    Factors keep the digits that covariances lose, and make low rank and singular
-    covariances ordinary: L may have any number r ≥ 1 of columns. L and L Q are the same
-    Gaussian for every orthogonal Q, so compare covariances or W₂, never factors.
+    A factor resolves small standard deviations that are lost in the rounding of a covariance, and
+    represents covariances of low rank directly: L may have any number r ≥ 1 of columns. L and L Q
+    represent the same Gaussian for every orthogonal Q, so compare covariances or W₂, not factors.
 
-    **Arguments:** `mean` (…, d); `factor` (…, d, r), of the same floating dtype.
+    **Arguments:**
+
+    - `mean`: m, (…, d).
+    - `factor`: L, (…, d, r), of the same floating dtype.
 
     **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for
     shapes that do not fit and, where values are concrete, for NaN or infinity.
@@ -58,13 +61,13 @@ class Gaussian(Measure):
 
     @property
     def rank(self) -> int:
-        """The number r of the factor's columns, an upper bound on the covariance's rank."""
+        """The number r of columns of the factor, an upper bound on the rank of the covariance."""
         return self.factor.shape[-1]
 
     def gauge(self, tangent: "Gaussian") -> "Gaussian":
-        """Rotations L Ω of the factor, Ω skew."""
-        still = super().gauge(tangent)
-        return with_leaves(still, still.mean, rotation_part(self.factor, tangent.factor))
+        """The projection of `tangent` on rotations L Ω of the factor, Ω skew-symmetric."""
+        zero = super().gauge(tangent)
+        return with_leaves(zero, zero.mean, rotation_part(self.factor, tangent.factor))
 
     def describe(self) -> str:
         return f"Gaussian(dim={self.dim}, rank={self.rank})"
@@ -75,14 +78,17 @@ class Gaussian(Measure):
 
     @classmethod
     def from_covariance(cls, mean: ArrayLike, covariance: ArrayLike) -> "Gaussian":
-        """The Gaussian N(m, Σ), its factor the symmetric root Σ^½; Σ may be singular.
+        """The Gaussian N(m, Σ) with the symmetric root Σ^½ as its factor; Σ may be singular.
 
-        **Arguments:** `mean` (…, d); `covariance` (…, d, d), symmetric and positive
-        semidefinite up to rounding, which is 10·max(d, 10)·eps·|Σ|_F here.
+        **Arguments:**
 
-        **Raises:** as `Gaussian`, and `ValueError` for a covariance that is not symmetric
-        or not positive semidefinite. Where values are traced, its factor is NaN instead,
-        which recall reports as `Status.NONFINITE`.
+        - `mean`: m, (…, d).
+        - `covariance`: Σ, (…, d, d), symmetric and positive semidefinite up to an error of
+          10·max(d, 10)·eps·|Σ|_F.
+
+        **Raises:** as `Gaussian`; `ValueError` for a covariance that is not symmetric or not
+        positive semidefinite. Under a trace the factor of such a covariance is NaN, which recall
+        reports as `Status.NONFINITE`.
         """
         mean, covariance = _mean_and("covariance", mean, covariance)
         if covariance.shape != (*mean.shape, mean.shape[-1]):
@@ -109,14 +115,17 @@ class Gaussian(Measure):
     def from_samples(cls, samples: ArrayLike, weights: ArrayLike | None = None) -> "Gaussian":
         """The Gaussian with the samples' mean and covariance Σₖ aₖ (xₖ − m)(xₖ − m)ᵀ.
 
-        The covariance is the maximum-likelihood one (aₖ = 1/n, not 1/(n−1)). It is never
-        formed: the factor is the weighted centred samples themselves where n < d, and their
-        triangular QR factor otherwise.
+        The covariance is the maximum-likelihood estimate (aₖ = 1/n, not 1/(n−1)). The d×d matrix
+        is not formed: the factor consists of the weighted centred samples where n < d, and is
+        their triangular QR factor otherwise.
 
-        **Arguments:** `samples` (…, n, d); `weights` a (…, n) on the simplex, uniform if None.
+        **Arguments:**
 
-        **Raises:** as `Gaussian`; `ValueError` for weights that are negative or do not sum
-        to one.
+        - `samples`: x, (…, n, d).
+        - `weights`: a, (…, n) on the simplex; uniform if None.
+
+        **Raises:** as `Gaussian`; `ValueError` for weights that are negative or do not sum to
+        one.
         """
         samples = checks.float_array("samples", samples, ragged=RAGGED)
         if samples.ndim < 2 or 0 in samples.shape[-2:]:
@@ -131,32 +140,38 @@ class Gaussian(Measure):
     def from_ragged_samples(
         cls, samples: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None = None
     ) -> "Gaussian":
-        """A batch (N,) of Gaussians, each with the mean and covariance of its own number of
-        samples, as `from_samples`; that of one sample is 0.
+        """`from_samples` for N sets of different numbers of samples. The covariance of a single
+        sample is 0.
 
-        **Arguments:** `samples`, a list of N arrays (nᵢ, d), nᵢ ≥ 1, which may be less than d;
-        `weights`, a list of N arrays (nᵢ,) on the simplex, uniform if None.
+        **Arguments:**
 
-        **Returns:** (N,), factors with min(d, max nᵢ) columns.
+        - `samples`: a list of N arrays (nᵢ, d), nᵢ ≥ 1; nᵢ < d is allowed.
+        - `weights`: a list of N arrays (nᵢ,) on the simplex; uniform if None.
 
-        **Raises:** as `from_samples`, naming the Gaussian; `ValueError` for empty or unequal lists
-        and for samples of different dimension.
+        **Returns:** a `Gaussian` of batch shape (N,) whose factors have min(d, max nᵢ) columns.
+
+        **Raises:** as `from_samples`, with the number of the Gaussian in the message; `ValueError`
+        for an empty list, for lists of different lengths and for samples of different dimension.
         """
-        given = check_ragged("samples", "Gaussian", samples, weights)
-        # Those of like number together: what is filled up is at most as much as is there.
-        alike: dict[int, dict[int, tuple[Any, ...]]] = {}
-        for i, pair in given.items():
-            alike.setdefault((len(pair[0]) - 1).bit_length(), {})[i] = pair
-        found = [build(cls.from_samples, "Gaussian", pairs) for pairs in alike.values()]
-        order = np.argsort([i for pairs in alike.values() for i in pairs])
-        gathered: Gaussian = functools.reduce(join, found)[order]
-        return gathered
+        rows = check_ragged("samples", "Gaussian", samples, weights)
+        # Only sets whose sizes differ by less than a factor of two are padded together, so that
+        # padding at most doubles the work.
+        groups: dict[int, dict[int, tuple[Any, ...]]] = {}
+        for i, pair in rows.items():
+            groups.setdefault((len(pair[0]) - 1).bit_length(), {})[i] = pair
+        batches = [build(cls.from_samples, "Gaussian", pairs) for pairs in groups.values()]
+        order = np.argsort([i for pairs in groups.values() for i in pairs])
+        result: Gaussian = functools.reduce(join, batches)[order]
+        return result
 
 
 class DiagonalGaussian(Measure):
-    """The Gaussian N(m, diag(σ²)) of independent coordinates; nothing d×d is ever formed.
+    """The Gaussian N(m, diag(σ²)), stored and computed with as vectors m and σ.
 
-    **Arguments:** `mean` m (…, d); `scale` σ (…, d), the standard deviations, ≥ 0.
+    **Arguments:**
+
+    - `mean`: m, (…, d).
+    - `scale`: σ, (…, d), the standard deviations, ≥ 0.
 
     **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for
     shapes that differ and, where values are concrete, for NaN, infinity or a negative scale.
@@ -173,7 +188,7 @@ class DiagonalGaussian(Measure):
         self.mean, self.scale = mean, scale
 
     def constrained(self, free: "DiagonalGaussian") -> "DiagonalGaussian":
-        """Standard deviations of either sign are free."""
+        """The measure with scales |`free.scale`|, so that scales of either sign are allowed."""
         return with_leaves(self, free.mean, jnp.abs(free.scale))
 
     def describe(self) -> str:
@@ -186,13 +201,21 @@ class DiagonalGaussian(Measure):
 
     @property
     def covariance(self) -> Float[Array, "*batch d d"]:
-        """diag(σ²), formed on request only."""
+        """diag(σ²), computed at each access."""
         result: Array = jnp.vectorize(jnp.diag, signature="(d)->(d,d)")(self.variance)
         return result
 
     @classmethod
     def from_variance(cls, mean: ArrayLike, variance: ArrayLike) -> "DiagonalGaussian":
-        """N(m, diag(v)) for variances v ≥ 0 of shape (…, d)."""
+        """The Gaussian N(m, diag(v)).
+
+        **Arguments:**
+
+        - `mean`: m, (…, d).
+        - `variance`: v, (…, d), ≥ 0.
+
+        **Raises:** as `DiagonalGaussian`.
+        """
         variance = checks.float_array("variance", variance)
         checks.finite("variance", variance)
         checks.nonnegative("variance", variance)
@@ -200,6 +223,8 @@ class DiagonalGaussian(Measure):
 
 
 def _mean_and(name: str, mean: ArrayLike, other: ArrayLike) -> tuple[Array, Array]:
+    """The mean and another array as finite arrays of one floating dtype; their shapes are compared
+    by the caller."""
     mean = checks.float_array("mean", mean, ragged=RAGGED_FACTORS)
     other = checks.float_array(name, other, ragged=RAGGED_FACTORS)
     checks.same_dtype(**{"mean": mean, name: other})

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians."""
+"""Mixtures of Gaussians: representation, moments, densities, samples, and the fit by EM."""
 
 import math
 from collections.abc import Mapping
@@ -21,22 +21,27 @@ from jdam._measures.gaussian import Gaussian
 from jdam._measures.moments import factor_of, weighted_mean
 from jdam._measures.simplex import free_weights, simplex_weights, weights_of
 
-#: How many samples times components times dimensions to fit at once.
+#: Bound on n·K·d, summed over the mixtures of a batch that are fitted at the same time.
 NUMBERS = 2**20
 
-#: What to do with a list of arrays of different shapes.
+#: Advice in error messages about lists of arrays of different shapes.
 RAGGED = "make a mixture of each, for jdam.stack; or fill them up, with weights of 0"
 
 
 class GaussianMixture(Measure):
     """The mixture Σₖ pₖ N(mₖ, Lₖ Lₖᵀ) of K Gaussians, its components.
 
-    Components are in no order; those of weight 0 are padding: they change nothing, and stay at
-    weight 0. Factors may have any number r ≥ 1 of columns, and be 0: point masses.
+    The order of the components has no meaning. Components of weight 0 are padding: they do not
+    change the measure, and their weight stays 0. Factors may have any number r ≥ 1 of columns; a
+    factor of zeros is a point mass.
 
-    **Arguments:** `weights` p (…, K) on the simplex, ≥ 0 and of sum 1 for each mixture; `mean` m
-    (…, K, d) and `factor` L (…, K, d, r) of the components, which are the attributes `weights`,
-    `means` and `factors`. The attributes `mean` and `covariance` are the moments of the mixture.
+    **Arguments:**
+
+    - `weights`: p, (…, K) on the simplex (≥ 0, with sum 1 for each mixture).
+    - `mean`: the means m of the components, (…, K, d); the attribute is `means`.
+    - `factor`: the factors L of the components, (…, K, d, r); the attribute is `factors`.
+
+    The attributes `mean` and `covariance` are the moments of the mixture.
 
     **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for shapes
     that do not fit and, where values are concrete, for NaN, infinity, negative weights and
@@ -73,7 +78,7 @@ class GaussianMixture(Measure):
 
     @property
     def components(self) -> Gaussian:
-        """The components, (…, K)."""
+        """The components as a `Gaussian` of batch shape (…, K)."""
         return Gaussian(self.means, self.factors)
 
     @property
@@ -84,12 +89,12 @@ class GaussianMixture(Measure):
     @property
     def covariance(self) -> Float[Array, "*batch d d"]:
         """Σ pₖ(LₖLₖᵀ + (mₖ − m)(mₖ − m)ᵀ)."""
-        return _wide(self).covariance
+        return _wide_moments(self).covariance
 
     @property
     def moments(self) -> Gaussian:
-        """The Gaussian of the same mean and covariance, its factor d×d at most."""
-        wide = _wide(self)
+        """The Gaussian of the same mean and covariance, with a factor of at most d columns."""
+        wide = _wide_moments(self)
         if wide.rank <= wide.dim:
             return wide
         rows = wide.factor.mT
@@ -97,38 +102,44 @@ class GaussianMixture(Measure):
         return with_leaves(wide, wide.mean, factor_of(rows, ones))
 
     def unconstrained(self) -> "GaussianMixture":
-        """Logarithms for weights, with 0 for those of padding."""
+        """The mixture with log pₖ for the weights, and 0 for the weights of padding."""
         return with_leaves(self, free_weights(self.weights), self.means, self.factors)
 
     def constrained(self, free: "GaussianMixture") -> "GaussianMixture":
-        """The mixture of these logarithms of weights, with the padding of this one."""
+        """The mixture with weights softmax(`free.weights`) and the padding of this mixture."""
         weights = weights_of(free.weights, self.weights)
         return with_leaves(self, weights, free.means, free.factors)
 
     def gauge(self, tangent: "GaussianMixture") -> "GaussianMixture":
-        """Rotations of each factor, and all of components of weight 0."""
-        still = super().gauge(tangent)
-        turned = jax.vmap(rotation_part)(self.factors, tangent.factors)
+        """The projection of `tangent` on rotations of each factor, and on all changes of components
+        of weight 0."""
+        zero = super().gauge(tangent)
+        rotations = jax.vmap(rotation_part)(self.factors, tangent.factors)
         off = (self.weights == 0)[:, None]
         means = jnp.where(off, tangent.means, 0)
-        factors = jnp.where(off[..., None], tangent.factors, turned)
-        return with_leaves(still, still.weights, means, factors)
+        factors = jnp.where(off[..., None], tangent.factors, rotations)
+        return with_leaves(zero, zero.weights, means, factors)
 
     def describe(self) -> str:
         sizes = f"dim={self.dim}, num_components={self.num_components}, rank={self.rank}"
         return f"GaussianMixture({sizes})"
 
     def sample(self, key: Array, num: int) -> Float[Array, "*batch num d"]:
-        """So many independent samples of each mixture."""
+        """Draw `num` independent samples of each mixture with the random `key`."""
         num = checks.positive_int("num", num)
         return _sample(self, key, num=num)
 
     def log_density(self, x: ArrayLike) -> Float[Array, " *points"]:
-        """log Σₖ pₖ N(x; mₖ, LₖLₖᵀ) of a single mixture at points x (…, d), in nats.
+        """The log-density log Σₖ pₖ N(x; mₖ, LₖLₖᵀ) of a single mixture, in nats.
 
-        Not finite where a component of weight > 0 is singular, and so has no density.
+        It is not finite if a component of weight > 0 has a singular covariance, and therefore no
+        density.
 
-        **Raises:** `ValueError` for a batch of mixtures (use `jax.vmap`) and points of another
+        **Arguments:**
+
+        - `x`: points, (…, d).
+
+        **Raises:** `ValueError` for a batch of mixtures (use `jax.vmap`) and for points of another
         dimension.
         """
         x = checks.float_array("x", x)
@@ -148,17 +159,21 @@ class GaussianMixture(Measure):
         key: Array,
         weights: ArrayLike | None = None,
     ) -> "GaussianMixture":
-        """The mixture that the samples are likeliest of, as far as EM finds it.
+        """The maximum likelihood mixture of the samples, by expectation–maximisation (EM).
 
-        From the likeliest of four starts by k-means++, to the rest of the mean log-likelihood.
-        Variances are at least 10⁻⁶ of the samples' mean variance, so that components of few or
-        of coincident samples are no point masses of infinite density. All in float32 at least.
+        EM runs from four k-means++ starts, each until its mean log-likelihood stops rising, and
+        the result of largest likelihood is returned: a local maximum. Variances are at least 10⁻⁶
+        times the mean variance of the samples, so that components of few or of coincident samples
+        are not point masses of infinite density. The dtype of the computation is at least float32.
 
-        **Arguments:** `samples` (…, n, d), each batch entry a mixture of its own; `num_components`
-        K ≤ n; `key`, a `jax.random` key; `weights` a (…, n) on the simplex, uniform if None, of
-        which 0 is padding.
+        **Arguments:**
 
-        **Returns:** batch shape (…), factors d×d and lower triangular.
+        - `samples`: x, (…, n, d); one mixture is fitted for each batch entry.
+        - `num_components`: K ≤ n.
+        - `key`: a `jax.random` key.
+        - `weights`: a, (…, n) on the simplex, where 0 is padding; uniform if None.
+
+        **Returns:** a mixture of batch shape (…) with lower triangular factors, d×d.
 
         **Raises:** as `Gaussian.from_samples`; `ValueError` for more components than samples.
         """
@@ -178,8 +193,8 @@ class GaussianMixture(Measure):
         return cls(*_fit(samples, weights, key, num_components=num))
 
 
-def _wide(mixture: GaussianMixture) -> Gaussian:
-    """The moments, with a factor of a column for each column and each component."""
+def _wide_moments(mixture: GaussianMixture) -> Gaussian:
+    """The moments, with a factor of K(r + 1) columns: √pₖLₖ and √pₖ(mₖ − m) of each component."""
     mean, root = mixture.mean, jnp.sqrt(mixture.weights)
     gaps = (mixture.means - mean[..., None, :])[..., None]
     columns = root[..., None, None] * jnp.concatenate([mixture.factors, gaps], axis=-1)
@@ -195,18 +210,19 @@ def _fit(
     *,
     num_components: int,
 ) -> tuple[Array, Array, Array]:
-    """Weights, means and factors, some mixtures at a time."""
+    """The weights, means and factors of one fit for each batch entry, in batches of bounded
+    memory."""
     *batch, num, dim = samples.shape
     keys = jax.random.split(key, math.prod(batch))
     flat = samples.reshape(-1, num, dim), weights.reshape(-1, num), keys
 
-    def one(item: tuple[Array, Array, Array]) -> Components:
+    def fit_one(item: tuple[Array, Array, Array]) -> Components:
         return fit_mixture(*item, num_components=num_components)
 
     at_once = max(1, NUMBERS // (num * num_components * dim))
-    found = map_in_batches(one, at_once, flat)
-    weights = jax.nn.softmax(found.log_weights)
-    leaves = weights, found.means, found.factors
+    components = map_in_batches(fit_one, at_once, flat)
+    weights = jax.nn.softmax(components.log_weights)
+    leaves = weights, components.means, components.factors
     weights, means, factors = (leaf.reshape(*batch, *leaf.shape[1:]) for leaf in leaves)
     return weights, means, factors
 
@@ -220,17 +236,17 @@ def _log_density(mixture: GaussianMixture, x: Float[Array, "*points d"]) -> Floa
     points = x.reshape(-1, mixture.dim)
     joint = log_densities(points, components) + logs[None]
     joint = jnp.where(mixture.weights[None] > 0, joint, -jnp.inf)
-    found: Array = jax.nn.logsumexp(joint, axis=1)
-    return found.reshape(x.shape[:-1])
+    log_density: Array = jax.nn.logsumexp(joint, axis=1)
+    return log_density.reshape(x.shape[:-1])
 
 
 @compiled(static=("num",))
 def _sample(mixture: GaussianMixture, key: Array, *, num: int) -> Float[Array, "*batch num d"]:
-    which, normal = jax.random.split(key)
+    index_key, normal_key = jax.random.split(key)
     batch = mixture.batch_shape
     logits = safe_log(mixture.weights)[..., None, :]
-    drawn = jax.random.categorical(which, logits, shape=(*batch, num))
-    noise = jax.random.normal(normal, (*batch, num, mixture.rank), mixture.dtype)
-    means = jnp.take_along_axis(mixture.means, drawn[..., None], axis=-2)
-    factors = jnp.take_along_axis(mixture.factors, drawn[..., None, None], axis=-3)
+    indices = jax.random.categorical(index_key, logits, shape=(*batch, num))
+    noise = jax.random.normal(normal_key, (*batch, num, mixture.rank), mixture.dtype)
+    means = jnp.take_along_axis(mixture.means, indices[..., None], axis=-2)
+    factors = jnp.take_along_axis(mixture.factors, indices[..., None, None], axis=-3)
     return means + jnp.matvec(factors, noise)

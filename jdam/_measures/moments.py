@@ -1,5 +1,8 @@
-"""Means, and factors of covariances, of samples: with the digits that samples far from zero leave,
-and with derivatives where covariances are singular and weights vanish."""
+"""Means and covariance factors of weighted samples.
+
+They are accurate for samples far from zero, and have derivatives where covariances are singular and
+weights vanish, where plain formulas of `jax.numpy` lose digits or return NaN.
+"""
 
 from typing import Any
 
@@ -18,7 +21,7 @@ from jdam._core.linalg import long_sum, psd_root
 def weighted_mean(
     points: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]
 ) -> Float[Array, "*batch d"]:
-    """Σ aₖxₖ."""
+    """The weighted mean Σ aₖxₖ."""
     return _mean(points, weights)
 
 
@@ -30,21 +33,22 @@ def _mean(points: Array, weights: Array) -> Array:
 def moments(
     samples: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]
 ) -> tuple[Float[Array, "*batch d"], Float[Array, "*batch d r"]]:
-    """The weighted mean, and a factor of the weighted covariance: the weighted centred samples
-    where n < d, their triangular QR factor otherwise."""
-    # About a sample, then about the mean so found: each time less is left to round.
+    """The weighted mean and a factor of the weighted covariance. The factor consists of the
+    weighted centred samples where n < d, and is their triangular QR factor otherwise."""
+    # Samples are shifted by one of them and then by their mean, since small numbers are rounded
+    # less.
     heaviest = weights.argmax(-1)[..., None, None]
     centre = jax.lax.stop_gradient(jnp.take_along_axis(samples, heaviest, axis=-2))
     shift = jax.lax.stop_gradient(_mean(samples - centre, weights)[..., None, :])
-    rest = (samples - centre) - shift
-    offset = _mean(rest, weights)[..., None, :]
+    shifted = (samples - centre) - shift
+    offset = _mean(shifted, weights)[..., None, :]
     mean = centre + (shift + offset)
-    return mean[..., 0, :], factor_of(rest - offset, weights)
+    return mean[..., 0, :], factor_of(shifted - offset, weights)
 
 
 @jax.custom_jvp
 def factor_of(centred: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]) -> Array:
-    """A factor L of Σ aₖcₖcₖᵀ."""
+    """A factor L of Σ aₖcₖcₖᵀ, (d, n) where n < d and triangular (d, d) otherwise."""
     scaled = jnp.sqrt(weights)[..., None] * centred
     return (scaled if centred.shape[-2] < centred.shape[-1] else triangle(scaled)).mT
 
@@ -52,8 +56,9 @@ def factor_of(centred: Float[Array, "*batch n d"], weights: Float[Array, "*batch
 @factor_of.defjvp
 @full_precision
 def _factor_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-    # Of A = diag(√a) C = Q Lᵀ the derivative dL = dAᵀQ has dL Lᵀ + L dLᵀ = d(AᵀA) for a fixed Q,
-    # even where A has no full rank; and with Q = diag(√a) C L⁻ᵀ no root of a weight is divided by.
+    # With A = diag(√a) C = Q Lᵀ, dL = dAᵀQ satisfies dL Lᵀ + L dLᵀ = d(AᵀA), also where A is rank
+    # deficient. It differs from the derivative of the triangular factor by a rotation. The term in
+    # da uses Q = diag(√a) C L⁻ᵀ, so that it needs no division by √a.
     (centred, weights), (dcentred, dweights) = primals, tangents
     factor = factor_of(centred, weights)
     root = jnp.sqrt(weights)
@@ -71,7 +76,8 @@ def _factor_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple
 
 @jax.custom_jvp
 def _basis(rows: Float[Array, "*batch n d"], factor: Float[Array, "*batch d d"]) -> Array:
-    """Q with orthonormal columns and A = Q Lᵀ."""
+    """The matrix Q with orthonormal columns and A = Q Lᵀ. It is a function of its own because its
+    derivative, for second derivatives of `factor_of`, is dQ = (dA − Q dLᵀ) L⁻ᵀ."""
     result: Array = qr(rows)[0]
     return result
 
@@ -85,11 +91,11 @@ def _basis_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Arr
 
 
 def _pseudo_inverse(factor: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
-    """L⁺, which counts as constant."""
+    """The pseudo-inverse L⁺, without derivative."""
     left, values, right = svd(jax.lax.stop_gradient(factor))
-    least = max(factor.shape) * float(jnp.finfo(factor.dtype).eps) * values[..., :1]
-    kept = values > least
-    inverse = jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)
+    threshold = max(factor.shape) * float(jnp.finfo(factor.dtype).eps) * values[..., :1]
+    nonzero = values > threshold
+    inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, values, 1), 0)
     result: Array = right.mT @ (inverse[..., None] * left.mT)
     return result
 
@@ -98,9 +104,15 @@ def _pseudo_inverse(factor: Float[Array, "*batch d d"]) -> Float[Array, "*batch 
 def covariance_root(
     covariance: Float[Array, "*batch d d"],
 ) -> tuple[Float[Array, " *batch"], Float[Array, " *batch"], Float[Array, "*batch d d"]]:
-    """|Σ − Σᵀ| and the size of Σ's negative part, in units of the rounding allowed, and Σ^½; NaN
-    where either exceeds one. In units in which the largest entry is 1: squares of entries may be
-    out of range."""
+    """The asymmetry, the negativity and the symmetric root of a covariance.
+
+    **Returns:**
+
+    - the asymmetry |Σ − Σᵀ|_F, in units of the rounding allowed, 10·max(d, 10)·eps·|Σ|_F.
+    - the negativity |S² − Σ|_F, where S is the root of the positive part of Σ, in the same units.
+    - the root Σ^½, NaN where one of these exceeds 1.
+    """
+    # Σ is scaled to a largest entry of 1, since squares of its entries may overflow or underflow.
     size = jnp.abs(jax.lax.stop_gradient(covariance)).max((-1, -2), keepdims=True)
     size = jnp.where((size > 0) & (size < jnp.inf), size, 1)
     scaled = covariance / size

@@ -1,4 +1,5 @@
-"""Weights of points: distributions, and how exactly they can be."""
+"""Weights of atoms, components and samples: checks that they are on the simplex, and their
+unconstrained coordinates."""
 
 import math
 
@@ -14,7 +15,16 @@ from jdam._core.linalg import long_sum, safe_log
 
 
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
-    """`weights` checked to be one distribution over the points (…, n, d) of each measure."""
+    """`weights` as an array (…, n), checked to be ≥ 0 and to sum to one for each measure.
+
+    **Arguments:**
+
+    - `weights`: (…, n).
+    - `points`: one keyword argument, the array (…, n, d) of the points under its name in messages.
+
+    **Raises:** `TypeError` for another dtype than that of the points; `ValueError` for another
+    shape and, where values are concrete, for weights that are not on the simplex.
+    """
     ((name, array),) = points.items()
     weights = checks.float_array("weights", weights)
     checks.same_dtype(**{name: array, "weights": weights})
@@ -26,7 +36,7 @@ def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
     checks.finite("weights", weights)
     checks.nonnegative("weights", weights)
     if checks.is_concrete(weights):
-        error, allowed = _off_one(weights)
+        error, allowed = _sum_errors(weights)
         if not error <= allowed:
             raise ValueError(
                 f"weights must sum to one for each measure; got sums off by up to {error:.1e}: "
@@ -36,26 +46,28 @@ def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
 
 
 def free_weights(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-    """Coordinates without constraints: logarithms, 0 for padding."""
+    """Unconstrained coordinates of weights: log a, and 0 for padding (a = 0)."""
     return jnp.where(weights > 0, safe_log(weights), 0)
 
 
 def weights_of(
     free: Float[Array, "*batch n"], like: Float[Array, "*batch n"]
 ) -> Float[Array, "*batch n"]:
-    """The weights at free coordinates, with the padding of others."""
+    """The weights softmax(`free`), with weight 0 wherever the weights `like` are 0."""
     result: Array = jax.nn.softmax(free, where=like > 0)
     return result
 
 
-def _off_one(weights: Array) -> tuple[float, float]:
-    """How far sums of weights are from 1, and how far rounding can take those of good weights:
-    that of each weight, and that of the sum they were divided by, which is pairwise in their own
-    dtype or in order in one of at least 32 bits."""
-    own, size = jnp.finfo(weights.dtype), max(weights.shape[-1], 1)
-    inside = jnp.finfo(working_dtype(weights.dtype))
+def _sum_errors(weights: Array) -> tuple[float, float]:
+    """The largest |Σ a − 1|, and the error that rounding explains.
+
+    The latter is the rounding of each weight, and that of the sum by which the weights were
+    normalised: a pairwise sum in their dtype, or a running sum in at least float32.
+    """
+    stored, size = jnp.finfo(weights.dtype), max(weights.shape[-1], 1)
+    working = jnp.finfo(working_dtype(weights.dtype))
     with jax.ensure_compile_time_eval():
-        sums = long_sum(weights.astype(inside.dtype))
+        sums = long_sum(weights.astype(working.dtype))
         error = float(jnp.abs(sums - 1).max(initial=0))
-    allowed = float(own.eps) * (2 + math.log2(size)) + float(inside.eps) * 2 * math.sqrt(size)
-    return error, allowed + size * float(own.smallest_subnormal)
+    allowed = float(stored.eps) * (2 + math.log2(size)) + float(working.eps) * 2 * math.sqrt(size)
+    return error, allowed + size * float(stored.smallest_subnormal)

@@ -1,4 +1,8 @@
-"""Gaussians under the 2-Wasserstein distance: the Bures–Wasserstein space."""
+"""The geometry `Bures`: Gaussians with the 2-Wasserstein distance (Bures–Wasserstein space).
+
+`Bures` selects between two sets of formulas, the classes `Full` and `Diagonal`; `Full` is also the
+geometry of the components of `MixtureWasserstein`.
+"""
 
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,8 +38,8 @@ from jdam.geometry.protocol import (
 
 
 class Gaussians(Geometry):
-    """What geometries of Gaussians share: patterns are all `Gaussian` or all `DiagonalGaussian`,
-    queries of the same type."""
+    """The base class of geometries of Gaussians: patterns are all `Gaussian` or all
+    `DiagonalGaussian`, and queries have the type of the patterns."""
 
     max_backtracks: ClassVar[int] = 0
 
@@ -50,8 +54,8 @@ class Gaussians(Geometry):
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         if isinstance(query, Gaussian):
-            # Polar factors R of MᵀL are of matrices with no more rows than columns: with fewer
-            # columns of L than of M, R Rᵀ would be a projection, not I.
+            # The polar factor R of MᵀL satisfies R Rᵀ = I only if L has at least as many columns as
+            # M; otherwise R Rᵀ is a projection.
             query = query.pad(patterns.rank)
         return query
 
@@ -59,18 +63,20 @@ class Gaussians(Geometry):
 class Bures(Gaussians):
     """D = W₂², the squared 2-Wasserstein distance with cost |x−y|², on Gaussians.
 
-    W₂²(N(m,LLᵀ), N(μ,MMᵀ)) = |m − μ|² + min over R with RRᵀ = I of |L − MR|_F², attained by
-    the polar factor R of MᵀL. The pull of a pattern is (μ, MR): the pattern, its factor
-    aligned with the query's. Averaging pulls is the Gibbs average of optimal transport maps
-    (arXiv:2509.23162), (Σ wᵢTᵢ)_# N(m, LLᵀ) = N(Σ wᵢμᵢ, L⁺L⁺ᵀ) with L⁺ = Σ wᵢMᵢRᵢ, without
-    an inverse or a matrix root, and for singular covariances too.
+    W₂²(N(m,LLᵀ), N(μ,MMᵀ)) = |m − μ|² + min |L − MR|_F² over all R with RRᵀ = I. The minimiser is
+    the polar factor R of MᵀL. The pull of a pattern is (μ, MR), the pattern with its factor
+    aligned with the factor of the query. The Gibbs average of the pulls gives the Gibbs average of
+    the optimal transport maps (arXiv:2509.23162): (Σ wᵢTᵢ)_# N(m, LLᵀ) = N(Σ wᵢμᵢ, L⁺L⁺ᵀ) with
+    L⁺ = Σ wᵢMᵢRᵢ. No inverse and no matrix root are computed, and covariances may be singular.
 
-    Patterns are all `Gaussian` or all `DiagonalGaussian`, queries of the same type; on the
-    latter everything is a vector operation on (m, σ), and W₂² = |m − μ|² + |σ − s|².
+    Patterns are all `Gaussian` or all `DiagonalGaussian`, and queries have the type of the
+    patterns. For `DiagonalGaussian`, W₂² = |m − μ|² + |σ − s|², and all operations are those of
+    vectors (m, σ).
 
-    Where the query's covariance is singular on directions that a pattern fills, several
-    optimal plans exist and no map. Distances are unique all the same; the step follows one of
-    the plans, which depends on the patterns' factors, and ends at a pattern where β is large.
+    If the covariance of a pattern does not vanish on the null space of the covariance of the query,
+    there are several optimal plans and no optimal map. The distance is unique nevertheless. The
+    step follows one of the plans, which depends on the factors of the patterns; for large β it ends
+    at a pattern.
     """
 
     cost_scale: ClassVar[float | None] = 1.0
@@ -105,21 +111,22 @@ class Bures(Gaussians):
         return vector_batch_sizes() if diagonal else super().batch_sizes(patterns)
 
 
-def _kernel(of: Any) -> "type[Full | Diagonal]":
-    return Diagonal if isinstance(of, DiagonalGaussian | DiagonalView) else Full
+def _kernel(measure_or_view: Any) -> "type[Full | Diagonal]":
+    """The formulas for a query, a view or patterns."""
+    return Diagonal if isinstance(measure_or_view, DiagonalGaussian | DiagonalView) else Full
 
 
 # ------------------------------------------------------------------ diagonal covariances
 
 
 class DiagonalView(NamedTuple):
-    """A diagonal Gaussian as the vector (m, σ), as which it takes part in everything."""
+    """A diagonal Gaussian as the vector (m, σ), whose Euclidean distances are W₂."""
 
     vector: Float[Array, " two_d"]
 
 
 class Diagonal:
-    """W₂² = |m − μ|² + |σ − s|²."""
+    """The formulas for diagonal covariances: W₂² = |m − μ|² + |σ − s|²."""
 
     @staticmethod
     def view(query: DiagonalGaussian) -> DiagonalView:
@@ -152,7 +159,8 @@ class Diagonal:
 
 
 def upright(mean: Float[Array, " d"], scale: Float[Array, " d"]) -> DiagonalGaussian:
-    """The Gaussian with scales of either sign: a map that overshoots (τ > 1) may turn an axis."""
+    """The Gaussian with standard deviations |scale|. For τ > 1 a step may make scales negative,
+    which is a reflection of the axis."""
     return DiagonalGaussian(mean, jnp.where(scale < 0, -scale, scale))
 
 
@@ -164,21 +172,22 @@ def _stacked(measure: DiagonalGaussian) -> Float[Array, "*batch two_d"]:
 
 
 class View(NamedTuple):
-    """A Gaussian query with its factor turned to its principal axes, L V, and Vᵀ."""
+    """A Gaussian query with the factor L V, whose columns are along its principal axes, and Vᵀ."""
 
     query: Gaussian
     axes: Float[Array, "r r"]
 
 
 class Prepared(NamedTuple):
-    """Standard deviations of patterns along coordinate and, in falling order, principal axes."""
+    """The standard deviations of patterns: `spread` along the coordinate axes, and `spectrum` along
+    the principal axes, in descending order."""
 
     spread: Float[Array, "N d"]
     spectrum: Float[Array, "N k"]
 
 
 class Full:
-    """W₂² = |m − μ|² + |L − MR|², R the polar factor of MᵀL."""
+    """The formulas for full covariances: W₂² = |m − μ|² + |L − MR|², R the polar factor of MᵀL."""
 
     @staticmethod
     def view(query: Gaussian) -> View:
@@ -197,7 +206,7 @@ class Full:
     @staticmethod
     def prepare(patterns: Gaussian) -> Prepared:
         factor = jax.lax.stop_gradient(patterns.factor)
-        # In batches: decompositions copy what they are given.
+        # Batches bound the memory, since decompositions copy their argument.
         return Prepared(
             spread=jnp.linalg.norm(factor, axis=-1),
             spectrum=map_in_batches(singular_values, 1024, factor),
@@ -219,13 +228,12 @@ class Full:
 
 
 def _by_spreads(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """|m − μ|² plus the larger of two sums of squared differences of standard deviations:
+    """The lower bound on W₂² by standard deviations: |m − μ|² plus the larger of two sums,
 
-    along the coordinate axes, Σₖ (√Ωₖₖ − √Σₖₖ)², since for any plan and any orthonormal
-    basis E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ;
-
-    of the sorted spectra, Σₖ (σₖ(L) − σₖ(M))², since W₂² = |m−μ|² + |L|² + |M|² − 2|MᵀL|_*
-    and the nuclear norm |MᵀL|_* ≤ Σₖ σₖ(M) σₖ(L) (von Neumann).
+    - Σₖ (√Ωₖₖ − √Σₖₖ)² along the coordinate axes. For any plan and any orthonormal basis
+      E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ.
+    - Σₖ (σₖ(L) − σₖ(M))² of the sorted spectra. W₂² = |m−μ|² + |L|² + |M|² − 2|MᵀL|_*, and the
+      nuclear norm is |MᵀL|_* ≤ Σₖ σₖ(M) σₖ(L) (von Neumann).
     """
     query, prepared = view.query, patterns.prepared
     spread = jnp.linalg.norm(query.factor, axis=-1)
@@ -237,18 +245,18 @@ def _by_spreads(view: View, patterns: Patterns) -> Float[Array, " B"]:
 
 
 def _by_principal_axes(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """|m − μ|² plus the sum over the principal axes uₖ of the query, L = U S Vᵀ, of squared
-    differences of standard deviations:
+    """The lower bound on W₂² by the marginals along the principal axes uₖ of the query,
+    L = U S Vᵀ: |m − μ|² plus
 
-        Σₖ (sₖ − |Mᵀuₖ|)² + |M|² − Σₖ |Mᵀuₖ|²,
+        Σₖ (sₖ − |Mᵀuₖ|)² + |M|² − Σₖ |Mᵀuₖ|².
 
-    the bound by marginals in that basis, its last terms those along axes on which L vanishes.
-    It is exact where the covariances commute.
+    The last two terms are the variance of the pattern along axes on which L vanishes. The bound is
+    exact where the covariances commute.
     """
     query, measures = view.query, patterns.measures
     sizes, along = deviations_along_axes(query, measures)
-    whole = squared_norm(measures.factor)
-    rest = whole * (1 - rounding(measures.factor[0].size, whole.dtype))
+    total = squared_norm(measures.factor)
+    rest = total * (1 - rounding(measures.factor[0].size, total.dtype))
     rest = jnp.maximum(rest - jnp.vecdot(along, along), 0)
     return _shifts(query.mean, measures.mean) + _gaps(sizes, along) + rest
 
@@ -256,25 +264,27 @@ def _by_principal_axes(view: View, patterns: Patterns) -> Float[Array, " B"]:
 def deviations_along_axes(
     query: Gaussian, measures: Gaussian
 ) -> tuple[Float[Array, " r"], Float[Array, "B r"]]:
-    """Of a query in its principal axes uₖ, L = U S Vᵀ, and of others along these: sₖ and |Mᵀuₖ|."""
+    """The standard deviations along the principal axes uₖ of the query, L = U S Vᵀ: sₖ of the query
+    and |Mᵀuₖ| of `measures`. The factor of the query has to be L V."""
     sizes = jnp.linalg.norm(query.factor, axis=-2)
     axes = query.factor / jnp.where(sizes > 0, sizes, 1)[None]
     return sizes, jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2)
 
 
 def _by_nuclear_norm(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """|m − μ|² + |L|² + |M|² − tr H − tr(H⁻¹KᵀK), K = MᵀL V, for an H ≻ 0 near (KᵀK)^½, since
-    2|K|_* is the least value of tr H + tr(H⁻¹KᵀK) over all H ≻ 0."""
+    """The lower bound |m − μ|² + |L|² + |M|² − tr H − tr(H⁻¹KᵀK) on W₂², K = MᵀL V, for an H ≻ 0
+    near (KᵀK)^½. It holds because 2|K|_* is the minimum of tr H + tr(H⁻¹KᵀK) over all H ≻ 0."""
     query, measures = view.query, patterns.measures
     return _shifts(query.mean, measures.mean) + _gap_from_below(query, measures)
 
 
 def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[Array, "r r"]]:
-    """L V = U S, of the singular value decomposition L = U S Vᵀ, and Vᵀ.
+    """The factor L V = U S along principal axes, and Vᵀ, of the singular value decomposition
+    L = U S Vᵀ.
 
-    The columns of U S, and so those of MᵀU S, are each rounded relative to their own size,
-    which in float32 gains two digits of W₂² where covariances are ill-conditioned. All that
-    follows is equivariant under L → L V, so V needs no derivative.
+    Each column of U S, and of MᵀU S, is rounded relative to its own norm. In float32 this gains two
+    digits of W₂² for ill-conditioned covariances. V has no derivative: all results are equivariant
+    under L → L V, so that it would cancel.
     """
     dim, rank = factor.shape
     value = jax.lax.stop_gradient(factor)
@@ -290,8 +300,8 @@ def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[A
 def _aligned_gap(
     factor: Float[Array, "d r"], factors: Float[Array, "B d s"], rotations: Float[Array, "B s r"]
 ) -> Float[Array, " B"]:
-    """|L − LᵢRᵢ|_F², where Rᵢ minimises it, so that by the envelope theorem its derivative is
-    that with Rᵢ held fixed."""
+    """|L − LᵢRᵢ|_F² for the minimisers Rᵢ. By the envelope theorem its derivative is the one for
+    constant Rᵢ."""
     return squared_norm(factor[None] - factors @ rotations)
 
 
@@ -306,32 +316,33 @@ def _aligned_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tup
 
 
 def _gap_from_below(query: Gaussian, patterns: Gaussian) -> Float[Array, " B"]:
-    """|L|² + |M|² − tr H − tr(H⁻¹A), less its rounding, where A = KᵀK, nᵢ² = Aᵢᵢ and
+    """|L|² + |M|² − tr H − tr(H⁻¹A) minus its rounding error, where A = KᵀK, nᵢ² = Aᵢᵢ and
 
-        Hᵢⱼ = Aᵢⱼ/(nᵢ + nⱼ) + ½nᵢδᵢⱼ,
+        Hᵢⱼ = Aᵢⱼ/(nᵢ + nⱼ) + ½nᵢδᵢⱼ
 
-    the root of A to first order in what is off its diagonal. H ≻ 0, for the Schur product of A
-    with a Cauchy matrix is ⪰ 0; scaled to a diagonal of 1 its condition is at most twice its size.
+    is the root of A to first order in the off-diagonal entries of A. H ≻ 0, because the Schur
+    product of A with a Cauchy matrix is ⪰ 0. Scaled to a unit diagonal, the condition number of H
+    is at most twice its number of rows.
     """
-    crossed = patterns.factor.mT @ query.factor[None]
-    sizes = jnp.linalg.norm(crossed, axis=-2)
-    crossed = crossed / jnp.sqrt(jnp.where(sizes > 0, sizes, 1))[:, None]
+    cross = patterns.factor.mT @ query.factor[None]
+    sizes = jnp.linalg.norm(cross, axis=-2)
+    cross = cross / jnp.sqrt(jnp.where(sizes > 0, sizes, 1))[:, None]
     sums = sizes[:, :, None] + sizes[:, None]
     half = jnp.eye(sizes.shape[-1], dtype=sizes.dtype)[None] / 2
-    scaled = crossed.mT @ crossed / jnp.where(sums > 0, sums, 1) + half
-    solved = solve_lower(cholesky(scaled), crossed.mT)
+    scaled = cross.mT @ cross / jnp.where(sums > 0, sums, 1) + half
+    solution = solve_lower(cholesky(scaled), cross.mT)
     squares = squared_norm(query.factor) + squared_norm(patterns.factor)
     squares = squares * (1 - rounding(8 * patterns.dim, squares.dtype))
-    return jnp.maximum(squares - sizes.sum(-1) - squared_norm(solved), 0)
+    return jnp.maximum(squares - sizes.sum(-1) - squared_norm(solution), 0)
 
 
 def _shifts(mean: Float[Array, " d"], means: Float[Array, "B d"]) -> Float[Array, " B"]:
-    """|m − μᵢ|², less its rounding."""
+    """|m − μᵢ|² minus its rounding error."""
     return squared_distances(mean, means) * (1 - rounding(mean.size, mean.dtype))
 
 
 def _gaps(first: Float[Array, " k"], second: Float[Array, "B k"]) -> Float[Array, " B"]:
-    """Σₖ (aₖ − bₖ)² of sizes that are sums of some k² squares, less their rounding."""
+    """Σₖ (aₖ − bₖ)² of standard deviations, minus its rounding error."""
     error = rounding(first.size, first.dtype)
     gap = jnp.abs(first[None] - second) - error * (first[None] + second)
     gap = jnp.maximum(gap, 0)

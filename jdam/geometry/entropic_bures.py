@@ -1,4 +1,7 @@
-"""Gaussians under the debiased Sinkhorn divergence, in closed form."""
+"""The geometry `EntropicBures`: Gaussians with the debiased Sinkhorn divergence, in closed form.
+
+`EntropicBures` selects between two sets of formulas, the classes `Full` and `Diagonal`.
+"""
 
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -22,38 +25,44 @@ from jdam.geometry.protocol import AnyView, Bound, Comparison, Patterns, norm
 
 
 class EntropicBures(Gaussians):
-    """D = S_ε, the debiased Sinkhorn divergence with cost ½|x−y|², on Gaussians, without
-    iterations (closed form: arXiv:2006.02572; the memory: arXiv:2603.20656).
+    """D = S_ε, the debiased Sinkhorn divergence with cost ½|x−y|², on Gaussians, in closed form
+    (arXiv:2006.02572; as a memory: arXiv:2603.20656).
 
-    With φ(s) = t − ε − ε log((t+ε)/2ε), t = √(4s²+ε²), and singular values σ of factors,
+    With φ(s) = t − ε − ε log((t+ε)/2ε), t = √(4s²+ε²), and singular values σ,
 
-        S_ε(N(m,LLᵀ), N(μ,MMᵀ)) = ½|m − μ|² + ½Σ(½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL))),
+        S_ε(N(m,LLᵀ), N(μ,MMᵀ)) = ½|m − μ|² + ½Σ(½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL))).
 
-    and a step follows barycentric maps, less that of the query to itself:
+    A step follows the barycentric maps to the patterns minus the one of the self transport of the
+    query:
 
-        m⁺ = m + τ(Σ wᵢμᵢ − m),    L⁺ = L + τ(Σ wᵢMᵢRᵢ − LR₀),
+        m⁺ = m + τ(Σ wᵢμᵢ − m),    L⁺ = L + τ(Σ wᵢMᵢRᵢ − LR₀).
 
-    R the shrunk polar factor of MᵀL, U diag(2s/(t+ε)) Vᵀ of MᵀL = U diag(s) Vᵀ, and R₀ that of
-    LᵀL. There is no inverse and no root; everything is smooth, at singular covariances too. As
-    ε → 0, D is ½W₂², and this is `Bures` with half its β; as ε → ∞, D is ½|m − μ|² and
-    covariances stay. A full step never raises the energy: E(ξ) − E(ξ⁺) ≥ τ(1 − 0.6τ)|v|², v
-    being the velocity, for the gradient LR₀ of ½Σ½φ(σ(LᵀL)) has Lipschitz constant
-    max (1 + 2/t)√((t−1)/(t+1)) < 1.2, what remains of D is concave in L, and E concave in D.
+    R is the shrunk polar factor of MᵀL, that is U diag(2s/(t+ε)) Vᵀ for MᵀL = U diag(s) Vᵀ, and R₀
+    is the shrunk polar factor of LᵀL. No inverse and no matrix root are computed, and all results
+    are smooth, also at singular covariances. As ε → 0, D tends to ½W₂², the divergence of `Bures`
+    with half its β; as ε → ∞, D tends to ½|m − μ|² and the covariance of the query does not change.
 
-    Variances λ far below ε are recalled slowly: their error falls by 1 − 2λ/ε in a step, and where
-    a pattern has none they are ε/2k after k steps. Maps are linear, so that covariances keep
-    their null space: a Dirac recalls means alone.
+    A full step never raises the energy: E(ξ) − E(ξ⁺) ≥ τ(1 − 0.6τ)|v|² for the velocity v. The
+    gradient LR₀ of ½Σ½φ(σ(LᵀL)) has the Lipschitz constant max (1 + 2/t)√((t−1)/(t+1)) < 1.2, the
+    other terms of D are concave in L, and E is concave in D.
 
-    D is computed as a sum of squares and convexity gaps, none negative, and does not cancel: at
-    1 % from a pattern its relative error is some 5e-5 in float32 and 1e-13 in float64, for all ε
-    and conditions. For that, `store` keeps r×r numbers beside each pattern of rank r.
+    Variances λ ≪ ε are recalled slowly: their error falls by the factor 1 − 2λ/ε in each step, and
+    a variance that is 0 in the pattern is ε/2k after k steps. The maps are linear, so that the
+    covariance of the query keeps its null space: for a Dirac query only the mean is recalled.
 
-    Patterns are all `Gaussian` or all `DiagonalGaussian`, queries of the same type; on the latter
-    everything is elementwise.
+    D is computed as a sum of squares and convexity gaps, which are all ≥ 0, so that there is no
+    cancellation. At a distance of 1 % from a pattern its relative error is about 5e-5 in float32
+    and 1e-13 in float64, for all ε and condition numbers. This takes r×r stored numbers for each
+    pattern of rank r.
 
-    **Arguments:** `epsilon` > 0, the regularisation, in squared units of distance; it scales with
-    the data, S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). It is traced: changing it does not recompile, and it
-    can be differentiated.
+    Patterns are all `Gaussian` or all `DiagonalGaussian`, and queries have the type of the
+    patterns. For `DiagonalGaussian` all operations are elementwise.
+
+    **Arguments:**
+
+    - `epsilon`: the regularisation ε > 0, in squared units of distance. It scales with the data,
+      S_{l²ε}(lμ, lν) = l²S_ε(μ, ν). It is a traced array, so that new values do not recompile and
+      derivatives with respect to it exist.
 
     **Raises:** `TypeError` or `ValueError` unless `epsilon` is a number > 0.
     """
@@ -89,18 +98,19 @@ class EntropicBures(Gaussians):
         shown = checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
         return f"EntropicBures(epsilon={f'{float(self.epsilon):.4g}' if shown else '…'})"
 
-    def _kernel(self, of: Any) -> "Full | Diagonal":
-        diagonal = isinstance(of, DiagonalGaussian | DiagonalView)
+    def _kernel(self, measure_or_view: Any) -> "Full | Diagonal":
+        """The formulas for a query, a view or patterns."""
+        diagonal = isinstance(measure_or_view, DiagonalGaussian | DiagonalView)
         return Diagonal(self.epsilon) if diagonal else Full(self.epsilon)
 
 
 def _toward(query: Any, pull: Any, own: Any, step_size: Array) -> Any:
-    """ξ + τ(pull − own)."""
+    """The query after a step, ξ + τ(pull − own)."""
     return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, own)
 
 
 def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Float[Array, " B"]:
-    """½|m − μ|² + ½ε·gaps, less its rounding."""
+    """½|m − μ|² + ½ε·gaps, minus the rounding error."""
     shifts = squared_distances(mean, means)
     return (shifts + epsilon * gaps) * ((1 - rounding(mean.size, shifts.dtype)) / 2)
 
@@ -109,14 +119,15 @@ def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Floa
 
 
 class DiagonalView(NamedTuple):
-    """A query, and what it asks of itself."""
+    """A query and `own`, the pull of its self transport."""
 
     query: DiagonalGaussian
     own: DiagonalGaussian
 
 
 class Diagonal(NamedTuple):
-    """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)) of standard deviations α and β."""
+    """The formulas for standard deviations α and β of independent coordinates:
+    D = ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ))."""
 
     epsilon: Float[Array, ""]
 
@@ -150,7 +161,7 @@ class Diagonal(NamedTuple):
         return upright(moved.mean, moved.scale)
 
     def _scales(self, view: DiagonalView, measures: DiagonalGaussian) -> tuple[Array, Array]:
-        """α and β in units of √ε, in which ε = 1."""
+        """α and β in units of √ε, so that ε = 1."""
         root = jnp.sqrt(self.epsilon)
         return (view.query.scale / root)[None], measures.scale / root
 
@@ -159,57 +170,60 @@ class Diagonal(NamedTuple):
 
 
 class View(NamedTuple):
-    """A query with its factor turned to its principal axes, L V, and Vᵀ; and what it asks of
-    itself, (m, LR₀)."""
+    """A query with the factor L V, whose columns are along its principal axes, and its self
+    transport."""
 
     query: Gaussian
-    own: Gaussian
+    own: Gaussian  # the pull (m, LR₀) of the self transport
     shrunk: Float[Array, "r r"]  # R₀
-    axes: Float[Array, "r r"]
+    axes: Float[Array, "r r"]  # Vᵀ
 
 
 class Prepared(NamedTuple):
-    """The right singular vectors of the patterns' factors, M = U diag(s) Vᵀ, and s with zeros."""
+    """The right singular vectors and the singular values of the factors of patterns,
+    M = U diag(s) Vᵀ."""
 
     axes: Float[Array, "N r r"]  # Vᵀ
-    sizes: Float[Array, "N r"]
+    sizes: Float[Array, "N r"]  # s, padded with zeros
 
 
 class Full(NamedTuple):
-    """½|m − μ|² + ½Σ(½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)))."""
+    """The formulas for full covariances:
+    D = ½|m − μ|² + ½Σ(½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)))."""
 
     epsilon: Float[Array, ""]
 
     def view(self, query: Gaussian) -> View:
         factor, axes = principal(query.factor)
-        turned = with_leaves(query, query.mean, factor)
+        rotated = with_leaves(query, query.mean, factor)
         scaled = self._scaled(factor)
         shrunk = shrunk_polar(scaled.mT @ scaled).factor
-        return View(turned, with_leaves(query, query.mean, factor @ shrunk), shrunk, axes)
+        return View(rotated, with_leaves(query, query.mean, factor @ shrunk), shrunk, axes)
 
     def compare(self, view: View, patterns: Patterns) -> Comparison:
         query, measures, prepared = view.query, patterns.measures, patterns.prepared
         factor, factors = self._scaled(query.factor), self._scaled(measures.factor)
-        found = shrunk_polar(factors.mT @ factor[None])
+        polar = shrunk_polar(factors.mT @ factor[None])
         spectra = Prepared(prepared.axes, self._scaled(prepared.sizes))
-        gaps = _gap(factor, factors, view.shrunk, found, spectra)
+        gaps = _gap(factor, factors, view.shrunk, polar, spectra)
         shifts = squared_distances(query.mean, measures.mean)
-        aligned = measures.factor @ found.factor
+        aligned = measures.factor @ polar.factor
         divergence = (shifts + self.epsilon * gaps) / 2
         return Comparison(divergence, with_leaves(measures, measures.mean, aligned))
 
     def prepare(self, patterns: Gaussian) -> Prepared:
         factor = jax.lax.stop_gradient(patterns.factor)
-        # In batches: decompositions copy what they are given.
+        # Batches bound the memory, since decompositions copy their argument.
         return Prepared(*map_in_batches(_axes, 1024, factor))
 
     def bounds(self) -> tuple[Bound, ...]:
         return self._by_spectra, self._by_principal_axes
 
     def _by_spectra(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
-        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)), α and β the falling standard deviations
-        along principal axes: φ(eˣ) is convex and increasing, and the singular values of MᵀL are
-        weakly log-majorised by the products of those of M and L (Horn)."""
+        """The lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)) on D, where α and β are the
+        standard deviations along the principal axes in descending order. It holds because φ(eˣ) is
+        convex and increasing, and the singular values of MᵀL are weakly log-majorised by the
+        products of those of M and L (Horn)."""
         query, measures = view.query, patterns.measures
         first, second = self._sizes(query)[None], self._scaled(patterns.prepared.sizes)
         second = jnp.pad(second, [(0, 0), (0, first.size - second.shape[-1])])
@@ -218,18 +232,19 @@ class Full(NamedTuple):
         return _with_shifts(query.mean, measures.mean, self.epsilon, gaps)
 
     def _by_principal_axes(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
-        """½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)), nₖ = |Mᵀuₖ| the standard deviations along
-        the principal axes uₖ of the query, L = U diag(α) Vᵀ: φ(√x) is concave, so that
-        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). It is exact where the covariances commute."""
+        """The lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)) on D, where nₖ = |Mᵀuₖ| are
+        the standard deviations of the pattern along the principal axes uₖ of the query,
+        L = U diag(α) Vᵀ. It holds because φ(√x) is concave, so that Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|), and
+        is exact where the covariances commute."""
         query, measures = view.query, patterns.measures
         sizes, along = map(self._scaled, deviations_along_axes(query, measures))
         first = sizes[None]
         second = self._scaled(patterns.prepared.sizes)
         gaps = _gap_less_rounding(first, along, _size_error(first, second, measures)).sum(-1)
-        # Σφ(βₖ²) ≥ Σφ(nₖ²), for φ is convex.
-        whole, part = _phi(second**2).sum(-1), _phi(along**2).sum(-1)
-        error = 2 * rounding(measures.factor[0].size, whole.dtype) * (whole + part)
-        rest = jnp.maximum(whole - part - error, 0)
+        # Σφ(βₖ²) ≥ Σφ(nₖ²), because φ is convex.
+        total, part = _phi(second**2).sum(-1), _phi(along**2).sum(-1)
+        error = 2 * rounding(measures.factor[0].size, total.dtype) * (total + part)
+        rest = jnp.maximum(total - part - error, 0)
         return _with_shifts(query.mean, measures.mean, self.epsilon, gaps + rest / 2)
 
     def move(self, view: View, pull: Any, step_size: Array) -> Gaussian:
@@ -238,15 +253,16 @@ class Full(NamedTuple):
         return result
 
     def _scaled(self, lengths: Array) -> Array:
-        """In units of √ε, in which ε = 1."""
+        """`lengths` in units of √ε, so that ε = 1."""
         return lengths / jnp.sqrt(self.epsilon)
 
     def _sizes(self, query: Gaussian) -> Array:
-        """The standard deviations of a query along its principal axes."""
+        """The standard deviations of a query along its principal axes, in units of √ε."""
         return self._scaled(jnp.linalg.norm(query.factor, axis=-2))
 
 
 def _axes(factor: Float[Array, "d r"]) -> tuple[Float[Array, "r r"], Float[Array, " r"]]:
+    """Vᵀ and s of M = U diag(s) Vᵀ, s padded with zeros to r entries."""
     dim, rank = factor.shape
     _, sizes, axes = (full_svd if rank > dim else svd)(factor)
     return axes, jnp.pad(sizes, (0, rank - sizes.size))
@@ -257,52 +273,53 @@ def _gap(
     factor: Float[Array, "d r"],
     factors: Float[Array, "B d s"],
     shrunk: Float[Array, "r r"],
-    found: ShrunkPolar,
+    polar: ShrunkPolar,
     spectra: Prepared,
 ) -> Float[Array, " B"]:
-    """Σ½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)) for ε = 1, L in its principal axes, R₀ = `shrunk`.
+    """Σ½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)) for ε = 1, as a sum of terms ≥ 0. The columns of L are
+    along its principal axes, and `shrunk` is R₀.
 
-    With MᵀL = U diag(σ) Vᵀ and the convexity gaps δ(x, y) of φ it is
+    With MᵀL = U diag(σ) Vᵀ and the convexity gaps δ(x, y) of φ the sum is
 
         Σₖ rₖ|(LV − MU)ₖ|² + ½Σᵢₖ Vᵢₖ² δ(αᵢ², σₖ) + ½Σᵢₖ Wᵢₖ² δ(βᵢ², σₖ),
 
-    W the overlaps of the principal axes of MᵀM and those of U: tr φ(X) about the point
-    H = V diag(σ) Vᵀ for X = LᵀL and X = QᵀMᵀMQ, Q = UVᵀ, where LᵀL + QᵀMᵀMQ − 2H =
-    (L − MQ)ᵀ(L − MQ).
+    where W are the overlaps of the principal axes of MᵀM with U. It is the expansion of tr φ(X)
+    about H = V diag(σ) Vᵀ for X = LᵀL and X = QᵀMᵀMQ, Q = UVᵀ, where
+    LᵀL + QᵀMᵀMQ − 2H = (L − MQ)ᵀ(L − MQ).
     """
     rank = factors.shape[-1]
-    values = jnp.pad(found.values, [(0, 0), (0, factor.shape[-1] - rank)])
-    turned = factor[None] @ found.right.mT
-    off = turned.at[..., :rank].add(-factors @ found.left)
-    squares = jnp.vecdot(shrink(values), jnp.vecdot(off, off, axis=-2))
+    values = jnp.pad(polar.values, [(0, 0), (0, factor.shape[-1] - rank)])
+    rotated = factor[None] @ polar.right.mT
+    difference = rotated.at[..., :rank].add(-factors @ polar.left)
+    squares = jnp.vecdot(shrink(values), jnp.vecdot(difference, difference, axis=-2))
     query = jnp.vecdot(factor, factor, axis=-2)[None, None]
-    first = found.right**2 * _convexity_gap(query, values[..., None])
-    overlaps = spectra.axes @ found.left
+    first = polar.right**2 * _convexity_gap(query, values[..., None])
+    overlaps = spectra.axes @ polar.left
     patterns = (spectra.sizes**2)[..., None]
-    second = overlaps**2 * _convexity_gap(patterns, found.values[..., None, :])
+    second = overlaps**2 * _convexity_gap(patterns, polar.values[..., None, :])
     return squares + (first.sum((-1, -2)) + second.sum((-1, -2))) / 2
 
 
 @partial(_gap.defjvp, symbolic_zeros=True)
 @full_precision
 def _gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    """By the envelope theorem dΣφ(σ(K)) = 2⟨R, dK⟩."""
-    factor, factors, shrunk, found, _ = primals
+    """The derivative of `_gap` in the factors: by the envelope theorem dΣφ(σ(K)) = 2⟨R, dK⟩."""
+    factor, factors, shrunk, polar, _ = primals
     dfactor, dfactors, *_ = tangents
-    aligned = factors @ found.factor
+    aligned = factors @ polar.factor
     change = jnp.zeros(len(factors), factor.dtype)
     if moves(dfactor):
         change += 2 * jnp.sum(((factor @ shrunk)[None] - aligned) * dfactor[None], axis=(-1, -2))
     if moves(dfactors):
         own = factors @ shrunk_polar(factors.mT @ factors).factor
-        back = factor[None] @ found.factor.mT
+        back = factor[None] @ polar.factor.mT
         change += 2 * jnp.sum((own - back) * dfactors, axis=(-1, -2))
     return _gap(*primals), change
 
 
 @jax.custom_jvp
 def _scalar_gap(first: Array, second: Array) -> Array:
-    """½φ(a²) + ½φ(b²) − φ(ab) for ε = 1, in the same way."""
+    """½φ(a²) + ½φ(b²) − φ(ab) for ε = 1, as a sum of terms ≥ 0."""
     product = first * second
     gaps = _convexity_gap(first**2, product) + _convexity_gap(second**2, product)
     return shrink(product) * (first - second) ** 2 + gaps / 2
@@ -319,9 +336,9 @@ def _scalar_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tupl
 
 
 def _convexity_gap(x: Array, y: Array) -> Array:
-    """δ(x, y) = φ(x) − φ(y) − φ'(y)(x − y) ≥ 0 for ε = 1, x, y ≥ 0.
+    """The convexity gap δ(x, y) = φ(x) − φ(y) − φ'(y)(x − y) ≥ 0 for ε = 1, x, y ≥ 0.
 
-    With t(x) = √(4x²+1) and u = (t(x) − t(y))/(t(y) + 1) it is
+    It is computed without cancellation: with t(x) = √(4x²+1) and u = (t(x) − t(y))/(t(y) + 1),
 
         4(x−y)²/((t(x)t(y) + 4xy + 1)(t(y) + 1)) + u − log(1 + u).
     """
@@ -334,8 +351,9 @@ def _convexity_gap(x: Array, y: Array) -> Array:
 
 
 def _less_log(up: Array, down: Array) -> Array:
-    """u − log(1 + u), given v too, (1 + u)(1 + v) = 1, which matters as u → −1."""
-    # 2 artanh w = log(1 + u); what is cut off is below the rounding of float64.
+    """u − log(1 + u), for `up` = u and `down` = v with (1 + u)(1 + v) = 1. For u < 0 the logarithm
+    is that of 1 + v, which is accurate as u → −1."""
+    # Series of log(1 + u) = 2 artanh w; its remainder is below the rounding error of float64.
     w = up / (2 + up)
     square = w * w
     series = 1 / 3 + square * (1 / 5 + square * (1 / 7 + square / 9))
@@ -351,13 +369,13 @@ def _phi(x: Array) -> Array:
 
 
 def _size_error(first: Array, second: Array, patterns: Gaussian) -> Array:
-    """A bound on the error of singular values: relative to the largest."""
+    """A bound on the rounding error of singular values, which is relative to the largest one."""
     error = rounding(sum(patterns.factor.shape[1:]), first.dtype)
     return error * (first.max(-1) + second.max(-1))[..., None]
 
 
 def _gap_less_rounding(first: Array, second: Array, error: Array) -> Array:
-    """What `_scalar_gap` surely is not less than where its arguments err by this much: it is
-    3|a − b|-Lipschitz in each."""
-    off = jnp.abs(first - second)
-    return jnp.maximum(_scalar_gap(first, second) - 6 * error * (off + 2 * error), 0)
+    """A lower bound on `_scalar_gap` of exact arguments that differ from `first` and `second` by at
+    most `error`. In each argument `_scalar_gap` has the Lipschitz constant 3|a − b|."""
+    difference = jnp.abs(first - second)
+    return jnp.maximum(_scalar_gap(first, second) - 6 * error * (difference + 2 * error), 0)

@@ -1,4 +1,4 @@
-"""Point clouds with means far apart."""
+"""Random point clouds with separated means."""
 
 import math
 from functools import partial
@@ -15,7 +15,7 @@ from jdam._core.derivatives import full_precision
 from jdam._measures.point_cloud import PointCloud
 from jdam.random._uniform import checked_dtype
 
-#: How often to try to place an atom at its distance from the others.
+#: Number of rejection samples for each atom.
 TRIES = 1000
 
 
@@ -32,23 +32,29 @@ def separated_clouds(
     min_separation: float = 0.0,
     dtype: DTypeLike | None = None,
 ) -> PointCloud:
-    """Point clouds with means far apart: SampAlgo of arXiv:2603.20656.
+    """Draw point clouds with separated means (SampAlgo of arXiv:2603.20656).
 
-    Means are mᵢ = (a/√d)sᵢ, sᵢ uniform on {−1, 1}ᵈ and a = R − 2r − b; about them lie atoms
-    yᵢⱼ = mᵢ + zᵢⱼ − z̄ᵢ, z uniform in the ball of radius r and at distances of at least
-    `min_separation`; weights are uniform on the simplex where all are at least `min_weight`. So
-    the mean of a cloud is mᵢ, its atoms lie in the ball of radius R − b about 0, and
-    N ≤ √(2δ) exp(η²d/4) means are all at distances ≥ a√(2(1−η)) with probability ≥ 1 − δ
-    (Theorem 1 and Lemmas 15, 16 there).
+    The means are mᵢ = (a/√d)sᵢ with sᵢ uniform on {−1, 1}ᵈ and a = R − 2r − b. The atoms are
+    yᵢⱼ = mᵢ + zᵢⱼ − z̄ᵢ, where zᵢⱼ are uniform in the ball of radius r with distances of at least
+    `min_separation`, and z̄ᵢ is their weighted mean. The weights are uniform on the part of the
+    simplex where all weights are at least `min_weight`. Hence the mean of a cloud is mᵢ, its atoms
+    are in the ball of radius R − b about 0, and N ≤ √(2δ) exp(η²d/4) means have distances
+    ≥ a√(2(1−η)) with probability ≥ 1 − δ (Theorem 1 and Lemmas 15, 16 there).
 
-    **Arguments:** `key`; `num` N, `num_atoms` n, `dim` d ≥ 1; distances `radius` R,
-    `shape_radius` r, `margin` b and `min_separation`, with R > 2r + b; `min_weight` in [0, 1/n].
+    **Arguments:**
+
+    - `key`: a `jax.random` key.
+    - `num`, `num_atoms`, `dim`: N, n and d, all ≥ 1.
+    - `radius`, `shape_radius`, `margin`: the distances R, r and b ≥ 0, R > 2r + b.
+    - `min_weight`: the smallest weight allowed, in [0, 1/n].
+    - `min_separation`: the smallest distance allowed between atoms of a cloud, ≥ 0.
+    - `dtype`: a floating dtype; JAX's default one if None.
 
     **Returns:** a `PointCloud` of batch shape (N,) with n atoms each.
 
-    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds;
-    `ValueError` where atoms found no place at their distance in 1000 tries. Under a trace, those
-    are NaN.
+    **Raises:** `TypeError` or `ValueError` for arguments outside these types and ranges;
+    `ValueError` if 1000 draws give no place for an atom at `min_separation` from the others. Under
+    a trace such atoms are NaN.
     """
     num, dim = checks.positive_int("num", num), checks.positive_int("dim", dim)
     num_atoms = checks.positive_int("num_atoms", num_atoms)
@@ -83,37 +89,39 @@ def separated_clouds(
 @partial(jax.jit, static_argnums=(2, 3, 4))
 @full_precision
 def _clouds(key: Array, settings: dict[str, Array], num: int, num_atoms: int, dim: int) -> Any:
-    for_means, for_weights, for_shapes = jax.random.split(key, 3)
-    least = settings["min_weight"]
-    dtype = least.dtype
-    free = jax.random.exponential(for_weights, (num, num_atoms), dtype)  # uniform on the simplex
-    weights = least + (1 - num_atoms * least) * free / free.sum(-1, keepdims=True)
+    """The points (N, n, d) and weights (N, n) of `separated_clouds`."""
+    mean_key, weight_key, shape_key = jax.random.split(key, 3)
+    min_weight = settings["min_weight"]
+    dtype = min_weight.dtype
+    # Normalised exponential variables are uniform on the simplex.
+    free = jax.random.exponential(weight_key, (num, num_atoms), dtype)
+    weights = min_weight + (1 - num_atoms * min_weight) * free / free.sum(-1, keepdims=True)
     length = settings["radius"] - 2 * settings["shape_radius"] - settings["margin"]
-    means = length / math.sqrt(dim) * jax.random.rademacher(for_means, (num, dim), dtype)
-    keys = jax.random.split(for_shapes, num)
-    place = partial(_scatter, num_atoms=num_atoms, dim=dim)
-    shapes = jax.vmap(place, (0, None, None))(
+    means = length / math.sqrt(dim) * jax.random.rademacher(mean_key, (num, dim), dtype)
+    keys = jax.random.split(shape_key, num)
+    draw_shape = partial(_separated_atoms, num_atoms=num_atoms, dim=dim)
+    shapes = jax.vmap(draw_shape, (0, None, None))(
         keys, settings["shape_radius"], settings["min_separation"]
     )
     shapes = shapes - jnp.vecmat(weights, shapes)[:, None]
     return means[:, None] + shapes, weights
 
 
-def _scatter(
+def _separated_atoms(
     key: Array, radius: Array, separation: Array, *, num_atoms: int, dim: int
 ) -> Float[Array, "n d"]:
-    """Atoms uniform in a ball, one after the other, each drawn again until it is far enough from
-    those before; NaN where it is not after many tries."""
+    """Atoms uniform in a ball by rejection sampling: each is drawn until its distance from the
+    atoms before it is at least `separation`, and is NaN after `TRIES` draws without success."""
 
-    def place(atoms: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
+    def add_atom(atoms: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
         number, key = item
 
-        def unfit(carry: tuple[Any, ...]) -> Array:
+        def cond_fun(carry: tuple[Any, ...]) -> Array:
             tries, _, fits = carry
             result: Array = ~fits & (tries < TRIES)
             return result
 
-        def draw(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+        def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
             tries, _, _ = carry
             atom = radius * jax.random.ball(jax.random.fold_in(key, tries), dim, dtype=atoms.dtype)
             gap = atom[None] - atoms
@@ -121,8 +129,8 @@ def _scatter(
             return tries + 1, atom, ~(near & (jnp.arange(num_atoms) < number)).any()
 
         start = (jnp.array(0), jnp.full(dim, jnp.nan, atoms.dtype), jnp.array(False))
-        _, atom, fits = jax.lax.while_loop(unfit, draw, start)
+        _, atom, fits = jax.lax.while_loop(cond_fun, body_fun, start)
         return atoms.at[number].set(jnp.where(fits, atom, jnp.nan)), None
 
     items = (jnp.arange(num_atoms), jax.random.split(key, num_atoms))
-    return jax.lax.scan(place, jnp.zeros((num_atoms, dim), radius.dtype), items)[0]
+    return jax.lax.scan(add_atom, jnp.zeros((num_atoms, dim), radius.dtype), items)[0]

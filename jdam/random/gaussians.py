@@ -1,4 +1,4 @@
-"""Gaussians of the papers' experiments, at one W₂ distance from δ₀."""
+"""Random Gaussians on a Wasserstein sphere, as in the experiments of arXiv:2509.23162."""
 
 import math
 from functools import partial
@@ -28,21 +28,28 @@ def wasserstein_sphere(
     commuting: bool = True,
     dtype: DTypeLike | None = None,
 ) -> Gaussian:
-    """Gaussians at W₂ distance R from δ₀, R² = d(λ_min + λ_max): the patterns of
-    arXiv:2509.23162, Algorithms 2 and 3.
+    """Draw Gaussians at the W₂ distance R from δ₀, R² = d(λ_min + λ_max): the patterns of
+    Algorithms 2 and 3 of arXiv:2509.23162.
 
-    Means are uniform on |μ|² = R²/2, spectra uniform on {λ ∈ [λ_min, λ_max]ᵈ, Σλ = R²/2}, and
-    eigenvectors a random orthogonal U: one for all if `commuting`, one for each otherwise. The
-    spectra are exact samples in a fixed number of operations.
+    The means are uniform on |μ|² = R²/2 and the spectra uniform on
+    {λ ∈ [λ_min, λ_max]ᵈ, Σλ = R²/2}, sampled exactly and without rejection.
 
-    **Arguments:** `key`, a `jax.random` key; `num` N and `dim` d ≥ 1; `bounds` (λ_min, λ_max) of
-    the eigenvalues, 0 ≤ λ_min ≤ λ_max. `bounds=None`, which needs `commuting=False`, are the
-    general covariances of the paper's second experiment: Σ ∝ WWᵀ + I/100, W a normal matrix d×d,
-    scaled to trace d, with |μ|² = d and so R² = 2d. `dtype`: JAX's default one if None.
+    **Arguments:**
 
-    **Returns:** a `Gaussian` of batch shape (N,), with factors U√Λ.
+    - `key`: a `jax.random` key.
+    - `num`, `dim`: N and d, both ≥ 1.
+    - `bounds`: the bounds (λ_min, λ_max) of the eigenvalues, 0 ≤ λ_min ≤ λ_max and λ_max > 0. None,
+      which requires `commuting=False`, gives the covariances of the second experiment of the paper:
+      Σ ∝ WWᵀ + I/100 with a d×d matrix W of standard normal entries, scaled to trace d, and
+      |μ|² = d, so that R² = 2d.
+    - `commuting`: if True all covariances have the same eigenvectors, a random orthogonal U;
+      otherwise each has its own U.
+    - `dtype`: a floating dtype; JAX's default one if None.
 
-    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds.
+    **Returns:** a `Gaussian` of batch shape (N,). The factors are U√Λ; for `bounds=None`, lower
+    triangular.
+
+    **Raises:** `TypeError` or `ValueError` for arguments outside these types and ranges.
     """
     num, dim = checks.positive_int("num", num), checks.positive_int("dim", dim)
     dtype = checked_dtype(dtype)
@@ -63,60 +70,68 @@ def wasserstein_sphere(
 def _sphere(
     key: Array, bounds: tuple[Array, Array], num: int, dim: int, commuting: bool
 ) -> Gaussian:
-    for_means, for_spectra, for_bases = jax.random.split(key, 3)
+    """`wasserstein_sphere` with bounds."""
+    mean_key, spectrum_key, basis_key = jax.random.split(key, 3)
     (low, high), dtype = bounds, bounds[0].dtype
-    spectra = low + (high - low) * _middle_of_cube(for_spectra, num, dim, dtype)
+    spectra = low + (high - low) * _uniform_on_slice(spectrum_key, num, dim, dtype)
     shape = (1,) if commuting else (num,)
-    bases = orthogonal(for_bases, (*shape, dim), dtype)
-    means = jnp.sqrt(dim * (low + high) / 2) * directions(for_means, (num, dim), dtype)
+    bases = orthogonal(basis_key, (*shape, dim), dtype)
+    means = jnp.sqrt(dim * (low + high) / 2) * directions(mean_key, (num, dim), dtype)
     return Gaussian(means, bases * jnp.sqrt(spectra)[:, None])
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
 @full_precision
 def _wishart_sphere(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Gaussian:
-    for_means, for_factors = jax.random.split(key)
-    normal = jax.random.normal(for_factors, (num, dim, dim), dtype)
+    """`wasserstein_sphere` without bounds."""
+    mean_key, factor_key = jax.random.split(key)
+    normal = jax.random.normal(factor_key, (num, dim, dim), dtype)
     factors = cholesky(normal @ normal.mT + jnp.eye(dim, dtype=dtype)[None] / 100)
     factors = factors * jnp.sqrt(dim / squared_norm(factors))[:, None, None]
-    return Gaussian(math.sqrt(dim) * directions(for_means, (num, dim), dtype), factors)
+    return Gaussian(math.sqrt(dim) * directions(mean_key, (num, dim), dtype), factors)
 
 
-def _middle_of_cube(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Float[Array, "N d"]:
-    """Points uniform on {u ∈ [0, 1]ᵈ, Σu = d/2}.
+def _uniform_on_slice(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Float[Array, "N d"]:
+    """Points uniform on the central slice {u ∈ [0, 1]ᵈ, Σu = d/2} of the unit cube.
 
-    The slice Pₙ(s) = {u ∈ [0, 1]ⁿ, Σu = s} is made of cones from its centre (s/n, …, s/n) over
-    its facets, uₖ = 0 and uₖ = 1, which are Pₙ₋₁(s) and Pₙ₋₁(s−1) again, at distances s/n and
-    1 − s/n. So a uniform point lies on the segment from the centre to a uniform point of a facet
-    chosen by the volumes of the cones, at a share r of it, r^(n−1) uniform on [0, 1].
+    The slice Pₙ(s) = {u ∈ [0, 1]ⁿ, Σu = s} is the union of the cones from its centre
+    (s/n, …, s/n) over its facets uₖ = 0 and uₖ = 1. These facets are slices Pₙ₋₁(s) and Pₙ₋₁(s−1),
+    at distances proportional to s/n and 1 − s/n from the centre. A uniform point of Pₙ(s) is
+    therefore on the segment from the centre to a uniform point of a facet, which is chosen with
+    the probability of its cone, at the fraction r of the segment, where r^(n−1) is uniform on
+    [0, 1].
     """
-    lower = jnp.asarray(_chances_of_zero(dim), dtype)
-    for_facets, for_shares, for_order = jax.random.split(key, 3)
-    choices = jax.random.uniform(for_facets, (dim - 1, num), dtype)
-    shares = jax.random.uniform(for_shares, (dim - 1, num), dtype)
+    zero_probabilities = jnp.asarray(_zero_probabilities(dim), dtype)
+    facet_key, fraction_key, order_key = jax.random.split(key, 3)
+    choices = jax.random.uniform(facet_key, (dim - 1, num), dtype)
+    fractions = jax.random.uniform(fraction_key, (dim - 1, num), dtype)
 
-    def descend(carry: tuple[Any, ...], level: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
-        # A point of the slice reached so far is shift + scale·(point of the slice).
+    def body_fun(carry: tuple[Any, ...], level: tuple[Any, ...]) -> tuple[tuple[Any, ...], Array]:
+        # A point p of the current facet is the point shift + scale·p of the slice.
         ones, shift, scale = carry
-        size, chances, choice, share = level
-        share = share ** (1 / (size - 1))
+        size, probabilities, choice, fraction = level
+        fraction = fraction ** (1 / (size - 1))
         centre = (dim / 2 - ones.astype(dtype)) / size
-        shift, scale = shift + scale * (1 - share) * centre, scale * share
-        one = choice >= chances[ones]
+        shift, scale = shift + scale * (1 - fraction) * centre, scale * fraction
+        one = choice >= probabilities[ones]
         return (ones + one.astype(jnp.int32), shift, scale), shift + jnp.where(one, scale, 0)
 
     start = (jnp.zeros(num, jnp.int32), jnp.zeros(num, dtype), jnp.ones(num, dtype))
     sizes = jnp.arange(dim, 1, -1, dtype=dtype)
-    (ones, shift, scale), points = jax.lax.scan(descend, start, (sizes, lower, choices, shares))
+    (ones, shift, scale), points = jax.lax.scan(
+        body_fun, start, (sizes, zero_probabilities, choices, fractions)
+    )
     last = shift + scale * (dim / 2 - ones.astype(dtype))
     points = jnp.concatenate([points, last[None]]).T
-    points = jax.random.permutation(for_order, points, axis=1, independent=True)
-    return jnp.clip(points, 0, 1)  # rounding
+    points = jax.random.permutation(order_key, points, axis=1, independent=True)
+    return jnp.clip(points, 0, 1)  # rounding errors
 
 
-def _chances_of_zero(dim: int) -> np.ndarray:
-    """(d−1, d+1): for n = d, …, 2 and s = d/2 − j, j = 0, …, d, the share of Pₙ(s) in cones over
-    facets uₖ = 0. The volumes are those of the B-spline recursion, all of whose terms are ≥ 0:
+def _zero_probabilities(dim: int) -> np.ndarray:
+    """The probability of a facet uₖ = 0 of Pₙ(s), (d−1, d+1), for n = d, …, 2 and s = d/2 − j,
+    j = 0, …, d.
+
+    The volumes follow from the B-spline recursion, whose terms are all ≥ 0:
 
         fₙ(s) = (s fₙ₋₁(s) + (n−s) fₙ₋₁(s−1)) / (n−1)
     """

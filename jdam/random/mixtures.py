@@ -1,4 +1,4 @@
-"""Gaussian mixtures with means far apart."""
+"""Random Gaussian mixtures with separated means."""
 
 import math
 
@@ -29,28 +29,33 @@ def separated_mixtures(
     min_separation: float = 0.0,
     dtype: DTypeLike | None = None,
 ) -> GaussianMixture:
-    """Gaussian mixtures with means far apart: `separated_clouds` with a covariance at each atom.
+    """Draw Gaussian mixtures with separated means: `separated_clouds` with a random covariance at
+    each atom.
 
-    Weights pₖ and means mₖ of components are the weights and atoms of those clouds, so that
-    MW₂ between two mixtures is at least the distance of their means. Covariances are UΛUᵀ, U a
-    uniform orthogonal matrix for each component and Λ diagonal, uniform on [λ_min, λ_max]ᵈ.
+    The weights and means of the components are the weights and atoms of the clouds. MW₂ between two
+    mixtures is at least the distance between their means. The covariances are UΛUᵀ with a uniform
+    orthogonal matrix U for each component and Λ diagonal, uniform on [λ_min, λ_max]ᵈ.
 
-    **Arguments:** `key`, a `jax.random` key; `num` N, `num_components` K, `dim` d ≥ 1; distances
-    `radius` R, `shape_radius` r, `margin` b and `min_separation`, and `min_weight`, as in
-    `separated_clouds`; `bounds` (λ_min, λ_max) of the covariances' eigenvalues, which are squared
-    lengths, 0 ≤ λ_min ≤ λ_max. `dtype`: JAX's default one if None.
+    **Arguments:**
 
-    **Returns:** a `GaussianMixture` of batch shape (N,), with factors U√Λ.
+    - `key`: a `jax.random` key.
+    - `num`, `num_components`, `dim`: N, K and d, all ≥ 1.
+    - `radius`, `shape_radius`, `margin`, `min_weight`, `min_separation`: as in `separated_clouds`.
+    - `bounds`: the bounds (λ_min, λ_max) of the eigenvalues of the covariances, in squared units of
+      distance, 0 ≤ λ_min ≤ λ_max.
+    - `dtype`: a floating dtype; JAX's default one if None.
 
-    **Raises:** as `separated_clouds`; `ValueError` for bounds that are not of this kind.
+    **Returns:** a `GaussianMixture` of batch shape (N,) with factors U√Λ.
+
+    **Raises:** as `separated_clouds`; `ValueError` for bounds outside this range.
     """
     low, high = bounds
     if not 0 <= low <= high < math.inf:
         raise ValueError(f"bounds must be 0 ≤ λ_min ≤ λ_max, finite; got {bounds}")
     num_components = checks.positive_int("num_components", num_components)
-    for_clouds, for_factors = jax.random.split(key)
+    cloud_key, factor_key = jax.random.split(key)
     clouds = separated_clouds(
-        for_clouds,
+        cloud_key,
         num,
         num_components,
         dim,
@@ -62,16 +67,16 @@ def separated_mixtures(
         dtype=dtype,
     )
     ends = jnp.asarray(low, clouds.dtype), jnp.asarray(high, clouds.dtype)
-    return GaussianMixture(clouds.weights, clouds.points, _factors(for_factors, clouds, ends))
+    return GaussianMixture(clouds.weights, clouds.points, _factors(factor_key, clouds, ends))
 
 
 @jax.jit
 @full_precision
 def _factors(key: Array, clouds: PointCloud, bounds: tuple[Array, Array]) -> Array:
-    """U√Λ for each atom."""
-    for_bases, for_spectra = jax.random.split(key)
+    """The random factors U√Λ, one for each atom."""
+    basis_key, spectrum_key = jax.random.split(key)
     shape, dtype = clouds.points.shape, clouds.dtype
     low, high = bounds
-    spectra = jax.random.uniform(for_spectra, shape, dtype, minval=low, maxval=high)
-    factors: Array = orthogonal(for_bases, shape, dtype) * jnp.sqrt(spectra)[..., None, :]
+    spectra = jax.random.uniform(spectrum_key, shape, dtype, minval=low, maxval=high)
+    factors: Array = orthogonal(basis_key, shape, dtype) * jnp.sqrt(spectra)[..., None, :]
     return factors

@@ -1,4 +1,4 @@
-"""Random measures at an exact distance from given ones."""
+"""Perturbations: random measures at an exact distance from given measures."""
 
 import math
 from functools import partial
@@ -22,28 +22,36 @@ from jdam.random._uniform import directions, orthogonal
 def perturb(
     key: Array, measure: AnyMeasure, radius: ArrayLike, *, where: str = "both"
 ) -> AnyMeasure:
-    """A random measure at W₂ distance exactly `radius`, with cost |x−y|², from each of a batch.
+    """Draw a random measure at the W₂ distance `radius` (cost |x−y|²) from each measure of a batch.
 
-    * `"mean"`: a translation in a uniform direction.
-    * `"covariance"`: the image under x ↦ x + S(x − m), S symmetric with a uniform basis and
-      normal eigenvalues, scaled to ∫|S(x−m)|² = radius². Signs are turned where I + S would not
-      be ⪰ 0, which does not change that integral; so the map is the gradient of a convex
-      function, it is optimal, and the radius is exact however large. For `DiagonalGaussian`
-      S is diagonal; a Gaussian that is one point becomes one of a random covariance.
-    * `"both"`: half of radius² each.
-    * `"atoms"`, clouds only: each atom by `radius` in a direction of its own. Exact as long as
-      none moves more than half the distance between two atoms, which is required.
+    The argument `where` selects the perturbation:
 
-    Each component of a `GaussianMixture` is perturbed by `radius`, which then is MW₂ as long as
-    all stay nearer to their own than to other components.
+    - `"mean"`: a translation in a uniform direction.
+    - `"covariance"`: the image under x ↦ x + S(x − m), with S symmetric, of a uniform eigenbasis
+      and normal eigenvalues, scaled to ∫|S(x−m)|² = radius². Signs of eigenvalues are changed where
+      I + S would not be ⪰ 0, which leaves the integral as it is. The map then is the gradient of a
+      convex function and therefore optimal, so that any radius is exact. For `DiagonalGaussian` S
+      is diagonal; a Gaussian that is a point mass gets a random covariance.
+    - `"both"`: a translation and a change of covariance, each with half of radius². Vectors and
+      clouds that are one point are translated only.
+    - `"atoms"`, for clouds: a translation of each atom by `radius` in a direction of its own. The
+      distance is exact because `radius` must not exceed half the smallest distance between atoms.
 
-    **Arguments:** `key`, one for the whole batch; `measure`, a Gaussian, a mixture, a cloud or an
-    array (…, d) of vectors (which only have a mean), of any batch shape; `radius` ≥ 0, W₂ distances
-    (not squared), a scalar or of the batch shape.
+    Each component of a `GaussianMixture` is perturbed by `radius`. This is the MW₂ distance as long
+    as all components stay nearer to their original than to the other components.
 
-    **Raises:** `TypeError` or `ValueError` for arguments that are not of these kinds, and for
-    radii that cannot be had: `"atoms"` beyond half the separation, `"covariance"` of a cloud that
-    is one point. Under a trace, those give NaN.
+    **Arguments:**
+
+    - `key`: a `jax.random` key, one for the whole batch.
+    - `measure`: a Gaussian, a mixture, a cloud or an array (…, d) of vectors, of any batch shape.
+    - `radius`: W₂ distances (not squared) ≥ 0, a scalar or of the batch shape.
+    - `where`: one of the above.
+
+    **Returns:** a measure of the type and batch shape of `measure`.
+
+    **Raises:** `TypeError` or `ValueError` for arguments outside these types and ranges, for
+    `"atoms"` with a radius above half the smallest distance between atoms, and for `"covariance"`
+    of a cloud that is one point. Under a trace the last two give NaN.
     """
     allowed = ["both", "mean"]
     if isinstance(measure, Measure):
@@ -61,62 +69,65 @@ def perturb(
         raise ValueError(f"radius must be a scalar or of shape {batch}; got {radius.shape}")
     checks.finite("radius", radius)
     checks.nonnegative("radius", radius)
-    found = _perturb(key, measure, jnp.broadcast_to(radius, batch), where)
-    first = jax.tree.leaves(found)[0]
-    wanted = {
+    perturbed = _perturb(key, measure, jnp.broadcast_to(radius, batch), where)
+    first = jax.tree.leaves(perturbed)[0]
+    condition = {
         "atoms": "at most half the distance between two atoms",
         "covariance": "0 for a cloud that is one point",
     }.get(where)
-    if wanted and checks.is_concrete(first) and bool(jnp.isnan(first).any()):
-        raise ValueError(f"radius must be {wanted} with where={where!r}; got {radius}")
-    return found
+    if condition and checks.is_concrete(first) and bool(jnp.isnan(first).any()):
+        raise ValueError(f"radius must be {condition} with where={where!r}; got {radius}")
+    return perturbed
 
 
 @partial(jax.jit, static_argnums=3)
 @full_precision
 def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyMeasure:
-    for_mean, for_shape = jax.random.split(key)
+    mean_key, shape_key = jax.random.split(key)
     if not isinstance(measure, Measure):
-        return measure + radius[..., None] * directions(for_mean, measure.shape, measure.dtype)
+        return measure + radius[..., None] * directions(mean_key, measure.shape, measure.dtype)
     if isinstance(measure, GaussianMixture):
-        each = jnp.broadcast_to(radius[..., None], measure.weights.shape)
-        moved = _perturb(key, measure.components, each, where)
+        radii = jnp.broadcast_to(radius[..., None], measure.weights.shape)
+        moved = _perturb(key, measure.components, radii, where)
         return with_leaves(measure, measure.weights, moved.mean, moved.factor)
     if isinstance(measure, PointCloud) and where == "atoms":
-        return _move_atoms(for_shape, measure, radius)
-    share = {"mean": (1.0, 0.0), "covariance": (0.0, 1.0), "both": (0.5, 0.5)}[where]
-    by_mean, by_shape = (math.sqrt(s) * radius for s in share)
+        return _move_atoms(shape_key, measure, radius)
+    fractions = {"mean": (1.0, 0.0), "covariance": (0.0, 1.0), "both": (0.5, 0.5)}[where]
+    mean_radius, shape_radius = (math.sqrt(s) * radius for s in fractions)
     if isinstance(measure, PointCloud) and where == "both":
-        # One point has no shape to change.
+        # A cloud that is one point has no covariance to change, and is translated by all of radius.
         point = _variance(measure) == 0
-        by_mean, by_shape = jnp.where(point, radius, by_mean), jnp.where(point, 0, by_shape)
-    measure = measure if where == "mean" else _reshape(for_shape, measure, by_shape)
+        mean_radius, shape_radius = (
+            jnp.where(point, radius, mean_radius),
+            jnp.where(point, 0, shape_radius),
+        )
+    measure = measure if where == "mean" else _deform(shape_key, measure, shape_radius)
     if where == "covariance":
         return measure
-    shift = by_mean[..., None] * directions(for_mean, measure.mean.shape, measure.dtype)
+    shift = mean_radius[..., None] * directions(mean_key, measure.mean.shape, measure.dtype)
     if isinstance(measure, PointCloud):
         return measure.with_atoms(measure.points + shift[..., None, :], measure.weights)
     mean, *shape = jax.tree.leaves(measure)
     return with_leaves(measure, mean + shift, *shape)
 
 
-def _reshape(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Measure:
-    """The image under x ↦ x + S(x − m), at distance `radius`."""
+def _deform(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Measure:
+    """The image of a measure under a random map x ↦ x + S(x − m), at the distance `radius`."""
     if isinstance(measure, DiagonalGaussian):
         change = radius[..., None] * directions(key, measure.scale.shape, measure.dtype)
         change = jnp.where(measure.scale + change < 0, -change, change)
         return with_leaves(measure, measure.mean, measure.scale + change)
-    for_basis, for_values, for_point = jax.random.split(key, 3)
+    basis_key, value_key, point_key = jax.random.split(key, 3)
     batch, dim, dtype = measure.batch_shape, measure.dim, measure.dtype
-    basis = orthogonal(for_basis, (*batch, dim), dtype)
-    values = jax.random.normal(for_values, (*batch, dim), dtype)
+    basis = orthogonal(basis_key, (*batch, dim), dtype)
+    values = jax.random.normal(value_key, (*batch, dim), dtype)
     if isinstance(measure, PointCloud):
         centred = measure.points - measure.mean[..., None, :]
-        spread = (jnp.sqrt(measure.weights)[..., None] * centred).mT
+        factor = (jnp.sqrt(measure.weights)[..., None] * centred).mT
     else:
         assert isinstance(measure, Gaussian)
-        spread = measure.factor
-    size = jnp.sqrt(squared_norm(values[..., None] * (basis.mT @ spread)))
+        factor = measure.factor
+    size = jnp.sqrt(squared_norm(values[..., None] * (basis.mT @ factor)))
     values = values * (radius / jnp.where(size > 0, size, 1))[..., None]
     values = jnp.where(values < -1, -values, values)
     if isinstance(measure, PointCloud):
@@ -124,13 +135,14 @@ def _reshape(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> M
         impossible = (size == 0) & (radius > 0)
         moved = jnp.where(impossible[..., None, None], jnp.nan, moved)
         return measure.with_atoms(moved, measure.weights)
-    moved = spread + basis @ (values[..., None] * (basis.mT @ spread))
-    flat = (*batch, dim * spread.shape[-1])
-    point = radius[..., None, None] * directions(for_point, flat, dtype).reshape(spread.shape)
+    moved = factor + basis @ (values[..., None] * (basis.mT @ factor))
+    flat = (*batch, dim * factor.shape[-1])
+    point = radius[..., None, None] * directions(point_key, flat, dtype).reshape(factor.shape)
     return with_leaves(measure, measure.mean, jnp.where((size > 0)[..., None, None], moved, point))
 
 
 def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) -> PointCloud:
+    """The cloud with each atom moved by `radius`, NaN above half the separation of the atoms."""
     on = cloud.weights > 0
     gaps = cloud.points[..., :, None, :] - cloud.points[..., None, :, :]
     pairs = on[..., :, None] & on[..., None, :]
@@ -142,5 +154,6 @@ def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) 
 
 
 def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:
+    """The trace of the covariance."""
     centred = cloud.points - cloud.mean[..., None, :]
     return jnp.vecdot(cloud.weights, jnp.vecdot(centred, centred))

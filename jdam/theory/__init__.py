@@ -1,4 +1,12 @@
-"""When a memory works: the constants and theorems of the papers as functions of a memory."""
+"""Constants and theorems of the papers as functions of a memory: separations, basins, bounds on the
+recall error, sufficient β, capacities and certificates.
+
+The folder keeps statements about recall apart from the code of recall, which does not import it.
+It imports `jdam._core`, `jdam._entropic`, `jdam._measures`, `jdam.geometry`, `jdam._memory` and
+`jdam._energy`. Bounds by Gibbs sums over the other patterns belong in `basins.py`, proofs about a
+single query in `certificates.py`, closed-form capacities in `capacity.py`, and constants of the SHK
+metric of point clouds in `shk.py`.
+"""
 
 from jdam.theory.basins import basin_radius as basin_radius
 from jdam.theory.basins import contraction_bound as contraction_bound

@@ -1,4 +1,8 @@
-"""What is known of the other patterns, seen from one: distances that they surely have."""
+"""Distances from one pattern to all others, as lower bounds from the certified search.
+
+All bounds of `basins.py` and `certificates.py` decrease with these distances, so that lower bounds
+may take their place, and few exact comparisons are needed.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,31 +23,37 @@ from jdam._memory.memory import check_memory as check_is_memory
 from jdam.geometry.euclidean import squared_distances
 
 T = TypeVar("T")
-#: Few comparisons, for there are as many searches as patterns.
+#: The search makes few comparisons, since it runs once for each pattern.
 SEARCH = Certified(num_candidates=4, max_candidates=64, tol=1e-3)
-#: How many of the nearest patterns to keep one by one, and in how many shells the others.
+#: Number of nearest patterns that `condensed` keeps as they are, and number of its groups.
 NEAREST, SHELLS = 32, 224
 
 
 class Neighbourhood(NamedTuple):
-    """Other patterns k, or groups of them, as pattern i sees them."""
+    """The other patterns k of a pattern i, or groups of them."""
 
-    distance: Float[Array, " K"]  # lower bounds on d(Xᵢ, Xₖ); ∞ where there is none
-    log_odds: Float[Array, " K"]  # log πₖ/πᵢ, of groups the sum's; −∞ where there is none
+    #: Lower bounds on d(Xᵢ, Xₖ) = √(D/c); ∞ for entries that do not count: pattern i itself,
+    #: patterns of prior 0, free slots and empty groups.
+    distance: Float[Array, " K"]
+    #: log πₖ/πᵢ, of a group the logarithm of the sum; −∞ where the distance is ∞.
+    log_odds: Float[Array, " K"]
 
 
 def check_memory(memory: Any, *, metric: bool = False) -> None:
-    """Raise unless theory knows something of the memory."""
+    """Raise `TypeError` unless D of the memory's geometry is at least c|Δm|², or with `metric` c
+    times a squared metric; raise `ValueError` for a sharded memory."""
     check_is_memory(memory)
     if memory.geometry.cost_scale is None or (metric and not memory.geometry.is_squared_metric):
-        what = "a squared metric" if metric else "at least a multiple of |Δm|²"
-        raise TypeError(f"memory must have a geometry whose D is {what}; got {memory.geometry}")
+        condition = "a squared metric" if metric else "at least a multiple of |Δm|²"
+        raise TypeError(
+            f"memory must have a geometry whose D is {condition}; got {memory.geometry}"
+        )
     if memory.layout is not None:
         raise ValueError("memory must be in one piece; got a sharded one")
 
 
 def cost_scale(memory: Memory) -> float:
-    """The c of D ≥ c·d²."""
+    """The constant c in D ≥ c·d²."""
     assert memory.geometry.cost_scale is not None
     return memory.geometry.cost_scale
 
@@ -51,9 +61,11 @@ def cost_scale(memory: Memory) -> float:
 def neighbourhood(
     memory: Memory, index: Int[Array, ""], beta: Float[Array, ""], *, triangle: bool = True
 ) -> Neighbourhood:
-    """All patterns as the one at `index` sees them: √(D/c), exact where it matters at β.
+    """The other patterns of the pattern at `index`: distances √(D/c), exact where they matter to
+    Gibbs sums at β, and otherwise bounded from below.
 
-    If D is no squared metric and a `triangle` inequality is needed, the distances of means."""
+    If `triangle` is True and D is not a squared metric, the distances are those of the means, for
+    which the triangle inequality holds."""
     own = jnp.arange(memory.capacity, dtype=jnp.int32) == index
     measure = memory[index]
     if triangle and not memory.geometry.is_squared_metric:
@@ -67,25 +79,27 @@ def neighbourhood(
         distance = jnp.sqrt(jnp.maximum(floor, 0) / cost_scale(memory))
     log_odds = jnp.zeros(memory.capacity, memory.dtype)
     if memory.log_prior is not None:
-        # To a pattern that is switched off all others are infinitely likely.
+        # For a pattern of prior 0 the odds of the others are infinite: the largest finite number
+        # stands for them.
         log_odds = memory.log_prior - memory.log_prior[index]
-        most = float(jnp.finfo(log_odds.dtype).max) / 4
-        log_odds = jnp.where(memory.log_prior[index] == -jnp.inf, most, log_odds)
+        largest = float(jnp.finfo(log_odds.dtype).max) / 4
+        log_odds = jnp.where(memory.log_prior[index] == -jnp.inf, largest, log_odds)
     off = own | (log_odds == -jnp.inf)
     if memory.occupied is not None:
-        off |= ~memory.occupied[index]  # to a free slot there are no others
+        off |= ~memory.occupied[index]  # a free slot has no neighbours
     return Neighbourhood(jnp.where(off, jnp.inf, distance), jnp.where(off, -jnp.inf, log_odds))
 
 
 def distances_of_means(memory: Memory, measure: AnyMeasure) -> Float[Array, " N"]:
-    """|m − mₖ|, less its rounding."""
+    """|m − mₖ| minus its rounding error, for the means mₖ of all patterns."""
     squares = squared_distances(measure.mean, memory.patterns.mean)
     return jnp.sqrt(squares * (1 - rounding(measure.dim, squares.dtype)))
 
 
 def condensed(patterns: Neighbourhood) -> Neighbourhood:
-    """The same with far patterns in groups, as if all of a group were as near as its nearest:
-    what falls with distance is bounded by it from above."""
+    """The neighbourhood with all but the `NEAREST` patterns in `SHELLS` groups. Each group has the
+    distance of its nearest pattern, so that sums of decreasing functions of the distance are
+    bounded from above."""
     num = patterns.distance.size
     if num <= NEAREST + SHELLS:
         return patterns
@@ -95,7 +109,7 @@ def condensed(patterns: Neighbourhood) -> Neighbourhood:
     inner = -nearness[-1]
     finite = jnp.isfinite(patterns.distance)
     outer = jnp.where(finite, patterns.distance, inner).max()
-    # Shells of equal width in log d.
+    # The shells have equal width in log d.
     positive = jnp.where(inner > 0, inner, 1)
     width = jnp.log(jnp.where(inner > 0, outer / positive, 1)) / SHELLS
     depth = jnp.log(jnp.where(finite & (inner > 0), patterns.distance, positive) / positive)
@@ -113,29 +127,30 @@ def condensed(patterns: Neighbourhood) -> Neighbourhood:
 
 def over_patterns(
     memory: Memory,
-    learn: Callable[[Neighbourhood], T],
+    function: Callable[[Neighbourhood], T],
     beta: Float[Array, "*N"] | None = None,
     *,
     triangle: bool = True,
 ) -> T:
-    """`learn` of what is around each pattern, (N, …), at one β or one for each; if None, at one at
-    which only the nearest matters."""
+    """The values (N, …) of `function` at the neighbourhood of each pattern.
 
-    def one(item: tuple[Array, Array]) -> T:
-        return learn(neighbourhood(memory, *item, triangle=triangle))
+    `beta` is a scalar or (N,). If None it is so large that only the nearest pattern matters."""
+
+    def of_pattern(item: tuple[Array, Array]) -> T:
+        return function(neighbourhood(memory, *item, triangle=triangle))
 
     indices = jnp.arange(memory.capacity, dtype=jnp.int32)
     coldest = math.sqrt(float(jnp.finfo(memory.dtype).max))
     beta = jnp.asarray(coldest, memory.dtype) if beta is None else beta
     betas = jnp.broadcast_to(beta, indices.shape)
-    return map_in_batches(one, SEARCH.query_batch_size(memory), (indices, betas))
+    return map_in_batches(of_pattern, SEARCH.query_batch_size(memory), (indices, betas))
 
 
 def reliable_beta(memory: Memory, *, triangle: bool = True) -> Float[Array, " N"]:
-    """The β of each pattern at which β times D to the nearest other is log N + 5: where recall is
-    reliable, and beyond which few others matter."""
+    """The β of each pattern at which β times D to the nearest other pattern is log N + 5. Recall is
+    reliable there, and few other patterns matter to Gibbs sums."""
     nearest = over_patterns(memory, lambda others: others.distance.min(), triangle=triangle)
     num = memory.capacity if memory.size is None else memory.size
-    wanted = jnp.log(jnp.asarray(num, memory.dtype)) + 5
-    known = (nearest > 0) & (nearest < jnp.inf)
-    return wanted / (cost_scale(memory) * jnp.where(known, nearest, 1) ** 2)
+    target = jnp.log(jnp.asarray(num, memory.dtype)) + 5
+    positive = (nearest > 0) & (nearest < jnp.inf)
+    return target / (cost_scale(memory) * jnp.where(positive, nearest, 1) ** 2)

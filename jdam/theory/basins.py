@@ -1,19 +1,16 @@
-"""How far apart patterns are, and what that proves of recall: basins, errors, temperatures.
+"""Separations of patterns, and the bounds on recall that follow: basins, errors, sufficient β.
 
-All bounds are sums over the other patterns k of a pattern i of terms in β, the distances dₖ
-between the patterns and the distance s of a query from Xᵢ. Where D is c times a squared metric (W₂²
-or |x−y|², c = 1), D(ξ, Xₖ) ≥ c(dₖ − s)² and so
+Each bound is a sum over the other patterns k of a pattern i, a function of β, of the distances
+dₖ = d(Xᵢ, Xₖ) and of the distance s of a query from Xᵢ. Where D = c·d² for a metric d (W₂ or |x−y|,
+c = 1), D(ξ, Xₖ) ≥ c(dₖ − s)² and therefore
 
-    wₖ ≤ (πₖ/πᵢ) exp(−βc(D(ξ, Xₖ) − D(ξ, Xᵢ))) ≤ (πₖ/πᵢ) exp(−βc dₖ(dₖ − 2s)).
+    wₖ ≤ (πₖ/πᵢ) exp(−β(D(ξ, Xₖ) − D(ξ, Xᵢ))) ≤ (πₖ/πᵢ) exp(−βc dₖ(dₖ − 2s)).
 
-Where D is S_ε of cost ½|x−y|² (c = ½), dₖ = |mᵢ − mₖ| and s = √(S_ε/c) do the same, since
-S_ε ≥ ½|Δm|²: of such memories the bounds speak of S_ε and of means. Lower bounds on distances
-serve as well as distances, so thousands of patterns need few exact ones.
+Where D is S_ε with cost ½|x−y|² (c = ½) or MW₂² (c = 1), the same holds for dₖ = |mᵢ − mₖ| and
+s = √(D/c), since D ≥ c|Δm|². The bounds then are statements about D and about means. Lower bounds
+on dₖ may take the place of dₖ, so that few exact comparisons are needed.
 """
 
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -33,21 +30,35 @@ from jdam.theory._neighbourhood import (
     over_patterns,
     reliable_beta,
 )
-
-#: Bisections, each of which gives a binary digit, and steps down to a fixed point.
-HALVINGS, DESCENTS = 40, 16
+from jdam.theory._sums import (
+    finite_log,
+    finite_product,
+    least_beta,
+    log_mass,
+    minimiser_radius,
+    stable_radii,
+    step_bound,
+    sum_exp,
+)
 
 
 def separations(memory: Memory) -> Float[Array, " N"]:
-    """Dᵢ: the distance from each pattern to the nearest other, not squared.
+    """The distance Dᵢ from each pattern to its nearest other pattern, not squared (the Dᵢ of
+    arXiv:2509.23162).
 
-    W₂ for Gaussians and |x−y| for vectors: exact, or a lower bound where many patterns are nearly
-    as near and their comparison would take too long. For point clouds and `EntropicBures` the
-    distance between means, which is less than W₂ and what Lemma 11 of arXiv:2603.20656 asks for.
-    ∞ if there is no other. (The Dᵢ of arXiv:2509.23162.)
+    It is W₂ for Gaussians and |x−y| for vectors, and a lower bound on it if more than 64 patterns
+    would have to be compared. For point clouds, mixtures and `EntropicBures` it is the distance
+    between means, which is at most W₂ and is the quantity of Lemma 11 of arXiv:2603.20656.
 
-    **Raises:** here as in all of this module, `TypeError` for what is no memory and for
-    geometries of which nothing is proved (`DotProduct`), `ValueError` for a sharded memory.
+    **Arguments:**
+
+    - `memory`: a memory of Gaussians, mixtures, point clouds or vectors.
+
+    **Returns:** distances (N,); ∞ if there is no other pattern.
+
+    **Raises:** `TypeError` for an argument that is not a memory, and for geometries without a known
+    bound D ≥ c|Δm|² (as `DotProduct`); `ValueError` for a sharded memory. The other functions of
+    this module raise the same.
     """
     check_memory(memory)
     return _separations(memory)
@@ -59,16 +70,20 @@ def _separations(memory: Memory) -> Float[Array, " N"]:
 
 
 def margins(memory: Memory, radius: ArrayLike) -> Float[Array, " N"]:
-    """Δᵢ: by how much D to every other pattern exceeds D to pattern i, at any query whose
-    distance from it, √(D/c), is at most `radius`:
+    """The margin Δᵢ of each pattern: a lower bound on the excess of D to every other pattern over D
+    to pattern i, at all queries whose distance √(D/c) from pattern i is at most `radius`:
 
-        D(ξ, Xₖ) − D(ξ, Xᵢ) ≥ Δᵢ = c Dᵢ(Dᵢ − 2·radius),
+        D(ξ, Xₖ) − D(ξ, Xᵢ) ≥ Δᵢ = c Dᵢ(Dᵢ − 2·radius).
 
-    negative where that says nothing. For clouds, Assumption (A1) and Lemma 11 of
-    arXiv:2603.20656 in a sharper form, Δ = ½ρ² − ρ√(2r) with r = ½radius², in which neither ε
-    nor the number of atoms appears.
+    For clouds this is Assumption (A1) and Lemma 11 of arXiv:2603.20656 in a sharper form,
+    Δ = ½ρ² − ρ√(2r) with r = ½radius², which depends neither on ε nor on the number of atoms.
 
-    **Arguments:** `radius` ≥ 0, a distance: a scalar or (N,).
+    **Arguments:**
+
+    - `memory`: as in `separations`.
+    - `radius`: a distance ≥ 0, a scalar or (N,).
+
+    **Returns:** squared distances (N,); a margin < 0 proves nothing.
     """
     check_memory(memory)
     distance = separations(memory)
@@ -77,11 +92,18 @@ def margins(memory: Memory, radius: ArrayLike) -> Float[Array, " N"]:
 
 
 def interference(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
-    """log Zᵢ(β), Zᵢ = Σ_{k≠i} (πₖ/πᵢ) exp(−βD(Xᵢ, Xₖ)): the Gibbs mass of all others at a pattern,
-    in units of its own.
+    """The logarithm of the interference Zᵢ(β) = Σ_{k≠i} (πₖ/πᵢ) exp(−βD(Xᵢ, Xₖ)): the Gibbs mass of
+    all other patterns at pattern i, divided by its own.
 
-    Recall of pattern i sets in where Zᵢ ≈ 0.1. Not below the truth, and within 0.1 % of it where
-    few patterns matter.
+    Pattern i begins to be recalled at the β where Zᵢ ≈ 0.1. The result is an upper bound; its
+    error is at most 0.1 % if few patterns contribute to the sum.
+
+    **Arguments:**
+
+    - `memory`: as in `separations`.
+    - `beta`: the inverse temperature, > 0.
+
+    **Returns:** log Zᵢ, (N,).
     """
     check_memory(memory)
     return _interference(memory, inverse_temperature(memory, beta))
@@ -91,17 +113,22 @@ def interference(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
 def _interference(memory: Memory, beta: Float[Array, ""]) -> Float[Array, " N"]:
     scale = cost_scale(memory)
 
-    def learn(others: Neighbourhood) -> Array:
-        return _log_mass(others, beta * scale)
+    def of_pattern(others: Neighbourhood) -> Array:
+        return log_mass(others, beta * scale)
 
-    return over_patterns(memory, learn, beta, triangle=False)
+    return over_patterns(memory, of_pattern, beta, triangle=False)
 
 
 def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
-    """The β at which the interference Zᵢ(β) of each pattern falls to `level`: where its recall
-    sets in. A few per cent above the truth at most; ∞ for a pattern that is stored twice.
+    """The β at which the interference Zᵢ(β) of each pattern falls to `level`: the β at which the
+    pattern begins to be recalled.
 
-    **Arguments:** `level` > 0.
+    **Arguments:**
+
+    - `memory`: as in `separations`.
+    - `level`: the interference, > 0.
+
+    **Returns:** β, (N,), at most a few per cent too large; ∞ for a pattern that is stored twice.
     """
     check_memory(memory)
     return _transition_beta(memory, checks.positive("level", level, working_dtype(memory.dtype)))
@@ -111,33 +138,38 @@ def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
 def _transition_beta(memory: Memory, level: Float[Array, ""]) -> Float[Array, " N"]:
     scale = cost_scale(memory)
 
-    def learn(others: Neighbourhood) -> Array:
-        few = condensed(others)
-        return _least_beta(few, lambda b: _log_mass(few, b) <= jnp.log(level)) / scale
+    def transition(others: Neighbourhood) -> Array:
+        groups = condensed(others)
+        return least_beta(groups, lambda b: log_mass(groups, b) <= jnp.log(level)) / scale
 
-    return over_patterns(memory, learn, reliable_beta(memory, triangle=False), triangle=False)
+    return over_patterns(memory, transition, reliable_beta(memory, triangle=False), triangle=False)
 
 
 def one_step_bound(
     memory: Memory, index: ArrayLike, radius: ArrayLike, beta: ArrayLike
 ) -> Float[Array, ""]:
-    """How far one full step can end from pattern i, started anywhere within `radius` of it:
+    """An upper bound on the distance from pattern i after one full step, for all queries within
+    `radius` s of pattern i:
 
-        W₂(Φ(ξ), Xᵢ) ≤ Σ_{k≠i} wₖ(W₂(ξ, Xₖ) + W₂(ξ, Xᵢ)) ≤ Σ_{k≠i} (πₖ/πᵢ) dₖ exp(−βdₖ(dₖ − 2s)),
+        W₂(Φ(ξ), Xᵢ) ≤ Σ_{k≠i} wₖ(W₂(ξ, Xₖ) + W₂(ξ, Xᵢ)) ≤ Σ_{k≠i} (πₖ/πᵢ) dₖ exp(−βdₖ(dₖ − 2s)).
 
-    since (x + s) exp(−β(x² − s²)) falls with x = W₂(ξ, Xₖ) ≥ dₖ − s; where it still rises, for
-    dₖ < (s + √(s² + 2/β))/2, its largest value stands for it.
-    For Gaussians that commute or not; Theorem 3 of arXiv:2509.23162 has 3/√(βN) for commuting
-    covariances on a sphere. Queries on the geodesic from Xᵢ to its nearest pattern attain its
-    largest term, up to their wᵢ; random directions stay well below it.
+    The second inequality holds because (x + s) exp(−β(x² − s²)) decreases in x = W₂(ξ, Xₖ), and
+    x ≥ dₖ − s. Where it increases, for dₖ < (s + √(s² + 2/β))/2, its maximum takes its place.
+    Covariances need not commute; Theorem 3 of arXiv:2509.23162 has the bound 3/√(βN) for commuting
+    covariances on a sphere. Queries on the geodesic from Xᵢ to its nearest pattern attain the
+    largest term up to the factor wᵢ; in random directions the distance is much smaller.
 
-    For clouds (κ = 0) and `EntropicBures` it bounds how far the mean of the step ends from
-    that of the pattern, and `radius` is one of √(2S_ε).
+    For clouds (κ = 0), mixtures and `EntropicBures` the bound is one on the distance between the
+    mean after the step and the mean of the pattern, and `radius` is one of √(D/c).
 
-    **Arguments:** `index` i, an int; `radius` s ≥ 0, a distance; `beta` > 0. Scalars: use
-    `jax.vmap` for more.
+    **Arguments:** (scalars: use `jax.vmap` for batches)
 
-    **Returns:** a distance; where it is not less than `radius` nothing is proved.
+    - `memory`: as in `separations`.
+    - `index`: the index i of the pattern, an int.
+    - `radius`: a distance s ≥ 0.
+    - `beta`: the inverse temperature, > 0.
+
+    **Returns:** a distance; nothing is proved unless it is less than `radius`.
     """
     args = _one_of(memory, index, radius, beta)
     return _one_step_bound(memory, *args)
@@ -151,20 +183,27 @@ def _one_step_bound(memory: Memory, index: Array, radius: Array, beta: Array) ->
 def contraction_bound(
     memory: Memory, index: ArrayLike, radius: ArrayLike, beta: ArrayLike
 ) -> Float[Array, ""]:
-    """By how much Φ stretches, at most, at any point within `radius` s of pattern i: below 1,
-    errors shrink by that factor in each step.
+    """An upper bound on the norm of the derivative of Φ at all points within `radius` s of pattern
+    i. If it is less than 1, each step reduces the error by this factor.
 
-        2β Σₖ wₖ dₖ² ≤ 2β Σ_{k≠i} (πₖ/πᵢ) dₖ² exp(−βdₖ(dₖ − 2s))
+    For vectors and diagonal Gaussians it is the Lipschitz constant
 
-    for vectors and diagonal Gaussians, for which Φ is z ↦ Σ wₖzₖ in z = (m, σ), with the Jacobian
-    2βCov_w(z), and this is a Lipschitz constant (Theorem 2 of arXiv:2509.23162 has 144βR²/N).
-    For full covariances Mₖ the maps themselves turn with the query too, which adds at most
+        2β Σₖ wₖ dₖ² ≤ 2β Σ_{k≠i} (πₖ/πᵢ) dₖ² exp(−βdₖ(dₖ − 2s)),
 
-        Σ_{k≠i} (πₖ/πᵢ) exp(−βdₖ(dₖ − 2s)) |Mₖ| (cond Mₖ + cond Mᵢ) / (σ_min(Mᵢ) − s),
+    since Φ is z ↦ Σ wₖzₖ in z = (m, σ), with the Jacobian 2βCov_w(z). (Theorem 2 of
+    arXiv:2509.23162 has 144βR²/N.) For full covariances with factors Mₖ the optimal transport maps
+    also depend on the query, which adds at most
 
-    in spectral norms: ∞ where s ≥ σ_min(Mᵢ), and a few per cent where covariances are round.
+        Σ_{k≠i} (πₖ/πᵢ) exp(−βdₖ(dₖ − 2s)) |Mₖ| (cond Mₖ + cond Mᵢ) / (σ_min(Mᵢ) − s)
 
-    **Raises:** also `TypeError` for point clouds and `EntropicBures`.
+    in spectral norms. This term is ∞ where s ≥ σ_min(Mᵢ), and a few per cent for well-conditioned
+    covariances.
+
+    **Arguments:** as in `one_step_bound`.
+
+    **Returns:** a scalar ≥ 0, without unit.
+
+    **Raises:** as `separations`; `TypeError` for point clouds, mixtures and `EntropicBures`.
     """
     check_memory(memory, metric=True)
     args = _one_of(memory, index, radius, beta)
@@ -174,49 +213,66 @@ def contraction_bound(
 @compiled()
 def _contraction_bound(memory: Memory, index: Array, radius: Array, beta: Array) -> Array:
     distance, log_odds = neighbourhood(memory, index, beta)
-    # d² exp(−βd(d−2s)) falls where βd(d−s) > 1.
+    # d² exp(−βd(d−2s)) decreases where βd(d−s) > 1, and is replaced by its maximum elsewhere.
     d = jnp.maximum(distance, (radius + jnp.sqrt(radius**2 + 4 / beta)) / 2)
-    by_weights = 2 * beta * _sum(log_odds + 2 * _log(d) - beta * _product(d, d - 2 * radius))
+    by_weights = (
+        2 * beta * sum_exp(log_odds + 2 * finite_log(d) - beta * finite_product(d, d - 2 * radius))
+    )
     if not isinstance(memory.patterns, Gaussian):
         return by_weights
-    # With dR = RΩ, |Ω|·2s_min(MᵀL) ≤ 2|MᵀdL|; what turns like the map to pattern i counts nothing.
+    # With dR = RΩ, |Ω|·2s_min(MᵀL) ≤ 2|MᵀdL|. The rotation of the map to pattern i is a gauge of
+    # the result, so that only differences of rotations count.
     sizes = memory.prepared.spectrum
-    largest, least = sizes[:, 0], sizes[:, -1]
+    largest, smallest = sizes[:, 0], sizes[:, -1]
     if sizes.shape[1] < memory.patterns.dim:
-        least = jnp.zeros_like(least)
-    room = least[index] - radius
-    condition = largest / jnp.where(least > 0, least, 1)
+        smallest = jnp.zeros_like(smallest)
+    gap = smallest[index] - radius
+    condition = largest / jnp.where(smallest > 0, smallest, 1)
     nearest = jnp.maximum(distance, radius)
-    turning = _log(largest * (condition + condition[index]))
-    turning = turning - beta * _product(nearest, nearest - 2 * radius)
-    # A pattern that is one point is its own map, whichever way that turns.
-    singular = (least == 0) & (largest > 0) & (log_odds > -jnp.inf)
-    turned = _sum(log_odds + turning) / jnp.where(room > 0, room, 1)
-    return by_weights + jnp.where((room > 0) & ~singular.any(), turned, jnp.inf)
+    log_terms = finite_log(largest * (condition + condition[index]))
+    log_terms = log_terms - beta * finite_product(nearest, nearest - 2 * radius)
+    # The factor of a point mass is 0, and so does not depend on the rotation.
+    singular = (smallest == 0) & (largest > 0) & (log_odds > -jnp.inf)
+    by_rotations = sum_exp(log_odds + log_terms) / jnp.where(gap > 0, gap, 1)
+    return by_weights + jnp.where((gap > 0) & ~singular.any(), by_rotations, jnp.inf)
 
 
 def basin_radius(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
-    """The largest s for which `one_step_bound` is at most s: a ball about each pattern that
-    recall never leaves; 0 where there is none.
+    """The largest radius s of each pattern for which `one_step_bound` is at most s, so that recall
+    never leaves the ball of radius s.
 
-    From there every limit of recall is within `fidelity` of the pattern. For clouds (κ = 0) and
-    `EntropicBures` it is a radius of √(2S_ε), from which S_ε to the pattern stays below what it
-    was, but for what the other patterns can add, since the energy never rises.
+    All limits of recalls that start in the ball are within `fidelity` of the pattern. For clouds
+    (κ = 0), mixtures and `EntropicBures` the radius is one of √(D/c), and D to the pattern rises by
+    no more than the contribution of the other patterns to the energy, since the energy never rises.
+
+    **Arguments:**
+
+    - `memory`: as in `separations`.
+    - `beta`: the inverse temperature, > 0.
+
+    **Returns:** distances (N,); 0 for a pattern without such a ball.
     """
     check_memory(memory)
     return _fixed_points(memory, inverse_temperature(memory, beta))[1]
 
 
 def fidelity(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
-    """How far what is stored can be from each pattern: a distance, ∞ where nothing is proved.
+    """An upper bound on the distance between each pattern and the fixed point that represents it.
 
-    For Gaussians and vectors the least s for which `one_step_bound` is at most s: all fixed
-    points that recall reaches from the basin are within it.
+    For Gaussians and vectors it is the smallest s for which `one_step_bound` is at most s. All
+    fixed points that recall reaches from the ball of `basin_radius` are within s of the pattern.
 
-    For clouds and `EntropicBures` the least s for which a minimiser X* of the energy is within
-    √(2S_ε(X*, Xᵢ)) ≤ s, by Theorem 3 of arXiv:2603.20656,
+    For clouds, mixtures and `EntropicBures` it is the smallest s for which there is a minimiser X*
+    of the energy with √(D(X*, Xᵢ)/c) ≤ s, as in Theorem 3 of arXiv:2603.20656 (D = S_ε, c = ½),
 
-        S_ε(X*, Xᵢ) ≤ β⁻¹ log(1 + Σ_{k≠i} (πₖ/πᵢ) exp(−βΔₖ)),    Δₖ = ½dₖ(dₖ − 2s).
+        D(X*, Xᵢ) ≤ β⁻¹ log(1 + Σ_{k≠i} (πₖ/πᵢ) exp(−βΔₖ)),    Δₖ = c dₖ(dₖ − 2s).
+
+    **Arguments:**
+
+    - `memory`: as in `separations`.
+    - `beta`: the inverse temperature, > 0.
+
+    **Returns:** distances √(D/c), (N,); ∞ where nothing is proved.
     """
     check_memory(memory)
     return _fixed_points(memory, inverse_temperature(memory, beta))[0]
@@ -224,23 +280,28 @@ def fidelity(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
 
 @compiled()
 def _fixed_points(memory: Memory, beta: Float[Array, ""]) -> tuple[Array, Array]:
-    def learn(others: Neighbourhood) -> tuple[Array, Array]:
-        few = condensed(others)
-        least, largest = stable_radii(few, beta * cost_scale(memory))
+    def radii(others: Neighbourhood) -> tuple[Array, Array]:
+        groups = condensed(others)
+        smallest, largest = stable_radii(groups, beta * cost_scale(memory))
         if memory.geometry.is_squared_metric:
-            return least, largest
-        return _minimiser_radius(few, beta * cost_scale(memory)), largest
+            return smallest, largest
+        return minimiser_radius(groups, beta * cost_scale(memory)), largest
 
-    return over_patterns(memory, learn, beta)
+    return over_patterns(memory, radii, beta)
 
 
 def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
-    """The smallest β, to a per cent or so, for which `fidelity` is proved to be at most `error` at
-    every pattern: what to recall with. ∞ if there is none, as for patterns stored twice.
+    """The smallest β for which `fidelity` is at most `error` at every pattern, to about one per
+    cent.
 
-    It grows as log N/D², which Assumption 1 of arXiv:2509.23162 asks many times more of.
+    It grows as log N/D²; Assumption 1 of arXiv:2509.23162 requires a β many times larger.
 
-    **Arguments:** `error` > 0, a W₂ distance, or √(2S_ε) for clouds and `EntropicBures`.
+    **Arguments:**
+
+    - `memory`: as in `separations`.
+    - `error`: a distance √(D/c) > 0: W₂, |x−y|, √(2S_ε) or MW₂.
+
+    **Returns:** a scalar; ∞ if there is no such β, as for patterns that are stored twice.
     """
     check_memory(memory)
     error = checks.positive("error", error, working_dtype(memory.dtype))
@@ -251,121 +312,17 @@ def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
 def _minimum_beta(memory: Memory, error: Float[Array, ""]) -> Float[Array, ""]:
     scale = cost_scale(memory)
 
-    def learn(others: Neighbourhood) -> Array:
-        few = condensed(others)
+    def sufficient_beta(others: Neighbourhood) -> Array:
+        groups = condensed(others)
 
-        def good(b: Array) -> Array:
+        def condition(b: Array) -> Array:
             if not memory.geometry.is_squared_metric:
-                return _minimiser_radius(few, b) <= error
-            return stable_radii(few, b)[0] <= error
+                return minimiser_radius(groups, b) <= error
+            return stable_radii(groups, b)[0] <= error
 
-        return _least_beta(few, good) / scale
+        return least_beta(groups, condition) / scale
 
-    return over_patterns(memory, learn, reliable_beta(memory)).max()
-
-
-# ------------------------------------------------------------------ the sums
-
-
-def step_bound(others: Neighbourhood, s: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
-    """Σₖ oddsₖ dₖ exp(−b dₖ(dₖ − 2s)), b = βc, and where that rises with dₖ its largest value."""
-    d = jnp.maximum(others.distance, (s + jnp.sqrt(s**2 + 2 / b)) / 2)
-    return _sum(others.log_odds + _log(d) - b * _product(d, d - 2 * s))
-
-
-def stable_radii(
-    others: Neighbourhood, b: Float[Array, ""], slack: ArrayLike = 0.0
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The least and the largest s with `step_bound` + slack ≤ s; ∞ and 0 if there is none.
-
-    Where it may be so, s < d/2, the bound is convex in s: between the two it is at most s.
-    """
-
-    def bound(s: Array) -> Array:
-        return step_bound(others, s, b) + slack
-
-    half = others.distance.min() / 2
-    alone = half == jnp.inf
-    half = jnp.where(alone, 1, half)
-    rises = jax.grad(bound)
-    middle, _ = _halve(lambda s: rises(s) < 1, jnp.zeros_like(half), half)
-    exists = bound(middle) <= middle
-    largest, _ = _halve(lambda s: bound(s) <= s, middle, half)
-    _, least = _halve(lambda s: bound(s) > s, jnp.zeros_like(half), middle)
-    # Far below the others' scale the bound itself is the closer step.
-    least = jax.lax.fori_loop(0, DESCENTS, lambda _, s: jnp.minimum(bound(s), s), least)
-    least, largest = jnp.where(exists, least, jnp.inf), jnp.where(exists, largest, 0)
-    return jnp.where(alone, slack, least), jnp.where(alone, jnp.inf, largest)
-
-
-def _minimiser_radius(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:
-    """The least s, nearly, with log(1 + Σₖ oddsₖ exp(−b dₖ(dₖ−2s)))/b ≤ s²."""
-
-    def squared(s: Array) -> Array:
-        logs = others.log_odds - b * _product(others.distance, others.distance - 2 * s)
-        return jnp.log1p(jnp.exp(jax.nn.logsumexp(logs))) / b
-
-    half = others.distance.min() / 2
-    half = jnp.where(half == jnp.inf, jnp.ones_like(half), half)
-    # Of radii down to a thousandth of the separation, the largest gap: s² is what is to be beaten.
-    radii = half * jnp.asarray(0.5, half.dtype) ** jnp.arange(0, 10, 0.25, dtype=half.dtype)
-    good = jax.vmap(squared)(radii) <= radii**2
-    start = jnp.where(good, radii, jnp.inf).min()
-
-    def shrink(_: int, s: Array) -> Array:
-        return jnp.minimum(s, jnp.sqrt(squared(s)))
-
-    found = jax.lax.fori_loop(0, DESCENTS, shrink, jnp.where(start == jnp.inf, 0, start))
-    return jnp.where(start == jnp.inf, jnp.inf, found)
-
-
-def _least_beta(others: Neighbourhood, good: Callable[[Array], Array]) -> Float[Array, ""]:
-    """The least b at which something is good that is so for all larger b; ∞ if there is none."""
-    distance = others.distance.min()
-    alone, twice = distance == jnp.inf, distance == 0
-    unit = 1 / jnp.where(alone | twice, 1, distance) ** 2
-    # b d² has to outweigh the prior too.
-    most = 1e5 + 2 * jnp.maximum(others.log_odds.max(), 0)
-    low, high = jnp.log(jnp.full_like(most, 1e-4)), jnp.log(most)
-    _, found = _halve(lambda x: ~good(unit * jnp.exp(x)), low, high)
-    # Not asked again: compiled elsewhere, a comparison this close may come out the other way.
-    reached = (found < high) & ~twice
-    return jnp.where(alone, 0, jnp.where(reached, unit * jnp.exp(found), jnp.inf))
-
-
-def _halve(holds: Callable[[Array], Array], low: Array, high: Array) -> tuple[Array, Array]:
-    """Where something ceases to hold that holds at `low`, by bisection: the two ends."""
-
-    def turn(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        so = holds(middle)
-        return jnp.where(so, middle, low), jnp.where(so, high, middle)
-
-    result: tuple[Array, Array] = jax.lax.fori_loop(0, HALVINGS, turn, (low, high))
-    return result
-
-
-def _log_mass(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:
-    """log Σₖ oddsₖ exp(−b dₖ²)."""
-    return jax.nn.logsumexp(others.log_odds - b * _product(others.distance, others.distance))
-
-
-def _sum(logs: Float[Array, " K"]) -> Float[Array, ""]:
-    """Σ exp(logs), with derivatives where there is no pattern."""
-    off = logs == -jnp.inf
-    return jnp.where(off, 0, jnp.exp(jnp.where(off, 0, logs))).sum()
-
-
-def _product(x: Float[Array, " K"], y: Float[Array, " K"]) -> Float[Array, " K"]:
-    """x·y, finite where there is no pattern."""
-    none = jnp.isinf(x) | jnp.isinf(y)
-    return jnp.where(none, 0, jnp.where(none, 0, x) * jnp.where(none, 0, y))
-
-
-def _log(d: Float[Array, " K"]) -> Float[Array, " K"]:
-    on = (d > 0) & (d < jnp.inf)
-    return jnp.where(on, jnp.log(jnp.where(on, d, 1)), jnp.where(d == 0, -jnp.inf, 0))
+    return over_patterns(memory, sufficient_beta, reliable_beta(memory)).max()
 
 
 # ------------------------------------------------------------------ arguments
@@ -374,6 +331,7 @@ def _log(d: Float[Array, " K"]) -> Float[Array, " K"]:
 def _one_of(
     memory: Memory, index: ArrayLike, radius: ArrayLike, beta: ArrayLike
 ) -> tuple[Array, Array, Array]:
+    """The checked index of a slot, radius and β of a bound about one pattern."""
     check_memory(memory)
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
@@ -385,10 +343,11 @@ def _one_of(
 
 
 def _radius(memory: Memory, radius: ArrayLike, shapes: tuple[tuple[int, ...], ...]) -> Array:
+    """`radius` as an array, checked to have one of the `shapes` and to be finite and ≥ 0."""
     array = jnp.asarray(radius, working_dtype(memory.dtype))
     if array.shape not in shapes:
-        wanted = " or ".join(map(str, shapes))
-        raise ValueError(f"radius must have shape {wanted}; got {array.shape}")
+        expected = " or ".join(map(str, shapes))
+        raise ValueError(f"radius must have shape {expected}; got {array.shape}")
     checks.finite("radius", array)
     checks.nonnegative("radius", array)
     return array

@@ -1,7 +1,7 @@
-"""How many random patterns a memory holds: the capacities of both papers, and a general one.
+"""Capacities: numbers N(d) of random patterns that are recalled with high probability.
 
-All are numbers of patterns N(d) that grow exponentially in the dimension; as floats, ∞ where they
-are too many for one.
+They are those of both papers and a general one, and grow exponentially in the dimension d. They are
+returned as floats, ∞ on overflow.
 """
 
 import numpy as np
@@ -11,16 +11,22 @@ from numpy.typing import ArrayLike
 def commuting_capacity(
     dim: ArrayLike, *, bounds: tuple[float, float] = (1.0, 1.1), failure: float = 0.1
 ) -> np.ndarray:
-    """N = √(p/2) exp(dα²/16), α = 1 − 2 log(λ_max/λ_min): Theorem 1 of arXiv:2509.23162.
+    """The capacity for Gaussians with commuting covariances, by Theorem 1 of arXiv:2509.23162:
+    N = √(p/2) exp(dα²/16), α = 1 − 2 log(λ_max/λ_min).
 
-    So many patterns of `jdam.random.wasserstein_sphere` with commuting covariances are stored with
-    probability ≥ 1 − p, for β > 3α/λ_min and d large enough (that theorem's d₀, 364 for the bounds
-    1 and 1.1, p = 0.1 and β = 3).
+    With probability ≥ 1 − p, N patterns of `jdam.random.wasserstein_sphere` are stored, for
+    β > 3α/λ_min and d ≥ d₀ of that theorem (d₀ = 364 for the bounds 1 and 1.1, p = 0.1 and β = 3).
 
-    **Arguments:** `dim` d, of any shape; `bounds` λ_min, λ_max with λ_max/λ_min < √e;
-    `failure` p in (0, 1).
+    **Arguments:**
 
-    **Raises:** `ValueError` for arguments outside these.
+    - `dim`: d ≥ 1, of any shape.
+    - `bounds`: the bounds (λ_min, λ_max) of the eigenvalues of the covariances,
+      λ_max/λ_min < √e.
+    - `failure`: p in (0, 1).
+
+    **Returns:** N, of the shape of `dim`.
+
+    **Raises:** `ValueError` for arguments outside these ranges.
     """
     low, high = bounds
     if not 0 < low <= high < low * np.exp(0.5):
@@ -30,30 +36,41 @@ def commuting_capacity(
 
 
 def cloud_capacity(dim: ArrayLike, *, overlap: float = 0.5, failure: float = 0.1) -> np.ndarray:
-    """N = √(2δ) exp(dη²/4): Theorem 1, Lemmas 15 and 16 of arXiv:2603.20656.
+    """The capacity for point clouds, by Theorem 1 and Lemmas 15 and 16 of arXiv:2603.20656:
+    N = √(2δ) exp(dη²/4).
 
-    So many means (a/√d){−1, 1}ᵈ, as of `jdam.random.separated_clouds`, are all at distances of at
-    least ρ = a√(2(1−η)) with probability ≥ 1 − δ. `margins` of radius √(2r) are then at least
-    ½ρ² − ρ√(2r): the basins {S_ε ≤ r} are disjoint where ρ > 2√(2r).
+    With probability ≥ 1 − δ, all distances between N random means in (a/√d){−1, 1}ᵈ, as those of
+    `jdam.random.separated_clouds`, are at least ρ = a√(2(1−η)). Then the `margins` for the radius
+    √(2r) are at least ½ρ² − ρ√(2r), and the basins {S_ε ≤ r} are disjoint if ρ > 2√(2r).
 
-    **Arguments:** `dim` d, of any shape; `overlap` η and `failure` δ in (0, 1).
+    **Arguments:**
 
-    **Raises:** `ValueError` for arguments outside these.
+    - `dim`: d ≥ 1, of any shape.
+    - `overlap`: η in (0, 1), the largest cosine of two means.
+    - `failure`: δ in (0, 1).
+
+    **Returns:** N, of the shape of `dim`.
+
+    **Raises:** `ValueError` for arguments outside these ranges.
     """
     rate = _fraction("overlap", overlap) ** 2 / 4
     return _exponential(dim, np.sqrt(2 * _fraction("failure", failure)), rate)
 
 
 def general_capacity(dim: ArrayLike, *, overlap: float = 0.5, failure: float = 0.1) -> np.ndarray:
-    """N = √(2p) exp(dη²/4), for Gaussians with any covariances, commuting or not.
+    """The capacity for Gaussians with arbitrary covariances: N = √(2p) exp(dη²/4).
 
-    So many means uniform on a sphere of radius R_m have Dᵢ² ≥ 2R_m²(1−η) for all i with
-    probability ≥ 1 − p, since the cosine of two exceeds η with probability ≤ exp(−dη²/2) and
-    W₂ ≥ |Δm|. With β ≥ `general_beta` every query within a share ζ of the separation is recalled.
-    No counterpart in the papers: Theorem 1 of arXiv:2509.23162 needs commuting covariances and
-    λ_max/λ_min < √e.
+    With probability ≥ 1 − p, N Gaussians whose means are uniform on a sphere of radius R_m have the
+    separations Dᵢ² ≥ 2R_m²(1−η), since the cosine of two means exceeds η with probability
+    ≤ exp(−dη²/2), and W₂ ≥ |Δm|. For β ≥ `general_beta` all queries within ζDᵢ of a pattern are
+    recalled. The result is not in the papers: Theorem 1 of arXiv:2509.23162 requires commuting
+    covariances and λ_max/λ_min < √e.
 
-    **Arguments** and **raises:** as `cloud_capacity`.
+    **Arguments:** as in `cloud_capacity`, with p for δ.
+
+    **Returns:** N, of the shape of `dim`.
+
+    **Raises:** as `cloud_capacity`.
     """
     return cloud_capacity(dim, overlap=overlap, failure=failure)
 
@@ -61,14 +78,23 @@ def general_capacity(dim: ArrayLike, *, overlap: float = 0.5, failure: float = 0
 def general_beta(
     num: ArrayLike, mean_radius: float, *, overlap: float = 0.5, basin: float = 0.25
 ) -> np.ndarray:
-    """β = log((N−1)/ζ) / (2R_m²(1−η)(1−2ζ)): of N patterns whose distances are all at least D,
-    D² = 2R_m²(1−η), one step maps the ball of radius ζD about each into itself, by
-    `one_step_bound` ≤ (N−1) D exp(−βD²(1−2ζ)) = ζD.
+    """The β for which one step maps the ball of radius ζD about each of N patterns into itself, if
+    all distances between patterns are at least D, D² = 2R_m²(1−η):
 
-    **Arguments:** `num` N ≥ 2, of any shape; `mean_radius` R_m > 0, the norm of the means;
-    `overlap` η in (0, 1); `basin` ζ in (0, ½).
+        β = log((N−1)/ζ) / (2R_m²(1−η)(1−2ζ)),
 
-    **Raises:** `ValueError` for arguments outside these.
+    by `one_step_bound` ≤ (N−1) D exp(−βD²(1−2ζ)) = ζD.
+
+    **Arguments:**
+
+    - `num`: N ≥ 2, of any shape.
+    - `mean_radius`: the norm R_m > 0 of the means, a distance.
+    - `overlap`: η in (0, 1).
+    - `basin`: ζ in (0, ½).
+
+    **Returns:** β, of the shape of `num`; at least the β from which on the bound above is valid.
+
+    **Raises:** `ValueError` for arguments outside these ranges.
     """
     num = np.asarray(num, float)
     if not (num >= 2).all():
@@ -79,11 +105,13 @@ def general_beta(
     if share >= 0.5:
         raise ValueError(f"basin must be in (0, 1/2); got {basin}")
     squared = 2 * mean_radius**2 * (1 - _fraction("overlap", overlap))
-    # Where β D² is small the largest term of the step bound is not that of the nearest patterns.
+    # Where βD² is less than 1/(2(1−ζ)), terms of the step bound increase with the distance, so that
+    # distances D are not the worst case.
     return np.maximum(np.log((num - 1) / share) / (1 - 2 * share), 0.5 / (1 - share)) / squared
 
 
 def _exponential(dim: ArrayLike, factor: float, rate: float) -> np.ndarray:
+    """factor·exp(rate·dim), ∞ on overflow."""
     dim = np.asarray(dim, float)
     if not (dim >= 1).all():
         raise ValueError(f"dim must be ≥ 1; got {dim.min()}")
@@ -92,6 +120,7 @@ def _exponential(dim: ArrayLike, factor: float, rate: float) -> np.ndarray:
 
 
 def _fraction(name: str, value: float) -> float:
+    """`value` as a float, checked to be in (0, 1)."""
     if not 0 < value < 1:
         raise ValueError(f"{name} must be in (0, 1); got {value}")
     return float(value)

@@ -1,7 +1,8 @@
-"""Constants of the convergence theory of point clouds, arXiv:2603.20656.
+"""Constants of the convergence theory of point clouds in the spherical Hellinger–Kantorovich (SHK)
+metric, arXiv:2603.20656.
 
-The SHK metric at q = Σ pⱼδ(xⱼ) is Σ pⱼ|vⱼ|² + κ⁻¹ Σ uⱼ²/pⱼ for velocities v and changes of weight
-u; for κ = 0 weights do not change. Distances d_SHK are lengths in it.
+At q = Σ pⱼδ(xⱼ) the metric is Σ pⱼ|vⱼ|² + κ⁻¹ Σ uⱼ²/pⱼ for velocities v and rates of change u of
+the weights; for κ = 0 weights are constant. d_SHK is its geodesic distance.
 """
 
 from typing import Any, NamedTuple
@@ -28,32 +29,39 @@ from jdam.theory.basins import interference
 
 
 class ShkConstants(NamedTuple):
-    """Constants about one pattern, as Theorems 2 and 3 of arXiv:2603.20656 use them."""
+    """The constants of Theorems 2 and 3 of arXiv:2603.20656 for one pattern."""
 
-    diameter: Float[Array, ""]  #: D of a ball that holds all atoms of the memory, a distance
+    diameter: Float[Array, ""]  #: D, the diameter of a ball that contains all atoms of the memory
     gradient: Float[Array, ""]  #: G with |grad S_ε|, |grad E| ≤ G (Lemma 8)
-    retraction: Float[Array, ""]  #: C with d_SHK(q, Ret_q(ξ)) ≤ C|ξ| for steps τ (Lemma 7)
+    retraction: Float[Array, ""]  #: C with d_SHK(q, Ret_q(ξ)) ≤ C|ξ| for step size τ (Lemma 7)
     smoothness: Float[Array, ""]  #: L: the largest eigenvalue of Hess S_ε(·, Xᵢ) at Xᵢ (A2)
-    curvature: Float[Array, ""]  #: μ: the smallest (A4)
+    curvature: Float[Array, ""]  #: μ: the smallest eigenvalue (A4)
     safe_step: Float[Array, ""]  #: τ_max of Theorem 2
 
 
 def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.0) -> ShkConstants:
-    """D, G, C, L, μ and the largest safe step about the pattern at `index`.
+    """The constants D, G, C, L, μ and τ_max for the pattern at `index`.
 
         G = D√(1 + κD²/4)          C = (e^{M/2} − 1)/(M/2), M = τκD²
         τ_max = min{1/L, log(min b / w₀)/(2κD²), (sep − 2ρ)/(2D)}
 
-    G is Lemma 8's D√(1+κD²) with Popoviciu's bound Var F ≤ D⁴/4, C Lemma 7's with Jensen's
-    inequality Z ≥ 1. L and μ are eigenvalues at the pattern, by exact second derivatives: what
-    (A2) and (A4) ask for in a whole basin is estimated by them, not proved. τ_max is Theorem 2's
-    with weights that may fall to w₀ = min b/4, and atoms that may move by ρ = sep/4, sep being the
-    least distance between two atoms. Mostly its last term binds, sep/(4D): a step in which no atom
-    could pass another, far below what recall takes without harm.
+    G is the D√(1+κD²) of Lemma 8, improved by Popoviciu's bound Var F ≤ D⁴/4, and C is that of
+    Lemma 7, improved by Jensen's inequality Z ≥ 1. L and μ are eigenvalues at the pattern, from
+    exact second derivatives; they estimate the constants of (A2) and (A4), which are bounds on a
+    whole basin. τ_max is that of Theorem 2 for weights of at least w₀ = min b/4 and atoms that move
+    by at most ρ = sep/4, where sep is the smallest distance between two atoms. Usually its last
+    term is the smallest, sep/(4D): no atom can pass another in one step. Larger steps are usual in
+    practice.
 
-    **Arguments:** a `memory` of point clouds; `index` of a pattern; `step_size` τ > 0.
+    **Arguments:**
 
-    **Raises:** `TypeError` for other memories.
+    - `memory`: a memory of point clouds.
+    - `index`: the index of the pattern, an int.
+    - `step_size`: τ > 0.
+
+    **Returns:** `ShkConstants`. Features count as additional coordinates.
+
+    **Raises:** `TypeError` for other memories; `IndexError` for an index out of range.
     """
     _check_clouds(memory)
     index = jnp.asarray(index, jnp.int32)
@@ -93,7 +101,8 @@ def _constants(memory: Memory, index: Array, step_size: Array) -> ShkConstants:
 
 
 def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
-    """Of Hess S_ε(·, X) at X, in coordinates orthonormal in the SHK metric."""
+    """The smallest and the largest eigenvalue of Hess S_ε(·, X) at X, in coordinates that are
+    orthonormal in the SHK metric."""
     cloud, kappa = memory[index], memory.geometry.hellinger_scale  # type: ignore[attr-defined]
     alone, prepared = jax.tree.map(
         lambda leaf: leaf[index][None], (memory.patterns, memory.prepared)
@@ -113,29 +122,37 @@ def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
         return memory.geometry.compare(memory.geometry.view(query), pattern).divergence[0]
 
     hessian = jax.hessian(divergence)(jnp.zeros(size * (dim + 1), memory.dtype))
-    # Mass is conserved, and atoms of weight 0 do not count.
+    # The tangent space excludes changes of total mass and atoms of weight 0. The largest eigenvalue
+    # takes the place of the zeros of its complement, so that they are not the smallest.
     on = (root > 0) & (kappa > 0)
-    still = jnp.where(on, root, 0)
+    masses = jnp.where(on, root, 0)
     free = jnp.concatenate([jnp.repeat(root > 0, dim), on]).astype(memory.dtype)
-    mass = jnp.concatenate([jnp.zeros(size * dim, memory.dtype), still])
-    along = jnp.diag(free) - jnp.outer(mass, mass)
-    inside = along @ ((hessian + hessian.T) / 2) @ along
-    outside = jnp.eye(free.size, dtype=memory.dtype) - along
-    most = eigenvalues(inside)[-1]
-    return eigenvalues(inside + most * outside)[0], most
+    normal = jnp.concatenate([jnp.zeros(size * dim, memory.dtype), masses])
+    projection = jnp.diag(free) - jnp.outer(normal, normal)
+    projected = projection @ ((hessian + hessian.T) / 2) @ projection
+    complement = jnp.eye(free.size, dtype=memory.dtype) - projection
+    largest = eigenvalues(projected)[-1]
+    return eigenvalues(projected + largest * complement)[0], largest
 
 
 def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
-    """λ_w: the largest eigenvalue of Hess S_ε(·, Xᵢ) at Xᵢ in weights, in the Fisher metric.
+    """The stiffness λ_w of the weights of each pattern: the largest eigenvalue of Hess S_ε(·, Xᵢ)
+    at Xᵢ in the weights, in the Fisher metric.
 
         λ_w = εσ/(1 − σ²),    σ the second singular value of √b⊘P⊘√b, P the plan of Xᵢ to itself
 
-    It grows exponentially as ε falls below the squared gaps between atoms. Small changes of weight
-    are stepped stably for τκ < 2/λ_w, and with a tilt of 5 % the energy first rose at 1.8/λ_w, so
-    that τκ ≤ 1/λ_w is safe. In squared units of distance. (Not in the paper: the L of its
-    Assumption (A2) is at least κλ_w.)
+    It grows exponentially as ε falls below the squared distances between atoms. For infinitesimal
+    changes of the weights a step is stable if τκ < 2/λ_w. In experiments with weights tilted by 5 %
+    the energy first rose at τκ = 1.8/λ_w, so that τκ ≤ 1/λ_w is safe. (λ_w is not in the paper; the
+    L of its Assumption (A2) is at least κλ_w.)
 
-    **Raises:** `TypeError` for memories of anything but point clouds.
+    **Arguments:**
+
+    - `memory`: a memory of point clouds.
+
+    **Returns:** (N,), in squared units of distance; 0 for free slots.
+
+    **Raises:** `TypeError` for other memories.
     """
     _check_clouds(memory)
     return _weight_stiffness(memory)
@@ -145,28 +162,38 @@ def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
 def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
     epsilon = memory.geometry.epsilon  # type: ignore[attr-defined]
 
-    def one(pattern: tuple[Any, ...]) -> Array:
+    def of_pattern(pattern: tuple[Any, ...]) -> Array:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
-        itself = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
-        plan = c_transform(HalfSquaredDistance(), prepared.known.potential, itself)
+        problem = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
+        plan = c_transform(HalfSquaredDistance(), prepared.known.potential, problem)
         root = jnp.sqrt(cloud.weights)
         values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)
         result: Array = epsilon * second / ((1 - second) * (1 + second))
         return result
 
-    result: Array = jax.lax.map(one, (_lifted(memory), memory.prepared))
+    result: Array = jax.lax.map(of_pattern, (_lifted(memory), memory.prepared))
     return result if memory.occupied is None else jnp.where(memory.occupied, result, 0)
 
 
 def shk_drift_bound(
     memory: Memory, index: ArrayLike, beta: ArrayLike, *, step_size: ArrayLike = 1.0
 ) -> Float[Array, ""]:
-    """How far one step moves a pattern: d_SHK(Xᵢ, R_τ(Xᵢ)) ≤ τCG Zᵢ(β), with the interference
-    Zᵢ = Σ_{k≠i} exp(−βS_ε(Xᵢ, Xₖ)) for the (N−1)e^{−βΔ} of Theorem 3 (2) of arXiv:2603.20656.
+    """An upper bound on the distance by which one step moves a pattern,
+    d_SHK(Xᵢ, R_τ(Xᵢ)) ≤ τCG Zᵢ(β).
 
-    **Arguments** and **raises:** as `shk_constants`; `beta` > 0.
+    It is Theorem 3 (2) of arXiv:2603.20656 with the `interference` Zᵢ, which is
+    Σ_{k≠i} exp(−βS_ε(Xᵢ, Xₖ)) without a prior, in place of (N−1)e^{−βΔ}.
+
+    **Arguments:**
+
+    - `memory`, `index`, `step_size`: as in `shk_constants`.
+    - `beta`: the inverse temperature, > 0.
+
+    **Returns:** a distance.
+
+    **Raises:** as `shk_constants`.
     """
     constants = shk_constants(memory, index, step_size=step_size)
     logs = interference(memory, inverse_temperature(memory, beta))
@@ -177,15 +204,21 @@ def shk_drift_bound(
 def shk_iterations(
     constants: ShkConstants, step_size: ArrayLike, gap: ArrayLike, error: ArrayLike
 ) -> Float[Array, ""]:
-    """After how many steps S_ε to the fixed point is at most `error`, all of them within a basin
-    where (A2) and (A4) hold with these L and μ: t ≥ log(A/error)/log(1/θ),
+    """The number of steps after which S_ε to the fixed point is at most `error`, by Theorem 2 of
+    arXiv:2603.20656: t ≥ log(A/error)/log(1/θ) with
 
-        A = GC√(2τ·gap)/(1 − θ),    θ = √(1 − μτ)                (Theorem 2 of arXiv:2603.20656).
+        A = GC√(2τ·gap)/(1 − θ),    θ = √(1 − μτ).
 
-    **Arguments:** `constants` of `shk_constants` for the same `step_size` τ ≤ 1/L; `gap`, the
-    energy of the query above that of the fixed point; `error` > 0, in squared units of distance.
+    All steps have to be in a basin in which (A2) and (A4) hold with these L and μ.
 
-    **Returns:** a float, to be rounded up; 0 where no step is needed.
+    **Arguments:**
+
+    - `constants`: those of `shk_constants` for the same `step_size`.
+    - `step_size`: τ ≤ 1/L.
+    - `gap`: the energy of the query minus the energy of the fixed point, a squared distance.
+    - `error`: a value > 0 of S_ε, a squared distance.
+
+    **Returns:** a float ≥ 0, to be rounded up.
     """
     rate = jnp.sqrt(1 - jnp.minimum(constants.curvature * step_size, 1))
     start = constants.gradient * constants.retraction * jnp.sqrt(2 * step_size * jnp.asarray(gap))
@@ -193,22 +226,27 @@ def shk_iterations(
 
 
 def shk_travel_bound(constants: ShkConstants, gap: ArrayLike) -> Float[Array, ""]:
-    """By how much S_ε to a pattern can rise on the whole way of a recall, for every τ ≤ 1/L:
+    """An upper bound on the rise of S_ε to a pattern over all steps of a recall, for all τ ≤ 1/L:
 
         Σ_t τ|grad E| G C ≤ 2GC√(2·gap/μ).
 
-    So recall stays in {S_ε(·, Xᵢ) ≤ r} if S_ε(q, Xᵢ) plus this is at most r, without the lower
-    bound on τ that Theorem 2 of arXiv:2603.20656 needs: (A4) gives
+    Recall stays in {S_ε(·, Xᵢ) ≤ r} if S_ε(q, Xᵢ) plus this bound is at most r. Unlike Theorem 2 of
+    arXiv:2603.20656 this needs no lower bound on τ, since by (A4)
     √gap_t − √gap_{t+1} ≥ √(2μ)/4·τ|grad E|.
 
-    **Arguments:** as `shk_iterations`. In squared units of distance.
+    **Arguments:**
+
+    - `constants`, `gap`: as in `shk_iterations`.
+
+    **Returns:** a squared distance.
     """
     root = jnp.sqrt(2 * jnp.asarray(gap) / constants.curvature)
     return 2 * constants.gradient * constants.retraction * root
 
 
 def _lifted(memory: Memory) -> PointCloud:
-    """The patterns with features as coordinates, in which the theory holds as it is."""
+    """The patterns with features as additional coordinates, to which the theory applies
+    unchanged."""
     lifted: PointCloud = memory.geometry.lifted(memory.patterns)  # type: ignore[attr-defined]
     return lifted
 
