@@ -158,6 +158,14 @@ def _transported(
     return found, costs, plans
 
 
+def aligned_plan(
+    view: View, mixtures: GaussianMixture
+) -> tuple[Float[Array, "B K L"], Float[Array, "B K L d r"]]:
+    """Plans between components, and the factors MₗRₖₗ of mixtures aligned with the query's."""
+    found, _, plans = _transported(view, mixtures)
+    return plans.mass, _by_pattern(found.pull.factor, mixtures)
+
+
 def _flat(mixtures: GaussianMixture) -> Gaussian:
     """All components of a batch (B,) in a row, (B·L,)."""
     means, factors = mixtures.means, mixtures.factors
