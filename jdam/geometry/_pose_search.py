@@ -97,7 +97,8 @@ def tolerance(held: Problem) -> Float[Array, " B"]:
     """How far atoms may still move where a pose is at rest: D feels the square of it."""
     eps = float(jnp.finfo(held.x.dtype).eps)
     farthest = jnp.abs(held.centre).max() + jnp.abs(held.centres).max(-1)
-    return eps**0.5 * safe_sqrt(held.size + held.sizes) + 4 * eps * farthest
+    size: Array = eps**0.5 * safe_sqrt(held.size + held.sizes)
+    return size + 4 * eps * farthest
 
 
 def starts(group: Group, held: Problem, count: int | None) -> Pose:

@@ -30,8 +30,8 @@ from jdam.geometry._pose_derivatives import followed
 from jdam.geometry._pose_search import LANES, REFINEMENTS, Plans, search, starts, tolerance
 from jdam.geometry._poses import Pose, choose_rows, each
 from jdam.geometry.chamfer import Chamfer, own_growth
-from jdam.geometry.mixture import MixtureWasserstein, aligned_plan
-from jdam.geometry.protocol import AnyView, BatchSizes, Comparison, Geometry, Patterns
+from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
+from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
 
 #: Of the variance of a query, the ε by which poses of mixtures are sought.
@@ -69,9 +69,9 @@ class Chosen(NamedTuple):
 
 
 class Aligned(Geometry):
-    """D = the least divergence to a pattern in any pose, on point clouds.
+    """D = the least divergence to a pattern in any pose, on point clouds and Gaussian mixtures.
 
-    For a geometry of divergence D₀ and a group G of motions g(x) = R x + t,
+    For a geometry of divergence D₀ and a group G of motions g(x) = s R x + t,
 
         D(ξ, X) = min over g ∈ G of D₀(ξ, gX).
 
@@ -80,38 +80,51 @@ class Aligned(Geometry):
     `result.pose(memory[result.nearest])` is the pattern laid on it: a partial cue, completed.
 
     **The pose is an upper bound.** A pose is found by alternation. Of its transport plan P, with
-    mass m, the best motion is closed (W. Kabsch, Acta Cryst. A 32, 922 (1976)):
+    mass m, the best motion is closed (W. Kabsch, Acta Cryst. A 32, 922 (1976); S. Umeyama, IEEE
+    PAMI 13, 376 (1991)):
 
-        x̄ = ΣPⱼₖxⱼ/m,    ȳ = ΣPⱼₖyₖ/m,    H = ΣPⱼₖ(xⱼ−x̄)(yₖ−ȳ)ᵀ = U diag(s) Vᵀ,
-        R = U diag(1, …, 1, det UVᵀ) Vᵀ,    t = x̄ − Rȳ.
+        x̄ = ΣPⱼₖxⱼ/m,    ȳ = ΣPⱼₖyₖ/m,    H = ΣPⱼₖ(xⱼ−x̄)(yₖ−ȳ)ᵀ = U diag(σ) Vᵀ,
+        R = U diag(1, …, 1, det UVᵀ) Vᵀ,    s = ⟨R, H⟩/(ΣPⱼₖ|yₖ−ȳ|² − m a),    t = x̄ − sRȳ,
 
-    Both halves lower D₀, and end at a local minimum. The first comparison starts from a net of
-    rotations: equal angles in the plane, super-Fibonacci spirals in space (M. Alexa, CVPR 2022),
-    and fixed random rotations in higher dimensions. It lowers ε of `Chamfer` plans from the size
-    of the query to that of the geometry, and takes the best end of the best three. Nothing proves
-    that there is no better pose: D is an upper bound of the minimum. Later comparisons refine the
-    last pose, so that the energy of a recall rises no more than that of the wrapped geometry.
+    where ½as² is to second order what the pattern costs itself at the scale s, and of mixtures H
+    has the terms ΣPₖₗLₖ(MₗRₖₗ)ᵀ of their factors too. Both halves lower D₀ if s is held, and end at
+    a local minimum. The first comparison starts from a net of rotations: equal angles in the plane,
+    super-Fibonacci spirals in space (M. Alexa, CVPR 2022), and in higher dimensions random
+    rotations and those that lay principal axes on principal axes. From each it follows one-sided
+    plans, as of `Chamfer`, while their ε falls from the size of the query to that of the geometry
+    (of mixtures those of sigma points); four of the best are refined. Nothing proves that there is
+    no better pose: D is an upper bound of the minimum. Later comparisons refine the last pose, so
+    that the energy of a recall rises no more than that of the wrapped geometry.
 
-    Derivatives of energies and divergences are those at the pose found, by the envelope theorem:
-    there D₀ does not change with the pose to first order. Second derivatives, and derivatives of
-    what a `step` or `recall` returns, hold the poses constant, which leaves out a term.
+    **Derivatives** are exact, first and higher, where the pose found is a strict minimum: poses
+    follow what D depends on, by the implicit function theorem. Where a motion changes nothing, as
+    of a body of revolution, the pose stays along it. Where a search may as well end in another
+    minimum D has a kink, and its derivative is that of the minimum found. Where a bound on the
+    scale binds, see below, derivatives hold for the stationary scale that it keeps away from.
 
     **Arguments:**
 
-    - `geometry`: a `Chamfer` or a `Sinkhorn`, balanced or with ρ. ε and ρ are in the same units.
+    - `geometry`: a `Chamfer`; a `Sinkhorn` with the cost ½|x−y|², balanced or with ρ; or a
+      `MixtureWasserstein`. ε and ρ are in the units of the query.
     - `rotations`: whether patterns turn.
     - `translations`: whether they move; if not they turn about the origin.
     - `reflections`: whether R may have determinant −1 too, as a mirror image.
-    - `scale`: must be False; scale queries and patterns to one size beforehand.
+    - `scale`: whether they grow and shrink. The scale stays within a factor of 8 of the ratio of
+      sizes, the root mean square distances to the mean, and blurring counts for at most half of a
+      size. It is that of least D₀: where √ε is not small against the distances of atoms it is off
+      by what D₀ is. Parts of a cue that are small fit many patterns at some scale.
     - `num_starts`: how many rotations to start from; 16 in the plane, 48 in space and 128 in higher
       dimensions if None, and twice as many with `reflections`. The time of the first comparison
       grows with it.
 
-    For cues of which parts are missing take `Chamfer`, or a ρ. There are no bounds, so that
-    `Certified` compares all patterns, and no theory of basins.
+    For cues of which parts are missing take `Chamfer`, or a ρ. Labels of atoms, as features, tell
+    poses and patterns apart that points alone do not. Landmarks of known order are clouds with
+    `features=jnp.eye(n)` and a `Chamfer` of large `feature_scale`, whose plan is the order: this is
+    Procrustes' problem, and needs one start. `Certified` has the spectra of covariances as bounds
+    of mixtures unless `scale` is free; else it compares all patterns. There is no theory of basins.
 
-    **Raises:** `TypeError` for another geometry or other types; `ValueError` where neither
-    `rotations` nor `translations` are free, for `reflections` without `rotations`, and for `scale`.
+    **Raises:** `TypeError` for another geometry or other types; `ValueError` for a geometry with
+    another cost, where nothing is free, and for `reflections` without `rotations`.
     """
 
     geometry: Chamfer | Sinkhorn | MixtureWasserstein
@@ -281,7 +294,22 @@ class Aligned(Geometry):
         """The motions that are free."""
         return Group(self.rotations, self.translations, self.reflections, self.scaled)
 
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        """By spectra, of mixtures. One-sided and entropic divergences lie below what spectra and
+        radii bound."""
+        if self.scaled or not isinstance(self.geometry, MixtureWasserstein):
+            return ()
+
+        def bound(view: AnyView, patterns: Patterns) -> Float[Array, " B"]:
+            held = patterns._replace(prepared=patterns.prepared.inner)
+            return by_spectra(view, held, about_means=self.translations)
+
+        return (bound,)
+
     # Those of the wrapped geometry.
+
+    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
+        return self.geometry.match(query, patterns)
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         return self.geometry.check(name, measure, batch_ndim)
