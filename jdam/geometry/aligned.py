@@ -13,7 +13,7 @@ from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import ITERATED
 from jdam._core.loops import while_loop
-from jdam._measures.base import AnyMeasure
+from jdam._measures.base import AnyMeasure, with_leaves
 from jdam.geometry._alignment import (
     Group,
     Moments,
@@ -271,6 +271,9 @@ class Aligned(Geometry):
         query, measures, posed = _query(view), patterns.measures, self.posed(patterns, pose)
         if isinstance(self.geometry, MixtureWasserstein):
             plans, factors = aligned_plan(view, posed.measures)
+            # `Bures` turns factors of the query; those of patterns are aligned with what it makes.
+            own = view.components.query.factor
+            query = with_leaves(query, query.weights, query.means, own)
             # From the frame of the query to that of the patterns.
             factors = jnp.einsum("bij,bklir->bkljr", pose.rotation, factors)
             factors = factors / pose.scale[:, None, None, None, None]
