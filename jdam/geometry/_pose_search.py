@@ -140,7 +140,9 @@ def _axes(group: Group, held: Problem) -> Float[Array, "B A d d"]:
     axes = eigh((held.x * held.x_weights[:, None]).T @ held.x)[1]
     own = eigh(jnp.matmul((held.y * weights[..., None]).mT, held.y))[1]
     signs = (
-        np.array(np.meshgrid(*[[1, -1]] * min(dim, 7), indexing="ij")).reshape(min(dim, 7), -1).T
+        np.array(np.meshgrid(*[[1.0, -1.0]] * min(dim, 7), indexing="ij"))
+        .reshape(min(dim, 7), -1)
+        .T
     )
     signs = np.pad(signs, [(0, 0), (dim - signs.shape[1], 0)], constant_values=1)
     found = jnp.einsum("ik,sk,bjk->bsij", axes, jnp.asarray(signs, axes.dtype), own)
@@ -148,7 +150,7 @@ def _axes(group: Group, held: Problem) -> Float[Array, "B A d d"]:
         return found
     proper = determinant(found)
     last = jnp.einsum("i,bj->bij", axes[:, 0], own[..., 0])  # of the least spread
-    turned = signs[:, 0][None, :, None, None] * last[:, None]
+    turned = jnp.asarray(signs[:, 0], last.dtype)[None, :, None, None] * last[:, None]
     return found - jnp.where(proper < 0, 2, 0)[..., None, None] * turned
 
 

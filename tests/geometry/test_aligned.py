@@ -328,7 +328,7 @@ def test_bounds_of_mixtures_are_proved(rng):
     cue = jdam.Pose(jnp.asarray(rotation(rng, 2)), jnp.ones(2), jnp.ones(()))(patterns[2])
     all_, some = (
         jdam.nearest(memory, cue, 2, search=search)
-        for search in (None, jdam.Certified(block_size=1))
+        for search in (None, jdam.Certified(num_candidates=2))
     )
     np.testing.assert_array_equal(all_[0], some[0])
     geometry = memory.geometry
