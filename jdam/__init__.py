@@ -89,7 +89,6 @@ from jdam.geometry import Aligned as Aligned
 from jdam.geometry import BatchSizes as BatchSizes
 from jdam.geometry import Bures as Bures
 from jdam.geometry import Chamfer as Chamfer
-from jdam.geometry import Chart as Chart
 from jdam.geometry import Comparison as Comparison
 from jdam.geometry import DotProduct as DotProduct
 from jdam.geometry import EntropicBures as EntropicBures
@@ -98,6 +97,7 @@ from jdam.geometry import Geometry as Geometry
 from jdam.geometry import MixtureWasserstein as MixtureWasserstein
 from jdam.geometry import Patterns as Patterns
 from jdam.geometry import Pose as Pose
+from jdam.geometry import Retraction as Retraction
 from jdam.geometry import Sinkhorn as Sinkhorn
 
 __version__ = _version("jdam")

@@ -59,7 +59,9 @@ def near(rng, measure, amount):
     if isinstance(measure, jdam.GaussianMixture):
         return jdam.GaussianMixture(measure.weights, shift(measure.means), shift(measure.factors))
     if isinstance(measure, Histogram):
-        return measure.from_free(Histogram(jnp.asarray(shift(measure.to_free().probabilities))))
+        return measure.constrained(
+            Histogram(jnp.asarray(shift(measure.unconstrained().probabilities)))
+        )
     moved = jax.tree.map(shift, measure)
     if isinstance(moved, jdam.DiagonalGaussian):
         return jdam.DiagonalGaussian(moved.mean, np.abs(moved.scale))

@@ -37,10 +37,10 @@ class Histogram(jdam.Measure):
 
     probabilities: Float[Array, "*batch n"]
 
-    def to_free(self):
+    def unconstrained(self):
         return Histogram(jnp.log(self.probabilities))
 
-    def from_free(self, free):
+    def constrained(self, free):
         return Histogram(jax.nn.softmax(free.probabilities))
 
 

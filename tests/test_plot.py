@@ -356,7 +356,7 @@ def test_landscape_of_clouds_on_the_line_is_a_curve(ax):
 
 
 def test_landscapes_enclose_the_patterns_that_are_there(ax):
-    """Neither the free places of a memory nor padding."""
+    """Neither the free slots of a memory nor padding."""
     memory = jdam.store(plane_gaussians(), capacity=7)
     jdam.plot.landscape(memory, 1.0, ys=[0.0, 1.0], ax=ax)
     low, high = memory[:3].mean[:, 0] - 2, memory[:3].mean[:, 0] + 2

@@ -1,8 +1,8 @@
 """Batches in which time follows the work that is left, and memory a few elements at a time.
 
-Four primitives: `map_in_chunks` maps over rows that are there; `in_tiles`, `compute_where` and
-`advance_while` are functions of one element, and say what `jax.vmap` shall make of a batch of them.
-Their functions must close over nothing traced.
+Four primitives: `map_in_batches` maps over rows that are there; `in_batches`, `masked_cond` and
+`batched_while_loop` are functions of one element, with a rule of their own for `jax.vmap`. The
+functions given to them must close over nothing traced.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from jaxtyping import Bool
 
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
-from jdam._core.mesh import where_it_is
+from jdam._core.mesh import on_local_shards
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ class _Settings(NamedTuple):
     flat: bool
 
 
-def map_in_chunks(function: Callable[[Any], T], at_once: int | None, rows: Any) -> T:
+def map_in_batches(function: Callable[[Any], T], at_once: int | None, rows: Any) -> T:
     """`function` of each row, in equal chunks of at most `at_once`, all of them if None, the last
     one filled up with copies of the last row: `lax.map` would compile what remains once more."""
     size: Any = jax.tree.leaves(rows)[0].shape[0]
@@ -55,7 +55,9 @@ def map_in_chunks(function: Callable[[Any], T], at_once: int | None, rows: Any) 
     return joined
 
 
-def in_tiles(function: Callable[..., T], at_once: int | None, *args: Any, flat: bool = False) -> T:
+def in_batches(
+    function: Callable[..., T], at_once: int | None, *args: Any, flat: bool = False
+) -> T:
     """`function(*args)`; under `jax.vmap`, `at_once` elements of the batch at a time, all of them
     if None. A batch that is spread over the devices of a mesh is computed where it is, and so are
     its results.
@@ -66,7 +68,7 @@ def in_tiles(function: Callable[..., T], at_once: int | None, *args: Any, flat: 
     return found
 
 
-def compute_where(
+def masked_cond(
     wanted: Bool[Array, ""],
     function: Callable[[Any, Any], T],
     default: T,
@@ -80,14 +82,14 @@ def compute_where(
 
     Under `jax.vmap` a `lax.cond` computes both sides for every element, and a batch takes as long,
     in every element, as its slowest. Here the wanted elements are gathered and computed `at_once`
-    at a time; if None, all are computed as soon as one is wanted. `flat` as in `in_tiles`.
+    at a time; if None, all are computed as soon as one is wanted. `flat` as in `in_batches`.
     """
     settings = _Settings(function, at_once, flat)
     found: T = _compute_where(settings, wanted, default, operand, args)
     return found
 
 
-def advance_while(
+def batched_while_loop(
     unfinished: Callable[[T, Any], Array],
     turn: Callable[[T, Any], T],
     state: T,
@@ -99,7 +101,7 @@ def advance_while(
     """`turn(state, args)` as long as the state is `unfinished`. It has no derivative.
 
     Under `jax.vmap` the elements that are not finished take turns, `at_once` of them at a time, so
-    that none of them waits for the slowest. `flat` as in `in_tiles`.
+    that none of them waits for the slowest. `flat` as in `in_batches`.
     """
 
     @jax.custom_batching.custom_vmap
@@ -158,7 +160,7 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
         return function(*args)
 
     def many(args: Any) -> Any:
-        return map_in_chunks(lambda row: function(*row), at_once, args)
+        return map_in_batches(lambda row: function(*row), at_once, args)
 
     @one.def_vmap
     @full_precision
@@ -169,9 +171,9 @@ def _in_tiles(settings: _Settings, *args: Any) -> Any:
 
         def in_turns(*args: Any) -> Any:
             rows, join = _split(tuple(batched), args)
-            return map_in_chunks(lambda row: function(*join(row)), at_once, rows)
+            return map_in_batches(lambda row: function(*join(row)), at_once, rows)
 
-        found = where_it_is(in_turns, tuple(batched), args)
+        found = on_local_shards(in_turns, tuple(batched), args)
         return found, jax.tree.map(lambda _: True, found)
 
     return one(*args)
@@ -222,7 +224,7 @@ def _compute_where(
 def _some_at_a_time(one: Callable[..., Any], batched: Any, given: tuple[Any, ...]) -> Any:
     """`one` of each of a batch whose length is a symbol, in batches whose length is known."""
     rows, join = _split(tuple(batched), given)
-    return map_in_chunks(lambda row: one(*join(row)), None, rows)
+    return map_in_batches(lambda row: one(*join(row)), None, rows)
 
 
 def _once(

@@ -36,7 +36,7 @@ def compiled(
             first, args = varying((first, args))
 
             def call(first: Any, *args: Any) -> Any:
-                return whole(_trusted(first), *args, **kwargs)
+                return whole(_validated(first), *args, **kwargs)
 
             run_on = functools.partial(on_parts, call) if is_whole(first) else call
             if inside == dtype:
@@ -56,9 +56,9 @@ def compiled(
     return decorate
 
 
-def _trusted(first: Any) -> Any:
+def _validated(first: Any) -> Any:
     """Of a memory, what may be used."""
-    return first.trusted() if hasattr(first, "trusted") else first
+    return first.validated() if hasattr(first, "validated") else first
 
 
 def float_dtype(tree: Any) -> jnp.dtype:

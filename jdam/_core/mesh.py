@@ -82,7 +82,7 @@ def _mesh_in_use(layout: Layout, args: Any) -> Any:
     return next((mesh for mesh in meshes if mesh.shape == layout.mesh.shape), None)
 
 
-def where_it_is(function: Callable[..., Any], batched: Any, args: tuple[Any, ...]) -> Any:
+def on_local_shards(function: Callable[..., Any], batched: Any, args: tuple[Any, ...]) -> Any:
     """`function(*args)` of leaves of which some are `batched`, on each device for the rows that
     are there: where the batch is spread over axes of a mesh that are `Explicit` in its type."""
     marks, leaves = jax.tree.leaves(batched), jax.tree.leaves(args)

@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import compute_where
+from jdam._core.batching import masked_cond
 from jdam._core.lapack import inverse, svd
 from jdam._core.loops import repeat
 
@@ -44,7 +44,7 @@ def newton_polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n
     unit = jnp.broadcast_to(jnp.eye(rows, dtype=matrix.dtype), product.shape)
     defect = jnp.abs(product - unit).max()
     wrong = ~(defect <= ALLOWED * columns * eps)
-    return compute_where(wrong, _by_svd, factor, scaled, None, at_once=1)
+    return masked_cond(wrong, _by_svd, factor, scaled, None, at_once=1)
 
 
 def _iterate(otherwise: Array, x: Array) -> Array:

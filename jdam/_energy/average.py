@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import batch_size, compute_where, equal_parts
+from jdam._core.batching import batch_size, equal_parts, masked_cond
 from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
 from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, pmin, psum
@@ -46,7 +46,7 @@ def evaluate(
 
     doubtful = psum(doubtful.astype(jnp.int32), memory.layout) > 0  # for one, for all
     approximate = _evaluate(settings._replace(exact=False), memory, query, beta, guess)
-    return compute_where(doubtful, exactly, approximate, query, (memory, beta, guess))
+    return masked_cond(doubtful, exactly, approximate, query, (memory, beta, guess))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import batch_size, in_tiles, map_in_chunks
+from jdam._core.batching import batch_size, in_batches, map_in_batches
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._energy.choosing import owners
@@ -17,7 +17,7 @@ from jdam._energy.energy import (
     fit_queries,
     fit_query,
     inverse_temperature,
-    queries_at_once,
+    query_batch_size,
 )
 from jdam._energy.separation import with_prior
 from jdam._measures.base import AnyMeasure
@@ -130,7 +130,7 @@ def _scores(
         return scores[own], distance
 
     rows = queries, owner
-    found: tuple[Array, Array] = map_in_chunks(one, queries_at_once(memory), rows)
+    found: tuple[Array, Array] = map_in_batches(one, query_batch_size(memory), rows)
     return found
 
 
@@ -138,7 +138,7 @@ def _scores(
 def _score(
     memory: Memory, query: AnyMeasure, beta: Array, classes: Int[Array, " N"] | None
 ) -> tuple[Float[Array, " N"], Float[Array, ""]]:
-    return in_tiles(_score_of, queries_at_once(memory), memory, query, beta, classes)
+    return in_batches(_score_of, query_batch_size(memory), memory, query, beta, classes)
 
 
 def _score_of(

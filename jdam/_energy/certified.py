@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import advance_while, by_platform, compute_where
+from jdam._core.batching import batched_while_loop, by_platform, masked_cond
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
 from jdam._core.mesh import Layout, first_index, psum
@@ -31,7 +31,7 @@ from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Bound, Patterns
 
 #: How many patterns to bound more closely at a time, by the second bound and by those after it.
-SHARPENED = 256, 64
+REFINED = 256, 64
 #: Fewer patterns are all compared unless told otherwise: the program is smaller.
 MANY = 512
 #: Over how many patterns mass may be spread, for bounds to be worth their time.
@@ -39,7 +39,7 @@ FEW = 8
 #: Of all patterns, the share of candidates after which comparing all costs no more.
 SHARE = 8
 #: How many queries to take turns at a time on a CPU.
-HUNTED = 4
+QUERIES = 4
 #: Above the number of any bound.
 COMPARED = 127
 #: Of how many numbers a query may keep guesses from step to step.
@@ -98,7 +98,7 @@ class Certified(Search):
     def tolerance(self) -> float:
         return self.tol
 
-    def queries_at_once(self, memory: Memory) -> int:
+    def query_batch_size(self, memory: Memory) -> int:
         # Bounds of all patterns, a few numbers for each, stay within some tens of megabytes.
         most = by_platform(64, 1024)
         return max(1, min(most, by_platform(2**22, 2**26) // memory.capacity))
@@ -131,7 +131,7 @@ class Certified(Search):
         unproved = ~(found.neglected <= self.tol)
         at_once = memory.geometry.batch_sizes(memory.patterns).queries
         args = (memory, query, beta)
-        return compute_where(unproved, _compare_all, found, guess, args, at_once=at_once)
+        return masked_cond(unproved, _compare_all, found, guess, args, at_once=at_once)
 
     def falls_back(self, memory: Memory) -> bool:
         """Whether to compare all at once where it is not soon proved that few will do: where
@@ -184,11 +184,11 @@ def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
     return exact
 
 
-class _Hunt(NamedTuple):
+class _State(NamedTuple):
     """How far a search has come."""
 
-    floor: Float[Array, " N"]  # lower bounds on D̃ = D − β⁻¹ log π
-    bounded: Int[Array, " N"]  # by which of the bounds, from 0; `COMPARED` where floor is D̃ itself
+    lower: Float[Array, " N"]  # lower bounds on D̃ = D − β⁻¹ log π
+    bounded: Int[Array, " N"]  # by which of the bounds, from 0; `COMPARED` where lower is D̃ itself
     sums: Sums  # over the candidates
     others: Sums | None  # over the first ones on all devices, of a memory on several
     picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
@@ -202,23 +202,23 @@ def _evaluate(
 ) -> tuple[Evaluation, Int[Array, " C"]]:
     """The average over the candidates, with what the others can weigh, and the candidates."""
     view = view_of(memory.geometry, query)
-    hunt = _hunt(search, memory, view, beta, guess, with_pull=True)
-    whole = LogSumExp().merge(hunt.sums, beta, memory.layout)
-    out = psum(_relative_mass(_open(hunt), whole, beta), memory.layout)
+    state = _search(search, memory, view, beta, guess, with_pull=True)
+    whole = LogSumExp().merge(state.sums, beta, memory.layout)
+    out = psum(_relative_mass(_open(state), whole, beta), memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
-    found = LogSumExp().finish(whole, total_prior(memory), beta, view, hunt.guess)
-    return found._replace(neglected=neglected), hunt.picked.reshape(-1)
+    found = LogSumExp().finish(whole, total_prior(memory), beta, view, state.guess)
+    return found._replace(neglected=neglected), state.picked.reshape(-1)
 
 
-def _hunt(
+def _search(
     search: Certified, memory: Memory, view: AnyView, beta: Array, guess: Any, *, with_pull: bool
-) -> _Hunt:
+) -> _State:
     """Candidates compared until the rest is proved not to matter, or there are enough."""
     num, layout = memory.capacity, memory.layout
     size, turns = search.sizes(memory)
     first = rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
-    start = _Hunt(
-        floor=with_prior(_cheapest(memory, view), memory.log_prior, beta),
+    start = _State(
+        lower=with_prior(_cheapest(memory, view), memory.log_prior, beta),
         bounded=jnp.zeros(num, jnp.int8),
         sums=LogSumExp().empty(zero_comparison(memory, view, first), with_pull),
         others=None,
@@ -232,8 +232,10 @@ def _hunt(
         here = start.sums._replace(pull=None)
         start = start._replace(others=LogSumExp().merge(here, beta, layout))
     unfinished, turn = partial(_unfinished, search), partial(_turn, search)
-    hunt: _Hunt = advance_while(unfinished, turn, start, args, at_once=by_platform(HUNTED, 64))
-    return hunt
+    state: _State = batched_while_loop(
+        unfinished, turn, start, args, at_once=by_platform(QUERIES, 64)
+    )
+    return state
 
 
 @partial(_evaluate.defjvp, symbolic_zeros=True)
@@ -268,17 +270,17 @@ def _evaluate_jvp(
     return (found, picked), jvp(average, primals, tangents)[1]
 
 
-def _unfinished(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> Array:
+def _unfinished(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> Array:
     """Whether what was left out may matter, and there may be more candidates."""
     memory, _, beta = args
     _, most = search.sizes(memory)
-    unproved = (_left_out(hunt, beta) > _goal(search, memory.layout)) & (hunt.turns < most)
+    unproved = (_left_out(state, beta) > _goal(search, memory.layout)) & (state.turns < most)
     if search.falls_back(memory):
-        unproved &= (hunt.turns > 1) | (hunt.sums.mass <= FEW)
-    return (hunt.turns == 0) | unproved
+        unproved &= (state.turns > 1) | (state.sums.mass <= FEW)
+    return (state.turns == 0) | unproved
 
 
-def _turn(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+def _turn(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
     """Bound more closely what may matter, and compare what still may.
 
     Each bound waits for a turn with candidates of the bound before: the better these, the fewer
@@ -287,16 +289,16 @@ def _turn(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -
     goal = _goal(search, memory.layout)
     for number in range(1, len(_bounds(memory))):
 
-        def blunt(hunt: _Hunt, number: int = number) -> Array:
-            matters = _left_out(hunt, beta, where=hunt.bounded < number) > goal / 2
+        def coarse(state: _State, number: int = number) -> Array:
+            matters = _left_out(state, beta, where=state.bounded < number) > goal / 2
             # Bounds are for few patterns that matter, among many that do not.
-            return matters & (hunt.turns >= number) & (hunt.sums.mass <= FEW)
+            return matters & (state.turns >= number) & (state.sums.mass <= FEW)
 
-        def sharpen(hunt: _Hunt, number: int = number) -> _Hunt:
-            return _sharpen(number, hunt, args)
+        def refine(state: _State, number: int = number) -> _State:
+            return _refine(number, state, args)
 
-        hunt = while_loop(blunt, sharpen, hunt, args)
-    return _compare(search, hunt, args)
+        state = while_loop(coarse, refine, state, args)
+    return _compare(search, state, args)
 
 
 def _goal(search: Certified, layout: Layout | None) -> float:
@@ -304,65 +306,65 @@ def _goal(search: Certified, layout: Layout | None) -> float:
     return search.tol / (1 if layout is None else layout.parts)
 
 
-def _left_out(hunt: _Hunt, beta: Array, where: Array | None = None) -> Float[Array, ""]:
+def _left_out(state: _State, beta: Array, where: Array | None = None) -> Float[Array, ""]:
     """What the rest can weigh at most, relative to the candidates: on this device now, or on all
     at first."""
-    floor = _open(hunt) if where is None else jnp.where(where, hunt.floor, jnp.inf)
-    here = _relative_mass(floor, hunt.sums, beta)
-    if hunt.others is None:
+    lower = _open(state) if where is None else jnp.where(where, state.lower, jnp.inf)
+    here = _relative_mass(lower, state.sums, beta)
+    if state.others is None:
         return here
-    return jnp.minimum(here, _relative_mass(floor, hunt.others, beta))
+    return jnp.minimum(here, _relative_mass(lower, state.others, beta))
 
 
-def _open(hunt: _Hunt) -> Float[Array, " N"]:
+def _open(state: _State) -> Float[Array, " N"]:
     """The bounds, ∞ for patterns that were compared."""
-    return jnp.where(hunt.bounded < COMPARED, hunt.floor, jnp.inf)
+    return jnp.where(state.bounded < COMPARED, state.lower, jnp.inf)
 
 
-def _relative_mass(floor: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
-    return mass(floor - sums.lowest, beta).sum() / sums.mass
+def _relative_mass(lower: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
+    return mass(lower - sums.lowest, beta).sum() / sums.mass
 
 
-def _compare(search: Certified, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+def _compare(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
     """One turn: the patterns of least bound are compared."""
     memory, view, beta = args
     size, _ = search.sizes(memory)
-    index, on = _least(_open(hunt), size)
-    block = rows_of(memory, index, on, hunt.guess)
+    index, on = _least(_open(state), size)
+    block = rows_of(memory, index, on, state.guess)
     found = compare(memory.geometry, view, block.patterns)
     exact = with_prior(found.divergence, block.log_prior, beta)
-    guess = hunt.guess
+    guess = state.guess
     if guess is not None:
         guess = jax.tree.map(lambda table, row: table.at[index].set(row), guess, found.guess)
-    return hunt._replace(
-        floor=hunt.floor.at[index].set(jnp.where(on, exact, hunt.floor[index])),
-        bounded=hunt.bounded.at[index].set(jnp.int8(COMPARED)),
-        sums=LogSumExp().accumulate(hunt.sums, found, block, beta),
-        picked=hunt.picked.at[hunt.turns].set(jnp.where(on, index, -1)),
-        turns=hunt.turns + 1,
+    return state._replace(
+        lower=state.lower.at[index].set(jnp.where(on, exact, state.lower[index])),
+        bounded=state.bounded.at[index].set(jnp.int8(COMPARED)),
+        sums=LogSumExp().accumulate(state.sums, found, block, beta),
+        picked=state.picked.at[state.turns].set(jnp.where(on, index, -1)),
+        turns=state.turns + 1,
         guess=guess,
     )
 
 
-def _sharpen(number: int, hunt: _Hunt, args: tuple[Memory, AnyView, Array]) -> _Hunt:
+def _refine(number: int, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
     """The patterns of least bound get the bound of this number."""
     memory, view, beta = args
-    size = min(memory.capacity, SHARPENED[min(number, len(SHARPENED)) - 1])
-    index, _ = _least(jnp.where(hunt.bounded < number, hunt.floor, jnp.inf), size)
-    block = rows_of(memory, index, jnp.ones_like(index, bool), hunt.guess)
+    size = min(memory.capacity, REFINED[min(number, len(REFINED)) - 1])
+    index, _ = _least(jnp.where(state.bounded < number, state.lower, jnp.inf), size)
+    block = rows_of(memory, index, jnp.ones_like(index, bool), state.guess)
     bounds = _bounds(memory)[number](view, block.patterns)
-    return hunt._replace(
-        floor=hunt.floor.at[index].max(with_prior(bounds, block.log_prior, beta)),
-        bounded=hunt.bounded.at[index].max(jnp.int8(number)),
+    return state._replace(
+        lower=state.lower.at[index].max(with_prior(bounds, block.log_prior, beta)),
+        bounded=state.bounded.at[index].max(jnp.int8(number)),
     )
 
 
-def _least(floor: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
+def _least(lower: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """The indices of the least entries, and which of them are not ∞."""
     # Selection is fast in single precision only, and order need not be exact.
-    shifted = (floor - jnp.where(jnp.isfinite(floor), floor, jnp.inf).min()).astype(jnp.float32)
+    shifted = (lower - jnp.where(jnp.isfinite(lower), lower, jnp.inf).min()).astype(jnp.float32)
     _, index = jax.lax.top_k(-shifted, size)
-    return index, floor[index] != jnp.inf  # NaN has to be seen
+    return index, lower[index] != jnp.inf  # NaN has to be seen
 
 
 def rows_of(
@@ -381,19 +383,19 @@ def rows_of(
     return Block(first + index, held, log_prior, prior)
 
 
-class Explored(NamedTuple):
+class Bounded(NamedTuple):
     """What a search learns of all patterns, beside their average."""
 
     nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
     lowest: Float[Array, ""]  # its D̃
     energy: Float[Array, ""]  # of the candidates: not below that of all patterns
-    floor: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
+    lower: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
 
 
-def explore(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Explored:
+def bound_all(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Bounded:
     """Lower bounds on all D̃, exact where they matter to exp(−βD̃)."""
     view = view_of(memory.geometry, query)
-    hunt = _hunt(search, memory, view, beta, None, with_pull=False)
-    sums = hunt.sums
+    state = _search(search, memory, view, beta, None, with_pull=False)
+    sums = state.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    return Explored(sums.nearest.pattern, sums.lowest, energy, hunt.floor)
+    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.lower)

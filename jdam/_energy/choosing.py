@@ -102,7 +102,7 @@ def suggest_beta(
         owner, classes = owners(memory, targets, pattern_labels, len(divergences))
         beta = _likeliest(divergences, log_prior, owner, classes)
         reason = "is the likeliest for " + ("targets" if classes is None else "labels")
-    scale, _ = memory.units_of_patterns()
+    scale, _ = memory.magnitudes()
     beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
     if checks.is_concrete(beta):
         wait(beta)

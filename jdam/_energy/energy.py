@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import in_tiles
+from jdam._core.batching import in_batches
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import all_rows
 from jdam._energy.average import Settings, compare_all, evaluate
@@ -16,7 +16,7 @@ from jdam._energy.separation import LogSumExp, Separation, heaviest
 from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure, any_of
 from jdam._measures.batches import as_batch
-from jdam._memory import places
+from jdam._memory import slots
 from jdam._memory.memory import Memory, check_against, check_memory
 
 
@@ -28,7 +28,7 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     **Arguments:** a `memory` and one `query` of its patterns' type, dimension and dtype.
     `jax.vmap(jdam.divergences, (None, 0))` takes a batch of queries.
 
-    **Returns:** (N,), in squared units of distance; ∞ for the free places of a memory with room
+    **Returns:** (N,), in squared units of distance; ∞ for the free slots of a memory with room
     to grow.
 
     **Raises:** `TypeError` or `ValueError` for a query that does not fit the memory.
@@ -38,18 +38,18 @@ def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
 
 @compiled()
 def _divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    return in_tiles(divergences_of, queries_at_once(memory), memory, query)
+    return in_batches(divergences_of, query_batch_size(memory), memory, query)
 
 
 def divergences_of(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
-    """D(ξ, Xᵢ), ∞ for free places."""
+    """D(ξ, Xᵢ), ∞ for free slots."""
     found, occupied = compare_all(memory, query), memory.occupied
     if occupied is None:
         return found
-    return jnp.where(occupied, found, jnp.where(places.size_of(memory) < 0, jnp.nan, jnp.inf))
+    return jnp.where(occupied, found, jnp.where(slots.size_of(memory) < 0, jnp.nan, jnp.inf))
 
 
-def queries_at_once(memory: Memory) -> int:
+def query_batch_size(memory: Memory) -> int:
     """How many queries of a batch to compare with the patterns at once."""
     return memory.geometry.batch_sizes(memory.patterns).queries
 
@@ -81,7 +81,7 @@ def _energy(
     def at(memory: Memory, query: AnyMeasure, beta: Array) -> Array:
         return evaluate(Settings(separation, with_pull=False), memory, query, beta).energy
 
-    return in_tiles(at, queries_at_once(memory), memory, query, beta)
+    return in_batches(at, query_batch_size(memory), memory, query, beta)
 
 
 def gibbs_weights(
@@ -113,7 +113,7 @@ def _weigh(
         weights = separation.weights(divergences, prior, beta)
         return weights, heaviest(weights, divergences, prior)
 
-    return in_tiles(at, queries_at_once(memory), memory, query, beta)
+    return in_batches(at, query_batch_size(memory), memory, query, beta)
 
 
 def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:

@@ -10,10 +10,10 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import in_tiles
+from jdam._core.batching import in_batches
 from jdam._core.compile import compiled
 from jdam._energy.average import compare, view_of
-from jdam._energy.energy import divergences_of, fit_query, queries_at_once
+from jdam._energy.energy import divergences_of, fit_query, query_batch_size
 from jdam._measures.base import AnyMeasure
 from jdam._measures.mixture import GaussianMixture
 from jdam._memory.memory import Memory, check_memory
@@ -90,7 +90,7 @@ def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
 
 @compiled()
 def _match(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:
-    return in_tiles(_match_one, queries_at_once(memory), memory, query, index)
+    return in_batches(_match_one, query_batch_size(memory), memory, query, index)
 
 
 def _match_one(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:

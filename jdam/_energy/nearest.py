@@ -9,11 +9,11 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import advance_while, in_tiles
+from jdam._core.batching import batched_while_loop, in_batches
 from jdam._core.compile import compiled
 from jdam._energy.average import compare, view_of
-from jdam._energy.certified import SHARPENED, Certified, choose, rows_of
-from jdam._energy.energy import divergences_of, fit_query, queries_at_once
+from jdam._energy.certified import REFINED, Certified, choose, rows_of
+from jdam._energy.energy import divergences_of, fit_query, query_batch_size
 from jdam._energy.search import Search
 from jdam._energy.separation import LogSumExp
 from jdam._measures.base import AnyMeasure
@@ -40,7 +40,7 @@ def nearest(
       and a geometry without bounds are searched exhaustively in any case.
 
     **Returns:** indices (k,), int32, and divergences (k,), in the units of `divergences`. A memory
-    with room to grow has free places at divergence ∞. The divergences can be differentiated.
+    with room to grow has free slots at divergence ∞. The divergences can be differentiated.
 
     **Raises:** as `divergences`; `TypeError` or `ValueError` for a `k` that is no int from 1 to N,
     and for another `search`.
@@ -64,7 +64,7 @@ def nearest(
 
 @compiled(static=("k",))
 def _of_all(memory: Memory, query: AnyMeasure, *, k: int) -> tuple[Array, Array]:
-    divergences = in_tiles(divergences_of, queries_at_once(memory), memory, query)
+    divergences = in_batches(divergences_of, query_batch_size(memory), memory, query)
     index = jnp.argsort(jax.lax.stop_gradient(divergences), stable=True)[:k].astype(jnp.int32)
     return index, divergences[index]
 
@@ -72,7 +72,7 @@ def _of_all(memory: Memory, query: AnyMeasure, *, k: int) -> tuple[Array, Array]
 class _Progress(NamedTuple):
     """How far a search has come."""
 
-    floor: Float[Array, " N"]  # lower bounds on D; D itself where patterns were compared
+    lower: Float[Array, " N"]  # lower bounds on D; D itself where patterns were compared
     level: Int[Array, " N"]  # by which of the bounds, from 0; their number where compared
 
 
@@ -80,13 +80,13 @@ class _Progress(NamedTuple):
 def _proved(memory: Memory, query: AnyMeasure, *, k: int, size: int) -> tuple[Array, Array]:
     view, held = view_of(memory.geometry, query), jax.lax.stop_gradient(memory)
     bounds = memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
-    floor = bounds[0](jax.lax.stop_gradient(view), Patterns(held.patterns, held.prepared))
+    lower = bounds[0](jax.lax.stop_gradient(view), Patterns(held.patterns, held.prepared))
     if held.occupied is not None:
-        floor = jnp.where(held.occupied, floor, jnp.inf)
-    start = _Progress(floor, jnp.zeros(floor.shape, jnp.int32))
+        lower = jnp.where(held.occupied, lower, jnp.inf)
+    start = _Progress(lower, jnp.zeros(lower.shape, jnp.int32))
     args = (held, jax.lax.stop_gradient(view))
     unfinished, turn = partial(_unfinished, k, len(bounds)), partial(_turn, k, size)
-    end = advance_while(unfinished, turn, start, args, at_once=queries_at_once(memory))
+    end = batched_while_loop(unfinished, turn, start, args, at_once=query_batch_size(memory))
     order = jnp.argsort(_compared(end, len(bounds)), stable=True)[:k].astype(jnp.int32)
     exact = compare(memory.geometry, view, _rows(memory, order)).divergence
     again = jnp.argsort(jax.lax.stop_gradient(exact), stable=True)
@@ -95,7 +95,7 @@ def _proved(memory: Memory, query: AnyMeasure, *, k: int, size: int) -> tuple[Ar
 
 def _unfinished(k: int, num: int, at: _Progress, _: Any) -> Bool[Array, ""]:
     """Whether a pattern that was not compared may be nearer than the k nearest so far."""
-    rest = jnp.where(at.level < num, at.floor, jnp.inf).min()
+    rest = jnp.where(at.level < num, at.lower, jnp.inf).min()
     # Where a bound is NaN nothing is proved: all are compared.
     return ~(_farthest(at, k, num) <= rest) & (at.level < num).any()
 
@@ -106,15 +106,15 @@ def _turn(k: int, size: int, at: _Progress, args: tuple[Memory, AnyView]) -> _Pr
     bounds = memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
     num = len(bounds)
     for level, bound in enumerate(bounds[1:], 1):
-        width = min(len(at.floor), SHARPENED[min(level, len(SHARPENED)) - 1])
-        index = _least(jnp.where(at.level < level, at.floor, jnp.inf), width)
+        width = min(len(at.lower), REFINED[min(level, len(REFINED)) - 1])
+        index = _least(jnp.where(at.level < level, at.lower, jnp.inf), width)
         closer = bound(view, _rows(memory, index))
-        at = _Progress(at.floor.at[index].max(closer), at.level.at[index].max(level))
-    index = _least(jnp.where(at.level < num, at.floor, jnp.inf), size)
+        at = _Progress(at.lower.at[index].max(closer), at.level.at[index].max(level))
+    index = _least(jnp.where(at.level < num, at.lower, jnp.inf), size)
     exact = compare(memory.geometry, view, _rows(memory, index)).divergence
     new = at.level[index] < num
-    exact = jnp.where(new & (at.floor[index] != jnp.inf), exact, at.floor[index])
-    return _Progress(at.floor.at[index].set(exact), at.level.at[index].set(num))
+    exact = jnp.where(new & (at.lower[index] != jnp.inf), exact, at.lower[index])
+    return _Progress(at.lower.at[index].set(exact), at.level.at[index].set(num))
 
 
 def _farthest(at: _Progress, k: int, num: int) -> Float[Array, ""]:
@@ -124,12 +124,12 @@ def _farthest(at: _Progress, k: int, num: int) -> Float[Array, ""]:
 
 def _compared(at: _Progress, num: int) -> Float[Array, " N"]:
     """The divergences so far, ∞ elsewhere."""
-    return jnp.where(at.level == num, at.floor, jnp.inf)
+    return jnp.where(at.level == num, at.lower, jnp.inf)
 
 
-def _least(floor: Float[Array, " N"], size: int) -> Int[Array, " size"]:
+def _least(lower: Float[Array, " N"], size: int) -> Int[Array, " size"]:
     """The indices of the least entries; of NaN first, lest they are never compared."""
-    index: Array = jax.lax.top_k(-jnp.where(jnp.isnan(floor), -jnp.inf, floor), size)[1]
+    index: Array = jax.lax.top_k(-jnp.where(jnp.isnan(lower), -jnp.inf, lower), size)[1]
     return index
 
 

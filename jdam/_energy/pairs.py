@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import batch_size, in_tiles
+from jdam._core.batching import batch_size, in_batches
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
-from jdam._energy.energy import divergences_of, fit_queries, queries_at_once
+from jdam._energy.energy import divergences_of, fit_queries, query_batch_size
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory, check_memory
 from jdam.geometry.protocol import Patterns
@@ -39,7 +39,7 @@ def pairwise(
     one batch axis (Q,), or a list of single ones; if None, the patterns themselves. `progress`:
     True draws a progress bar of the parts, False none, and None one on a terminal after 2 seconds.
 
-    **Returns:** (Q, N), or (N, N); ∞ for the free places of a memory with room to grow.
+    **Returns:** (Q, N), or (N, N); ∞ for the free slots of a memory with room to grow.
 
     **Raises:** as `divergences`; `TypeError` for a `progress` that is no bool.
     """
@@ -113,7 +113,7 @@ def _pairwise(memory: Memory, queries: AnyMeasure | None) -> Float[Array, "Q N"]
         queries = memory.geometry.match(jax.tree.map(every, memory.patterns), memory.patterns)
 
     def one(query: AnyMeasure) -> Float[Array, " N"]:
-        return in_tiles(divergences_of, queries_at_once(memory), memory, query)
+        return in_batches(divergences_of, query_batch_size(memory), memory, query)
 
     found = jax.vmap(one)(queries)
     if among and memory.occupied is not None:

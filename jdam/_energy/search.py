@@ -24,7 +24,7 @@ class Search(ABC):
         """How much Gibbs mass may be left out without a word."""
 
     @abstractmethod
-    def queries_at_once(self, memory: Memory) -> int:
+    def query_batch_size(self, memory: Memory) -> int:
         """How many queries of a batch are evaluated at the same time."""
 
     @abstractmethod
@@ -69,7 +69,7 @@ class Exhaustive(Search):
     def tolerance(self) -> float:
         return 0.0
 
-    def queries_at_once(self, memory: Memory) -> int:
+    def query_batch_size(self, memory: Memory) -> int:
         return memory.geometry.batch_sizes(memory.patterns).queries
 
     def evaluate(

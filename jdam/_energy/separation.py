@@ -238,9 +238,9 @@ class Epanechnikov(Separation):
 
 def unsolved_mass(found: Comparison, masses: Float[Array, " B"]) -> Float[Array, ""]:
     """The mass of comparisons that missed their tolerance."""
-    if found.missed is None:
+    if found.not_converged is None:
         return jnp.zeros((), masses.dtype)
-    return jnp.where(found.missed, masses, 0).sum()
+    return jnp.where(found.not_converged, masses, 0).sum()
 
 
 def _first(marks: Array) -> Int[Array, ""]:

@@ -28,11 +28,11 @@ class Marginals(NamedTuple):
     rho: Float[Array, ""] | None = None
 
     @property
-    def damping(self) -> Float[Array, ""] | float:
+    def tau(self) -> Float[Array, ""] | float:
         """s = ρ/(ρ+ε), by which soft c-transforms are multiplied: 1 for exact marginals."""
         return 1.0 if self.rho is None else 1 / (1 + self.epsilon / self.rho)
 
-    def share(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
+    def transported_fraction(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """e^(−f/ρ), the share of an atom's mass that is transported: 1 for exact marginals. Less
         than e^(−45) is nothing, however far it would go."""
         if self.rho is None:
@@ -47,9 +47,9 @@ class Marginals(NamedTuple):
     def variation(self, f: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         """−(ρ+ε)(e^(−f/ρ) − 1), the first variation of the cost in the atom's mass: f for exact
         marginals."""
-        return self.dual(f) / self.damping
+        return self.dual(f) / self.tau
 
-    def translation(
+    def dual_shift(
         self, f: Float[Array, " n"], a: Float[Array, " n"], g: Float[Array, " m"], b: Array
     ) -> Float[Array, ""]:
         """The t for which g + t has the largest dual value with its own f, which then is f − st:
@@ -58,7 +58,7 @@ class Marginals(NamedTuple):
             return jnp.zeros_like(self.epsilon)
         least_f = soft_minimum(-f[None] / self.rho, a[None])[0]
         least_g = soft_minimum(-g[None] / self.rho, b[None])[0]
-        return self.rho / (1 + self.damping) * (least_f - least_g)
+        return self.rho / (1 + self.tau) * (least_f - least_g)
 
     def payable(self, costs: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
         """Costs c, in units of ε, the largest of which is one at which no mass is transported:
@@ -133,7 +133,7 @@ class State(NamedTuple):
     newton: Float[Array, ""] | None = None
 
 
-class Coupling(NamedTuple):
+class SinkhornOutput(NamedTuple):
     """The solution for two clouds; the plan is right for f in its rows, for g up to `error`."""
 
     cost: Float[Array, ""]  # OT_ε
@@ -143,13 +143,13 @@ class Coupling(NamedTuple):
     error: Float[Array, ""]  # |Pᵀ1 − b e^(−g/ρ)|₁
 
 
-class SelfCoupling(NamedTuple):
+class SelfTransport(NamedTuple):
     """The solution for a cloud and itself, with one symmetric potential."""
 
     cost: Float[Array, ""]
     potential: Float[Array, " n"]
     error: Float[Array, ""]
-    gradient: Float[Array, "n d"] | None = None  # as of a `Coupling`; None where dropped
+    gradient: Float[Array, "n d"] | None = None  # as of a `SinkhornOutput`; None where dropped
 
 
 def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:
@@ -165,7 +165,7 @@ def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> F
     return -(top[:, 0] + jnp.where(small, near, jnp.log(jnp.where(small, 1, total))))
 
 
-def pairs_at_once(size: int) -> int:
+def pair_batch_size(size: int) -> int:
     """Of plans of so many numbers: on a CPU as many as its cache holds; on accelerators as many as
     keep them busy."""
     numbers = by_platform(2**14, 2**24)

@@ -9,8 +9,8 @@ from jax import Array
 
 from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
+from jdam._entropic.c_transform import columns_of
 from jdam._entropic.problem import Pair, Solver, State
-from jdam._entropic.response import columns_of
 from jdam._entropic.scaling import largest, sharpened
 
 
@@ -33,7 +33,7 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
         f=columns.response.potential,
         g=g,
         gradient=columns.response.gradient,
-        error=columns.missed,
+        error=columns.marginal_error,
         iterations=count,
         ratio=jnp.ones_like(epsilon),
         cooled=jnp.zeros_like(epsilon),
@@ -53,7 +53,7 @@ def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
 
 def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
     _, a, _, b, marginals = pair
-    epsilon, s = marginals.epsilon, marginals.damping
+    epsilon, s = marginals.epsilon, marginals.tau
 
     def answer(f: Array, g: Array, weights: Array, axis: int) -> Array:
         result: Array = -s * geometry.apply_lse_kernel(f, g, epsilon, weights, axis)[0]
@@ -63,12 +63,12 @@ def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
         count, g, _ = carry
         f = answer(jnp.zeros_like(a), g, b, 1)
         g = answer(f, jnp.zeros_like(b), a, 0)
-        g = g + marginals.translation(answer(jnp.zeros_like(a), g, b, 1), a, g, b)
-        return count + 1, g, columns_of(solver.cost, g, pair).missed
+        g = g + marginals.dual_shift(answer(jnp.zeros_like(a), g, b, 1), a, g, b)
+        return count + 1, g, columns_of(solver.cost, g, pair).marginal_error
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        count, _, missed = carry
-        return (missed > solver.tol) & (count < solver.max_iterations)
+        count, _, marginal_error = carry
+        return (marginal_error > solver.tol) & (count < solver.max_iterations)
 
     start = (jnp.array(0, jnp.int32), jnp.zeros_like(b), jnp.full_like(epsilon, jnp.inf))
     count, g, _ = while_loop(unfinished, turn, start, pair)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jdam._core.batching import advance_while
+from jdam._core.batching import batched_while_loop
 from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
 from jdam._entropic.problem import (
@@ -18,10 +18,10 @@ from jdam._entropic.problem import (
     Cloud,
     Marginals,
     Pair,
-    SelfCoupling,
+    SelfTransport,
     Solver,
     State,
-    pairs_at_once,
+    pair_batch_size,
     soft_minimum,
 )
 
@@ -64,9 +64,9 @@ def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
         cooled=zero + POOR,
         newton=zero + jnp.inf if solver.tight else None,
     )
-    pairs = pairs_at_once(pair.a.size * pair.b.size)
+    pairs = pair_batch_size(pair.a.size * pair.b.size)
     unfinished, turn = partial(_unfinished, solver), partial(_turn, solver)
-    state: State = advance_while(unfinished, turn, start, pair, at_once=pairs, flat=True)
+    state: State = batched_while_loop(unfinished, turn, start, pair, at_once=pairs, flat=True)
     return state
 
 
@@ -140,8 +140,8 @@ class _Kernel(NamedTuple):
     def translated(self) -> tuple["_Kernel", Float[Array, ""]]:
         """The kernel of g + t, and t, with which its dual value is largest. All that follows does
         not depend on t but for its rounding: plans change by constants, their shape does not."""
-        f = -self.marginals.damping * (jnp.log(self.matrix.sum(1)) + self.top)
-        t = self.marginals.translation(f, self.a, self.g, self.b)
+        f = -self.marginals.tau * (jnp.log(self.matrix.sum(1)) + self.top)
+        t = self.marginals.dual_shift(f, self.a, self.g, self.b)
         return self._replace(top=self.top + t, g=self.g + t), t
 
     def plan(self, v: Float[Array, " m"]) -> _Plan:
@@ -150,9 +150,9 @@ class _Kernel(NamedTuple):
         if self.marginals.rho is None:
             u, wanted = 1 / sums, self.b
         else:
-            s = self.marginals.damping
+            s = self.marginals.tau
             u = jnp.exp((1 - s) * self.top - s * jnp.log(sums))
-            wanted = self.b * self.marginals.share(self.g + jnp.log(v))
+            wanted = self.b * self.marginals.transported_fraction(self.g + jnp.log(v))
         return _Plan(u, v, sums, (self.a * u) @ self.matrix, wanted)
 
     def rescaled(self, plan: _Plan) -> Float[Array, " m"]:
@@ -164,11 +164,11 @@ class _Kernel(NamedTuple):
         # Mass that finds no partner is given up: what the kernel left out must not look like it.
         left_out = plan.u.max() * math.exp(VISIBLE - LARGE)
         columns = jnp.maximum(plan.columns, jnp.maximum(left_out, least**2))
-        s, ratio = self.marginals.damping, columns / jnp.where(on, self.b, 1)
+        s, ratio = self.marginals.tau, columns / jnp.where(on, self.b, 1)
         log_v = jnp.where(on, -s * jnp.log(ratio) - (1 - s) * self.g, 0)
         return jnp.exp(jnp.clip(log_v, -LARGE, LARGE))
 
-    def missed(self, plan: _Plan) -> Float[Array, ""]:
+    def marginal_error(self, plan: _Plan) -> Float[Array, ""]:
         """The L1 error of the columns; of plans between relaxed marginals, for the constant that is
         best, at most."""
         found = jnp.where(self.b > 0, plan.columns * plan.v, 0)
@@ -181,7 +181,7 @@ class _Kernel(NamedTuple):
 
     def f(self, plan: _Plan) -> Float[Array, " n"]:
         """The potential of the plan's rows."""
-        return -self.marginals.damping * (jnp.log(plan.sums) + self.top)
+        return -self.marginals.tau * (jnp.log(plan.sums) + self.top)
 
 
 def _least(like: Array) -> float:
@@ -239,13 +239,13 @@ def sharpened(
         if marginals.rho is None:
             f = f - jnp.vdot(a, f)  # a constant, free to choose, may be large
         f = jnp.where(a > 0, f, 0)
-        g = inside.damping * soft_minimum(f[None] - cost.T, a[None])
-        f = inside.damping * soft_minimum(g[None] - cost, b[None])
+        g = inside.tau * soft_minimum(f[None] - cost.T, a[None])
+        f = inside.tau * soft_minimum(g[None] - cost, b[None])
         return (count + 1, *best(f, g))
 
     def best(f: Array, g: Array) -> tuple[Array, Array]:
-        t = inside.translation(f, a, jnp.where(b > 0, g, 0), b)
-        return f - inside.damping * t, g + t
+        t = inside.dual_shift(f, a, jnp.where(b > 0, g, 0), b)
+        return f - inside.tau * t, g + t
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         # What one turn leaves of the rounding is a constant.
@@ -278,7 +278,7 @@ def _scaled(
     def rescale(carry: tuple[Array, _Plan, Array]) -> tuple[Array, _Plan, Array]:
         count, plan, _ = carry
         plan = kernel.plan(jnp.where(count < 0, v, kernel.rescaled(plan)))
-        return count + 1, plan, kernel.missed(plan)
+        return count + 1, plan, kernel.marginal_error(plan)
 
     def unfinished(carry: tuple[Array, _Plan, Array]) -> Array:
         count, _, error = carry
@@ -301,7 +301,7 @@ def _newton_step(
 
     c the plan's columns and w what they should be, as long as it surely ascends; the length of
     the direction; and the number of iterations that it took."""
-    s, rho = kernel.marginals.damping, kernel.marginals.rho
+    s, rho = kernel.marginals.tau, kernel.marginals.rho
     plan = kernel.plan(jnp.ones_like(kernel.b))
     columns, weight = plan.columns, kernel.a * plan.u / plan.sums  # v = 1
     diagonal = columns if rho is None else columns + plan.wanted / rho
@@ -362,18 +362,18 @@ def conjugate_gradients(
 
 
 @partial(jax.jit, static_argnums=0)
-def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfCoupling:
+def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfTransport:
     """h ← (h + 2h^{c,ε}) s/(2+s): the coupling's spectrum lies in [0, 1], so that each iteration
     takes two thirds off the error at least. exp(h/ε) lies between √min a and 1/√min a: no
     kernel on the way overflows or vanishes."""
     (x, a), epsilon = cloud, marginals.epsilon
     cost = marginals.payable(solver.cost.scaled(x, x, epsilon))
     marginals = marginals.scaled(epsilon)
-    s = marginals.damping
+    s = marginals.tau
     kernel = jnp.exp(-cost)
 
-    def missed(u: Array, sums: Array) -> Array:
-        return jnp.vdot(a, jnp.abs(u * sums - marginals.share(jnp.log(u))))
+    def marginal_error(u: Array, sums: Array) -> Array:
+        return jnp.vdot(a, jnp.abs(u * sums - marginals.transported_fraction(jnp.log(u))))
 
     def average(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         count, u, sums = carry
@@ -383,11 +383,11 @@ def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfCoupli
 
     def unfinished(carry: tuple[Array, Array, Array]) -> Array:
         count, u, sums = carry
-        return (missed(u, sums) > solver.tol) & (count < solver.max_iterations)
+        return (marginal_error(u, sums) > solver.tol) & (count < solver.max_iterations)
 
     start = (jnp.array(0, jnp.int32), jnp.ones_like(a), kernel @ a)
     _, u, sums = while_loop(unfinished, average, start, kernel)
-    error = missed(u, sums)
+    error = marginal_error(u, sums)
     # Where ε is large log u is all rounding, but not the answer to it, up to a constant.
     h = jnp.where(a > 0, jnp.log(u), 0)
     answer = s * soft_minimum(h[None] - cost, a[None])
@@ -396,4 +396,4 @@ def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfCoupli
     plan = a[None] * jnp.exp(jnp.minimum(potential[:, None] + potential[None] - cost, LARGE))
     plan = plan / plan.sum(1, keepdims=True)
     gradient = solver.cost.gradient(plan, x, x)
-    return SelfCoupling(epsilon * value, epsilon * potential, error, gradient)
+    return SelfTransport(epsilon * value, epsilon * potential, error, gradient)

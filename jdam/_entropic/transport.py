@@ -24,66 +24,68 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
-from jdam._core.batching import in_tiles
+from jdam._core.batching import in_batches
 from jdam._core.derivatives import ITERATED, full_precision, jvp, moves, vdot
+from jdam._entropic.c_transform import (
+    CTransform,
+    c_transform_change,
+    c_transform_in_batches,
+    columns_of,
+)
 from jdam._entropic.cost import Cost
 from jdam._entropic.problem import (
     Cloud,
-    Coupling,
     Marginals,
     Pair,
+    SinkhornOutput,
     Solver,
-    pairs_at_once,
+    pair_batch_size,
 )
 from jdam._entropic.reference import solve_by_ott
-from jdam._entropic.response import (
-    Response,
-    columns_of,
-    respond_in_tiles,
-    respond_to_change,
-)
 from jdam._entropic.scaling import conjugate_gradients, solve
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def couple(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Coupling:
+def solve_pair(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> SinkhornOutput:
     """The optimal coupling, from a `guess` of g on, which by the method "known" is the solution.
     Pairs of a vmapped batch are solved a few at a time, each to its own convergence."""
     x, a, y, b, marginals = pair
     pair = Pair(*Cloud(x, a).normalised(), *Cloud(y, b).normalised(), marginals)
-    pairs = pairs_at_once(a.size * b.size)
+    pairs = pair_batch_size(a.size * b.size)
     if solver.method == "known":
-        known: Coupling = in_tiles(partial(_known, solver.cost), pairs, pair, guess, flat=True)
+        known: SinkhornOutput = in_batches(
+            partial(_known, solver.cost), pairs, pair, guess, flat=True
+        )
         return known
     if solver.method == "ott":
-        state = in_tiles(partial(solve_by_ott, solver), pairs, pair, flat=True)
+        state = in_batches(partial(solve_by_ott, solver), pairs, pair, flat=True)
     else:
         state = solve(solver, pair, guess)
-    return Coupling(
+    return SinkhornOutput(
         pair.dual_value(state.f, state.g), state.f, state.g, state.gradient, state.error
     )
 
 
-def _known(cost: Cost, pair: Pair, g: Float[Array, " m"]) -> Coupling:
+def _known(cost: Cost, pair: Pair, g: Float[Array, " m"]) -> SinkhornOutput:
     columns = columns_of(cost, g, pair)
     f, gradient = columns.response.potential, columns.response.gradient
-    return Coupling(pair.dual_value(f, g), f, g, gradient, columns.missed)
+    return SinkhornOutput(pair.dual_value(f, g), f, g, gradient, columns.marginal_error)
 
 
-@partial(couple.defjvp, symbolic_zeros=True)
+@partial(solve_pair.defjvp, symbolic_zeros=True)
 @full_precision
-def _couple_jvp(
+def _solve_pair_jvp(
     solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Coupling, Coupling]:
-    solved = checkpoint_name(couple(solver, *primals), ITERATED)
+) -> tuple[SinkhornOutput, SinkhornOutput]:
+    solved = checkpoint_name(solve_pair(solver, *primals), ITERATED)
     (pair, _), (dpair, _) = primals, tangents  # the guess changes nothing
     marginals = pair.marginals
 
     # Where columns are as wanted, (∂(columns − wanted)/∂g) dg = (∂(wanted − columns)/∂pair) dpair.
     answer = partial(columns_of, solver.cost, solved.g)
-    a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.damping
+    a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.tau
     (found, columns, wanted), moved = jvp(answer, (pair,), (dpair,))
-    density, mass = found.density, a * marginals.share(found.potential)
+    density, mass = found.density, a * marginals.transported_fraction(found.potential)
     diagonal = columns
     if marginals.rho is not None:
         diagonal = columns + wanted * (marginals.epsilon / marginals.rho)
@@ -103,19 +105,19 @@ def _couple_jvp(
 
     right = marginals.epsilon * jnp.where(on, moved.wanted - moved.found, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
-    df, dgradient = respond_to_change(solver.cost, found, dg, pair.turned())
+    df, dgradient = c_transform_change(solver.cost, found, dg, pair.turned())
     df, dgradient = df + moved.response.potential, dgradient + moved.response.gradient
     none = jnp.zeros_like(solved.error)
     dcost = _dcost(solver.cost, solved, pair, dpair)
-    return solved, Coupling(dcost, df, dg, dgradient, none)
+    return solved, SinkhornOutput(dcost, df, dg, dgradient, none)
 
 
-def _dcost(cost: Cost, solved: Coupling, pair: Pair, dpair: Pair) -> Float[Array, ""]:
+def _dcost(cost: Cost, solved: SinkhornOutput, pair: Pair, dpair: Pair) -> Float[Array, ""]:
     """dOT by the envelope theorem: the dual objective's, were its potentials not to change."""
     _, a, _, b, marginals = pair
     total = change_by_atoms(marginals, solved.f, a, solved.gradient, Cloud(dpair.x, dpair.a))
     if any(map(moves, (dpair.y, dpair.b, *jax.tree.leaves(dpair.marginals)))):
-        back = respond_in_tiles(cost, solved.f, pair)
+        back = c_transform_in_batches(cost, solved.f, pair)
         dother = Cloud(dpair.y, dpair.b)
         total += change_by_atoms(marginals, back.potential, b, back.gradient, dother)
         total += change_by_marginals(pair, solved.f, back, dpair.marginals)
@@ -127,17 +129,20 @@ def change_by_atoms(
 ) -> Float[Array, ""]:
     """Σ −(ρ+ε)(e^(−f/ρ)−1) daⱼ + Σ aⱼ e^(−f/ρ) ⟨∇c, dxⱼ⟩, which for exact marginals are
     ⟨f, da⟩ + Σ aⱼ⟨∇c, dxⱼ⟩."""
-    force = (a * marginals.share(f))[:, None] * gradient
+    force = (a * marginals.transported_fraction(f))[:, None] * gradient
     return vdot(marginals.variation(f), dcloud.a) + vdot(force, dcloud.x)
 
 
 def change_by_marginals(
-    pair: Pair, f: Array, back: Response, dmarginals: Marginals
+    pair: Pair, f: Array, back: CTransform, dmarginals: Marginals
 ) -> Float[Array, ""]:
     """KL(P | a⊗b) dε + (KL(P1 | a) + KL(Pᵀ1 | b)) dρ, `back` being the response to f."""
     marginals, g = pair.marginals, jnp.where(pair.b > 0, back.potential, 0)
     f = jnp.where(pair.a > 0, f, 0)
-    rows, columns = pair.a * marginals.share(f), pair.b * marginals.share(g)
+    rows, columns = (
+        pair.a * marginals.transported_fraction(f),
+        pair.b * marginals.transported_fraction(g),
+    )
     priced = jnp.vdot(rows, f) + jnp.vdot(columns, g)  # ⟨P, f⊕g⟩
     entropy = (priced - jnp.vdot(columns, back.spent)) / marginals.epsilon
     if marginals.rho is None:

@@ -10,11 +10,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import batch_size, map_in_chunks
+from jdam._core.batching import batch_size, map_in_batches
 from jdam._core.compile import compiled
 from jdam._energy.average import compare, view_of
 from jdam._energy.choosing import suggest_beta
-from jdam._energy.energy import fit_queries, queries_at_once
+from jdam._energy.energy import fit_queries, query_batch_size
 from jdam._energy.pairs import pairwise
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory, store
@@ -103,4 +103,4 @@ def _mean_distance(truths: Memory, measures: AnyMeasure) -> Float[Array, ""]:
         return found.divergence[0]
 
     rows = geometry.match(measures, truths.patterns), truths.patterns, truths.prepared
-    return map_in_chunks(one, queries_at_once(truths), rows).mean()
+    return map_in_batches(one, query_batch_size(truths), rows).mean()

@@ -31,7 +31,7 @@ from jdam._learning.parametrize import (
     check_learn,
     parametrize,
 )
-from jdam._measures.base import AnyMeasure, from_free, to_free
+from jdam._measures.base import AnyMeasure, constrained, unconstrained
 from jdam._memory.memory import Memory, store
 from jdam._recall.recall import check_tolerance, recall, tolerances
 from jdam._recall.result import Recall
@@ -248,16 +248,16 @@ def _descend(
     separation: Separation,
 ) -> Recall:
     def height(free: AnyMeasure) -> Float[Array, ""]:
-        return energy(memory, from_free(query, free), beta, separation=separation)
+        return energy(memory, constrained(query, free), beta, separation=separation)
 
     def turn(carry: tuple[AnyMeasure, Any], _: None) -> tuple[tuple[AnyMeasure, Any], None]:
         free, optimizer_state = carry
         return _moved(optimizer, jax.grad(height)(free), optimizer_state, free), None
 
-    free = to_free(query)
+    free = unconstrained(query)
     start = (free, optimizer.init(free))
     (free, _), _ = scan(turn, start, None, memory, query, beta, length=num_steps)
-    measure = from_free(query, free)
+    measure = constrained(query, free)
     solver = Solver(Exhaustive(), separation)
     tol, goal = tolerances(memory, query, tol)
     problem = solver.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol, goal=goal)

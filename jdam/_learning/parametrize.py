@@ -16,7 +16,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.compile import working_dtype
-from jdam._measures.base import AnyMeasure, Measure, from_free, to_free
+from jdam._measures.base import AnyMeasure, Measure, constrained, unconstrained
 from jdam._memory.memory import Memory, check_memory
 from jdam._memory.prepared import prepare
 from jdam.geometry import Geometry
@@ -42,7 +42,7 @@ def parametrize(
     **Arguments:** a `memory` in one piece; `learn`, some of
 
     - "patterns": factors of Gaussians and means, standard deviations (of either sign), points and
-      logarithms of weights of clouds, vectors; as `Measure.to_free` has them;
+      logarithms of weights of clouds, vectors; as `Measure.unconstrained` has them;
     - "prior": log πᵢ;
     - arrays of the geometry by name, of "epsilon", "rho", "hellinger_scale" and "feature_scale" the
       logarithms.
@@ -65,7 +65,7 @@ def parametrize(
     params: dict[str, Any] = {}
     for name in learn:
         if name == PATTERNS:
-            params[name] = _as_fields(to_free(memory.patterns))
+            params[name] = _as_fields(unconstrained(memory.patterns))
         elif name == PRIOR:
             prior = memory.log_weights
             params[name] = jnp.where(prior == -jnp.inf, 0, prior)
@@ -154,7 +154,7 @@ def _moved(memory: Memory, params: dict[str, Any]) -> Memory:
     """The memory with these params, and what was prepared as it is."""
     patterns, prior, geometry = memory.patterns, memory.log_prior, memory.geometry
     if PATTERNS in params:
-        moved = from_free(patterns, _with_fields(to_free(patterns), params[PATTERNS]))
+        moved = constrained(patterns, _with_fields(unconstrained(patterns), params[PATTERNS]))
         patterns = jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), moved, patterns)
     if PRIOR in params:
         off = memory.log_weights == -jnp.inf

@@ -33,8 +33,8 @@ class Measure(eqx.Module):
     space. `batch_shape`, `dim`, `dtype`, indexing and the repr follow from that. An array whose
     annotation allows None may be missing.
 
-    To let an optimizer move a measure, override `to_free` and `from_free` where arrays are
-    constrained, and `redundant` where different arrays are the same measure. Where measures of
+    To let an optimizer move a measure, override `unconstrained` and `constrained` where arrays are
+    constrained, and `gauge` where different arrays are the same measure. Where measures of
     different sizes may be stored together, as clouds of few and of many atoms, `padding` says how
     arrays are filled up without changing the measure.
     """
@@ -42,7 +42,7 @@ class Measure(eqx.Module):
     #: For each axis that may be longer than a measure needs, how each array that has it is filled
     #: up: a mode of `numpy.pad`, of which "constant" means zeros.
     padding: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-    #: Arrays that neither recall nor an optimizer moves; `from_free` takes those of its `self`.
+    #: Arrays that neither recall nor an optimizer moves; `constrained` takes those of its `self`.
     constants: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -95,15 +95,15 @@ class Measure(eqx.Module):
                 measure = _filled_up(measure, axis, size - self.sizes[axis])
         return measure
 
-    def to_free(self: Kind) -> Kind:
+    def unconstrained(self: Kind) -> Kind:
         """Coordinates without constraints, in the same arrays: by default the arrays themselves."""
         return self
 
-    def from_free(self: Kind, free: Kind) -> Kind:
+    def constrained(self: Kind, free: Kind) -> Kind:
         """The measure at some free coordinates; of this one only what is not free stays."""
         return free
 
-    def redundant(self: Kind, tangent: Kind) -> Kind:
+    def gauge(self: Kind, tangent: Kind) -> Kind:
         """Of a tangent, the part along which the arrays move and the measure does not, by a
         projection: by default none."""
         none: Kind = jax.tree.map(jnp.zeros_like, tangent)
@@ -151,14 +151,14 @@ def _filled_up(measure: Kind, axis: str, missing: int) -> Kind:
     return longer
 
 
-def to_free(measure: AnyMeasure) -> AnyMeasure:
-    """`Measure.to_free`; vectors are free."""
-    return measure.to_free() if isinstance(measure, Measure) else measure
+def unconstrained(measure: AnyMeasure) -> AnyMeasure:
+    """`Measure.unconstrained`; vectors are free."""
+    return measure.unconstrained() if isinstance(measure, Measure) else measure
 
 
-def from_free(like: AnyMeasure, free: AnyMeasure) -> AnyMeasure:
-    """`Measure.from_free`."""
-    return like.from_free(free) if isinstance(like, Measure) else free
+def constrained(like: AnyMeasure, free: AnyMeasure) -> AnyMeasure:
+    """`Measure.constrained`."""
+    return like.constrained(free) if isinstance(like, Measure) else free
 
 
 def dim_of(measure: AnyMeasure) -> int | None:

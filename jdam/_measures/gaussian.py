@@ -61,9 +61,9 @@ class Gaussian(Measure):
         """The number r of the factor's columns, an upper bound on the covariance's rank."""
         return self.factor.shape[-1]
 
-    def redundant(self, tangent: "Gaussian") -> "Gaussian":
+    def gauge(self, tangent: "Gaussian") -> "Gaussian":
         """Rotations L Ω of the factor, Ω skew."""
-        still = super().redundant(tangent)
+        still = super().gauge(tangent)
         return with_leaves(still, still.mean, rotation_part(self.factor, tangent.factor))
 
     def describe(self) -> str:
@@ -172,7 +172,7 @@ class DiagonalGaussian(Measure):
         checks.nonnegative("scale", scale)
         self.mean, self.scale = mean, scale
 
-    def from_free(self, free: "DiagonalGaussian") -> "DiagonalGaussian":
+    def constrained(self, free: "DiagonalGaussian") -> "DiagonalGaussian":
         """Standard deviations of either sign are free."""
         return with_leaves(self, free.mean, jnp.abs(free.scale))
 

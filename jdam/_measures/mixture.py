@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam._core import checks
-from jdam._core.batching import map_in_chunks
+from jdam._core.batching import map_in_batches
 from jdam._core.compile import compiled
 from jdam._core.lapack import triangle
 from jdam._core.linalg import rotation_part, safe_log
@@ -96,18 +96,18 @@ class GaussianMixture(Measure):
         ones = jnp.ones(rows.shape[:-1], rows.dtype)
         return with_leaves(wide, wide.mean, factor_of(rows, ones))
 
-    def to_free(self) -> "GaussianMixture":
+    def unconstrained(self) -> "GaussianMixture":
         """Logarithms for weights, with 0 for those of padding."""
         return with_leaves(self, free_weights(self.weights), self.means, self.factors)
 
-    def from_free(self, free: "GaussianMixture") -> "GaussianMixture":
+    def constrained(self, free: "GaussianMixture") -> "GaussianMixture":
         """The mixture of these logarithms of weights, with the padding of this one."""
         weights = weights_of(free.weights, self.weights)
         return with_leaves(self, weights, free.means, free.factors)
 
-    def redundant(self, tangent: "GaussianMixture") -> "GaussianMixture":
+    def gauge(self, tangent: "GaussianMixture") -> "GaussianMixture":
         """Rotations of each factor, and all of components of weight 0."""
-        still = super().redundant(tangent)
+        still = super().gauge(tangent)
         turned = jax.vmap(rotation_part)(self.factors, tangent.factors)
         off = (self.weights == 0)[:, None]
         means = jnp.where(off, tangent.means, 0)
@@ -204,7 +204,7 @@ def _fit(
         return fit_mixture(*item, num_components=num_components)
 
     at_once = max(1, NUMBERS // (num * num_components * dim))
-    found = map_in_chunks(one, at_once, flat)
+    found = map_in_batches(one, at_once, flat)
     weights = jax.nn.softmax(found.log_weights)
     leaves = weights, found.means, found.factors
     weights, means, factors = (leaf.reshape(*batch, *leaf.shape[1:]) for leaf in leaves)

@@ -75,11 +75,11 @@ class PointCloud(Measure):
         """The number n of atoms, padding included."""
         return self.points.shape[-2]
 
-    def to_free(self) -> "PointCloud":
+    def unconstrained(self) -> "PointCloud":
         """Logarithms for weights, with 0 for those of padding."""
         return self.with_atoms(self.points, free_weights(self.weights))
 
-    def from_free(self, free: "PointCloud") -> "PointCloud":
+    def constrained(self, free: "PointCloud") -> "PointCloud":
         """The cloud of these logarithms of weights, with the padding and features of this one."""
         return self.with_atoms(free.points, weights_of(free.weights, self.weights))
 

@@ -64,7 +64,7 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         "log_prior": memory.log_prior,
         "fingerprint": memory.fingerprint,
         "size": memory.size,
-        "units": memory.units_of_patterns(),
+        "units": memory.magnitudes(),
         "prepared": jax.tree.leaves(memory.prepared),
     }
     description |= {name: encode(value, name, arrays) for name, value in others.items()}
@@ -207,7 +207,7 @@ def _read(file: Any, description: dict[str, Any], classes: dict[str, type]) -> M
 def _read_parts(
     file: Any, description: dict[str, Any], classes: dict[str, type], mesh: Mesh, axis: str
 ) -> Memory:
-    """The memory in parts, without free places."""
+    """The memory in parts, without free slots."""
     size = decode(description["size"], partial(_whole, file), classes)
     parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
 

@@ -21,7 +21,7 @@ from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory import filling, places
+from jdam._memory import filling, slots
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam._memory.values import checked_values, values_for
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
@@ -33,16 +33,16 @@ class Memory(eqx.Module):
     `len(memory)` is N, `memory[i]` the i-th pattern, `memory[1:3]` a batch of patterns;
     `append`, `replace` and `remove` return new memories.
 
-    **Room to grow.** With `jdam.store(…, capacity=C)` a memory has C places, of which the first N
+    **Room to grow.** With `jdam.store(…, capacity=C)` a memory has C slots, of which the first N
     hold patterns. `append`, `replace` and `remove` then change values but no shapes: nothing is
     compiled again while there is room, and they work inside `jax.jit` and `jax.lax.scan`. An
     append prepares its own patterns only; with `jax.jit(jdam.Memory.append, donate_argnums=0)`
     nothing else is copied either. `memory.reserve(2 * memory.capacity)` doubles the room, and
     `memory.reserve(memory.capacity, n=100)` makes room for clouds of up to 100 atoms. What has
-    an entry for each pattern has one for each place: a free place is infinitely far, weighs 0 and
+    an entry for each pattern has one for each place: a free slot is infinitely far, weighs 0 and
     is never `nearest`. Inside `jax.jit` the number of patterns is not known when shapes are:
     `memory.size` is it, where `len(memory)` raises. What overfills a memory there, removes its last
-    pattern or names places that hold none, cannot raise; the memory then is NaN, and every recall
+    pattern or names slots that hold none, cannot raise; the memory then is NaN, and every recall
     says `Status.NONFINITE`.
 
     What geometries compute of patterns once (`prepared`) belongs to these patterns and this
@@ -59,9 +59,9 @@ class Memory(eqx.Module):
     fingerprint: Float[Array, " N"] | None = None
     #: On which devices the patterns are, if `jdam.shard` put them there.
     layout: Layout | None = eqx.field(static=True, default=None)
-    #: Then also the `Geometry.scale` and `resolution` of all patterns, of which a device has some.
+    #: Then also `Geometry.typical_norm` and `energy_tolerance` of all patterns.
     units: tuple[Array, Array] | None = None
-    #: The number of places that hold patterns, the first ones, if there is room for more.
+    #: The number of slots that hold patterns, the first ones, if there is room for more.
     size: Int[Array, ""] | None = None
     #: A pytree of arrays with a row for each pattern, as `log_prior`: labels, descriptors, ids.
     values: Any = None
@@ -72,7 +72,7 @@ class Memory(eqx.Module):
         if not checks.is_concrete(self.size):
             raise TypeError(
                 "a memory with room to grow has no length inside jax.jit: memory.size is the "
-                "traced number of patterns, memory.capacity that of places"
+                "traced number of patterns, memory.capacity that of slots"
             )
         if self.size.ndim:
             raise TypeError(
@@ -88,7 +88,7 @@ class Memory(eqx.Module):
 
     @property
     def capacity(self) -> int:
-        """The number of places for patterns: N if there is no room to grow."""
+        """The number of slots for patterns: N if there is no room to grow."""
         if self.layout is not None and not self.layout.inside:
             return self.layout.length
         return batch_size(self.patterns)
@@ -129,18 +129,18 @@ class Memory(eqx.Module):
             return jnp.zeros(self.capacity, self.dtype)
         return self.log_prior
 
-    def units_of_patterns(self) -> tuple[Array, Array]:
-        """`Geometry.scale` and `Geometry.resolution` of all patterns."""
+    def magnitudes(self) -> tuple[Array, Array]:
+        """`Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns."""
         if self.units is not None:
             return self.units
         return units(self.patterns, self.geometry, self.occupied)
 
-    def trusted(self) -> "Memory":
+    def validated(self) -> "Memory":
         """The memory with NaN for what was prepared of other patterns or another geometry."""
         if self.size is not None:
-            spoiled = self.size < 0
+            invalid = self.size < 0
             self = dataclasses.replace(
-                self, log_prior=jnp.where(spoiled, jnp.nan, self.log_weights)
+                self, log_prior=jnp.where(invalid, jnp.nan, self.log_weights)
             )
         if self.fingerprint is None:
             return self
@@ -187,7 +187,7 @@ class Memory(eqx.Module):
                 f"patterns must be at most {room}, for which the memory has room, of its capacity "
                 f"{self.capacity}; got {count}: memory.reserve({2 * self.capacity}) doubles it"
             )
-        grown: Memory = places.append(self, filling.as_large(self, patterns), values, prior)
+        grown: Memory = slots.append(self, filling.as_large(self, patterns), values, prior)
         return grown
 
     def replace(
@@ -199,7 +199,7 @@ class Memory(eqx.Module):
         **Raises:** as `append`; `IndexError` for indices at which there is no pattern.
         """
         self._check_in_one_piece()
-        index = places.checked_indices(self, indices)
+        index = slots.checked_indices(self, indices)
         patterns = self._rows(patterns)
         if index.ndim > 1 or index.size != batch_size(patterns):
             raise ValueError(
@@ -208,7 +208,7 @@ class Memory(eqx.Module):
             )
         filled = filling.as_large(self, patterns)
         values = None if values is None else values_for(self, values, index.size)
-        changed: Memory = places.replace(self, index.reshape(-1), filled, values)
+        changed: Memory = slots.replace(self, index.reshape(-1), filled, values)
         return changed
 
     def remove(self, indices: int | ArrayLike) -> "Memory":
@@ -218,7 +218,7 @@ class Memory(eqx.Module):
         would be left, `TypeError` inside `jax.jit` for a memory without a capacity.
         """
         self._check_in_one_piece()
-        drop = places.checked_indices(self, indices)
+        drop = slots.checked_indices(self, indices)
         if drop.size == 0:
             return self
         if not checks.is_concrete(drop) and self.size is None:
@@ -237,7 +237,7 @@ class Memory(eqx.Module):
                 rows = self.patterns, self.log_prior, self.values
                 kept, prior, values = jax.tree.map(lambda leaf: leaf[keep], rows)
                 return store(kept, self.geometry, log_prior=prior, values=values)
-        shorter: Memory = places.remove(self, drop.reshape(-1))
+        shorter: Memory = slots.remove(self, drop.reshape(-1))
         return shorter
 
     def reserve(self, capacity: int, **sizes: int) -> "Memory":
@@ -256,7 +256,7 @@ class Memory(eqx.Module):
         if capacity < length_or_capacity(self):
             raise ValueError(f"capacity must be ≥ N = {length_or_capacity(self)}; got {capacity}")
         larger = filling.enlarge(self, sizes) if sizes else self
-        roomy: Memory = places.reserve(larger, capacity)
+        roomy: Memory = slots.reserve(larger, capacity)
         return roomy
 
     def _check_in_one_piece(self) -> None:
@@ -282,7 +282,7 @@ class Memory(eqx.Module):
     def from_start(self, index: Any) -> Int[Array, "..."]:
         """Traced indices, of which those below 0 count from the end of what is stored."""
         index = jnp.asarray(index, jnp.int32)
-        return jnp.where(index < 0, index + places.size_of(self), index)
+        return jnp.where(index < 0, index + slots.size_of(self), index)
 
     def __repr__(self) -> str:
         if not all(isinstance(leaf, Array | np.ndarray) for leaf in jax.tree.leaves(self)):
@@ -378,7 +378,7 @@ def check_memory(memory: object) -> None:
 
 
 def length_or_capacity(memory: Memory) -> int:
-    """The number of patterns where it is known, that of places where it is traced."""
+    """The number of patterns where it is known, that of slots where it is traced."""
     return len(memory) if memory.size_is_known else memory.capacity
 
 

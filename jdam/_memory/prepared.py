@@ -67,12 +67,12 @@ def checked_prior(
 def units(
     patterns: AnyMeasure, geometry: Geometry, occupied: Bool[Array, " N"] | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`Geometry.scale` and `Geometry.resolution` of the patterns at the occupied places."""
+    """`Geometry.typical_norm` and `energy_tolerance` of the patterns at the occupied slots."""
     if occupied is None:
-        return geometry.scale(patterns), geometry.resolution(patterns)
+        return geometry.typical_norm(patterns), geometry.energy_tolerance(patterns)
     weights = occupied.astype(float_dtype(patterns))
     weights = weights / weights.sum()
-    return geometry.scale(patterns, weights), geometry.resolution(patterns, weights)
+    return geometry.typical_norm(patterns, weights), geometry.energy_tolerance(patterns, weights)
 
 
 def prepare(

@@ -52,7 +52,7 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     patterns, prepared, marks, values = rows
     held = None if memory.log_prior is None else np.asarray(memory.log_prior)
     prior = parts.prior(held, memory.dtype)
-    geometry, units = parts.everywhere((memory.geometry, memory.units_of_patterns()))
+    geometry, units = parts.everywhere((memory.geometry, memory.magnitudes()))
     return Memory(patterns, geometry, prior, prepared, marks, parts.layout, units, values=values)
 
 

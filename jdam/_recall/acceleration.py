@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
 from jdam._core.lapack import cholesky, solve_lower
-from jdam._measures.base import AnyMeasure, from_free, to_free
+from jdam._measures.base import AnyMeasure, constrained, unconstrained
 from jdam._recall.trust_region import Quadratic, minimise
 
 if TYPE_CHECKING:
@@ -74,16 +74,16 @@ class Anderson(Acceleration):
         checks.int_at_least(0, "delay", self.delay)
 
     def start(self, measure: AnyMeasure, zero: Array) -> History:
-        flat, _ = ravel_pytree(to_free(measure))
+        flat, _ = ravel_pytree(unconstrained(measure))
         none = jnp.zeros((self.depth, flat.size), flat.dtype)
         return History(none, none, jnp.array(0, jnp.int32))
 
     def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
         old: History = state.history
         plain, geometry = state.candidate, problem.memory.geometry
-        free = to_free(plain)
+        free = unconstrained(plain)
         end, unravel = ravel_pytree(free)
-        change = end - ravel_pytree(to_free(state.measure))[0]
+        change = end - ravel_pytree(unconstrained(state.measure))[0]
         used = jnp.arange(self.depth, dtype=jnp.int32) < old.length
         used &= state.num_steps >= self.delay
         differences = jnp.where(used[:, None], change[None] - old.changes, 0)
@@ -96,7 +96,7 @@ class Anderson(Acceleration):
         # Where nothing changes, not even the last digit does.
         measure = jax.tree.map(
             lambda new, old, moved, kept: jnp.where((moved == kept).all(), old, new),
-            from_free(plain, combined),
+            constrained(plain, combined),
             plain,
             combined,
             free,
@@ -157,7 +157,7 @@ class TrustRegion(Acceleration):
     - `max_products` ≥ 1: how many products with the second derivative a step may take.
 
     **Raises:** `TypeError` or `ValueError` for other arguments; `recall` raises `ValueError` for it
-    with a geometry that has no `chart`.
+    with a geometry that has no `retraction`.
     """
 
     max_products: int = 24
@@ -184,29 +184,29 @@ class TrustRegion(Acceleration):
 def _newton_step(
     settings: TrustRegion, solver: "Solver", state: "State", problem: "Problem"
 ) -> tuple[AnyMeasure, Region]:
-    chart = problem.memory.geometry.chart(state.measure)
-    if chart is None:
+    retraction = problem.memory.geometry.retraction(state.measure)
+    if retraction is None:
         raise ValueError(
-            f"acceleration=jdam.TrustRegion() needs a chart; {problem.memory.geometry} has none"
+            f"acceleration=jdam.TrustRegion() needs a retraction; got {problem.memory.geometry}"
         )
     radius = jnp.where(state.history.radius > 0, state.history.radius, state.residual)
     radius = jnp.where(solver.unfinished(state, problem), radius, 0)
     guess = solver.search.settled(problem.memory, state.evaluation.guess)
 
     def slope(tangent: Any) -> Any:
-        found = solver.evaluate(chart.displaced(tangent), problem, guess)
-        return chart.slope(found.view, found.pull)
+        found = solver.evaluate(retraction.retract(tangent), problem, guess)
+        return retraction.slope(found.view, found.pull)
 
-    still = jax.tree.map(jnp.zeros_like, chart.masses)
+    still = jax.tree.map(jnp.zeros_like, retraction.masses)
     slope_here, curvature = jax.linearize(slope, still)
     flat, unravel = ravel_pytree(slope_here)
     model = Quadratic(
         flat,
         lambda tangent: ravel_pytree(curvature(unravel(tangent)))[0],
-        ravel_pytree(chart.masses)[0],
+        ravel_pytree(retraction.masses)[0],
     )
     found = minimise(model, radius, settings.max_products)
-    measure = chart.displaced(unravel(found.step))
+    measure = retraction.retract(unravel(found.step))
     return measure, Region(radius, found.length, found.decrease)
 
 

@@ -69,10 +69,10 @@ class Implicit(Adjoint):
         return _at_fixed_point(self._solve, solver, query, problem)
 
     def _solve(
-        self, contraction: LinearMap, conserved: LinearMap, direct: AnyMeasure, start: AnyMeasure
+        self, contraction: LinearMap, gauge: LinearMap, direct: AnyMeasure, start: AnyMeasure
     ) -> AnyMeasure:
         """dξ with dξ − J dξ = direct, J the contraction: the limit of dξ ← J dξ + direct from a
-        start on, of which what is conserved stays."""
+        start on. The part of it along the gauge stays."""
 
         _, unravel = ravel_pytree(start)
 
@@ -81,7 +81,7 @@ class Implicit(Adjoint):
 
         def regular(flat: Array) -> Array:  # I − J, where it is not zero
             d = unravel(flat)
-            return ravel_pytree(jax.tree.map(jnp.add, residual(d), conserved(d)))[0]
+            return ravel_pytree(jax.tree.map(jnp.add, residual(d), gauge(d)))[0]
 
         def solve(matvec: Any, right: Array) -> Array:
             eps = float(jnp.finfo(right.dtype).eps)
@@ -107,7 +107,7 @@ class OneStep(Adjoint):
 
 
 def _directly(
-    contraction: LinearMap, conserved: LinearMap, direct: AnyMeasure, start: AnyMeasure
+    contraction: LinearMap, gauge: LinearMap, direct: AnyMeasure, start: AnyMeasure
 ) -> AnyMeasure:
     return direct
 
@@ -141,8 +141,8 @@ def _at_fixed_point_jvp(
 
     _, contraction = jax.linearize(lambda measure: step(measure, problem), measure)
     direct = jax.jvp(partial(step, measure), (problem,), (dproblem,))[1]
-    conserved = partial(problem.memory.geometry.conserved, measure)
-    dmeasure = solve(contraction, conserved, direct, dquery)
+    gauge = partial(problem.memory.geometry.gauge, measure)
+    dmeasure = solve(contraction, gauge, direct, dquery)
 
     def settle(measure: AnyMeasure, problem: Problem) -> State:
         found = evaluate(measure, problem)._replace(guess=end.evaluation.guess)

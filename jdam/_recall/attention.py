@@ -40,7 +40,7 @@ def attend(
 
     - an array (N, …) of floats: the result is Σ wᵢ valuesᵢ, of shape (…); or a tuple, a dict or
       another pytree of such. For a memory with room to grow there may be a value for each place, so
-      that shapes stay; those of free places weigh nothing;
+      that shapes stay; those of free slots weigh nothing;
     - measures with one batch axis (N,), or a list of single ones, of any type: the result is their
       barycentre, the minimiser of Σ wᵢ D(·, valuesᵢ), by at most `num_steps` fixed-point steps from
       the heaviest value. D is that of the memory's geometry where it takes such measures, else
@@ -125,7 +125,7 @@ def _store_values(memory: Memory, values: Measure) -> Memory:
 
 @compiled()
 def _mean(values: Array, weights: Float[Array, " N"], size: Int[Array, ""] | None) -> Array:
-    if size is not None:  # what is at free places may be anything
+    if size is not None:  # what is at free slots may be anything
         free = jnp.arange(len(values), dtype=jnp.int32) >= size
         values = jnp.where(free.reshape(-1, *[1] * (values.ndim - 1)), 0, values)
     return jnp.tensordot(weights, values, 1)

@@ -13,9 +13,9 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
-from jdam._core.batching import in_tiles, map_in_chunks
+from jdam._core.batching import in_batches, map_in_batches
 from jdam._core.compile import compiled, working_dtype
-from jdam._core.mesh import where_it_is
+from jdam._core.mesh import on_local_shards
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.certified import choose
 from jdam._energy.energy import fit_queries, fit_query, inverse_temperature
@@ -78,7 +78,7 @@ def _step(
         end = solver.run(query, solver.problem(memory, beta, step_size))
         return end.measure if solver.max_steps else end.candidate
 
-    return in_tiles(run, None, memory, query, beta, step_size)  # a spread batch, where it is
+    return in_batches(run, None, memory, query, beta, step_size)  # a spread batch, where it is
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -203,10 +203,10 @@ def _accelerated(memory: Memory, acceleration: Any) -> Acceleration | None:
             "acceleration must be jdam.Anderson(), jdam.TrustRegion(), None or 'auto'; "
             f"got {acceleration!r}"
         )
-    has_chart = type(memory.geometry).chart is not Geometry.chart
-    if isinstance(acceleration, TrustRegion) and not has_chart:
+    has_retraction = type(memory.geometry).retraction is not Geometry.retraction
+    if isinstance(acceleration, TrustRegion) and not has_retraction:
         raise ValueError(
-            f"acceleration=jdam.TrustRegion() needs a geometry with a chart, as jdam.Sinkhorn; got "
+            "acceleration=jdam.TrustRegion() needs a geometry with a retraction, as Sinkhorn; got "
             f"{memory.geometry}: jdam.Anderson() suits all"
         )
     return acceleration
@@ -259,7 +259,7 @@ def recall_batch(
     )
     args = (memory, queries, beta, step_size, tol)
     static = {"batch_size": batch_size, "settings": settings}
-    num, at_once = length_of(queries), _recalls_at_once(memory, batch_size)
+    num, at_once = length_of(queries), _recall_batch_size(memory, batch_size)
     result: Recall
     if num == 0 or memory.layout is not None or not is_here(args):
         result = _recall_batch(*args, **static)
@@ -274,7 +274,7 @@ def recall_batch(
     return result
 
 
-def _recalls_at_once(memory: Memory, batch_size: int) -> int:
+def _recall_batch_size(memory: Memory, batch_size: int) -> int:
     """How many queries to ask a device for at a time: a batch, or several that are quick. Less than
     a batch would take longer, as queries of many steps would keep too few others busy."""
     queries, patterns, _ = memory.geometry.batch_sizes(memory.patterns)
@@ -300,12 +300,12 @@ def _recall_batch(
             return _recall_checked(memory, query, beta, step_size, tol, **dict(settings))
 
         # Differentiated, one batch at a time too.
-        found: Recall = map_in_chunks(jax.checkpoint(one), batch_size, queries)
+        found: Recall = map_in_batches(jax.checkpoint(one), batch_size, queries)
         return found
 
     args = (memory, queries, beta, step_size, tol)
     batched = tuple(jax.tree.map(lambda _, mark=arg is queries: mark, arg) for arg in args)
-    result: Recall = where_it_is(on_one_device, batched, args)
+    result: Recall = on_local_shards(on_one_device, batched, args)
     return result
 
 
@@ -321,7 +321,7 @@ def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
 def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
     """The residual that is small enough and the one at which to stop: both `tol`, or those of the
     geometry."""
-    scale, _ = memory.units_of_patterns()
+    scale, _ = memory.magnitudes()
     defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
     enough, sought = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
     return enough, sought
@@ -345,4 +345,4 @@ def _recall(
         problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
         return solver.report(adjoint.run(solver, query, problem), problem)
 
-    return in_tiles(run, None, memory, query, beta, step_size, limits)
+    return in_batches(run, None, memory, query, beta, step_size, limits)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
-from jdam._core.batching import advance_while
+from jdam._core.batching import batched_while_loop
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import scan
 from jdam._energy.evaluation import Evaluation
@@ -35,7 +35,7 @@ class Problem(NamedTuple):
     tol: Float[Array, ""]  # the residual that counts as converged where the energy stagnates
     goal: Float[Array, ""]  # the residual at which to stop
     max_steps: Int[Array, ""]
-    energy_resolution: Float[Array, ""]  # changes of energy below this are rounding
+    energy_tolerance: Float[Array, ""]  # changes of energy below this are rounding
 
 
 class Attempt(NamedTuple):
@@ -80,7 +80,7 @@ class Solver:
 
     def problem(self, memory: Memory, beta: Array, step_size: Array) -> Problem:
         """The problem of `max_steps` steps, whatever the residual."""
-        _, resolution = memory.units_of_patterns()
+        _, resolution = memory.magnitudes()
         # Of rounding, or of the mass that the search may leave out.
         resolution = jax.lax.stop_gradient(jnp.maximum(resolution, self.search.tolerance / beta))
         most, zero = jnp.array(self.max_steps, jnp.int32), jnp.zeros_like(beta)
@@ -131,8 +131,8 @@ class Solver:
 
     def descend(self, state: State, problem: Problem) -> State:
         """The last state. It has no derivative."""
-        at_once = self.search.queries_at_once(problem.memory)
-        end: State = advance_while(self.unfinished, self.turn, state, problem, at_once=at_once)
+        at_once = self.search.query_batch_size(problem.memory)
+        end: State = batched_while_loop(self.unfinished, self.turn, state, problem, at_once=at_once)
         if end.trace is None:
             return end
         taken = jnp.minimum(jnp.arange(1, self.max_steps + 1, dtype=jnp.int32), end.num_steps)
@@ -152,7 +152,7 @@ class Solver:
         residual = _residual(found, problem, state.attempt.caution)
         if self._accepts_all(problem):
             yes = jnp.array(True)
-            state = self._follow(state, found, residual, problem)
+            state = self._update(state, found, residual, problem)
             state = state._replace(candidate=self.move(state.measure, found, problem))
             return self._written(before, state, found, yes, yes)
         gain, resolution = state.evaluation.relative - found.relative, _resolution(state, problem)
@@ -163,8 +163,8 @@ class Solver:
         most = problem.memory.geometry.max_backtracks
         given_up = ~bold & (state.attempt.caution >= most)
         ended = accepted | given_up
-        state = self._learn(state, gain + resolution, bold & accepted)
-        state = _where(ended, self._follow(state, found, residual, problem, moved), state)
+        state = self._update_history(state, gain + resolution, bold & accepted)
+        state = _where(ended, self._update(state, found, residual, problem, moved), state)
         proposed = self._propose(state, problem, ended)
         return self._written(before, proposed, found, ended, moved)
 
@@ -172,14 +172,14 @@ class Solver:
         """Whether it is proved that no step raises the energy, or nobody asks."""
         return self.acceleration is None and problem.memory.geometry.max_backtracks == 0
 
-    def _learn(self, state: State, gain: Array, accepted: Array) -> State:
+    def _update_history(self, state: State, gain: Array, accepted: Array) -> State:
         """What the acceleration makes of the fate of its proposal."""
         if self.acceleration is None:
             return state
         learnt = self.acceleration.update(state.history, gain, accepted)
         return state._replace(history=_where(state.num_steps >= 0, learnt, state.history))
 
-    def _follow(
+    def _update(
         self,
         state: State,
         found: Evaluation,
@@ -246,8 +246,8 @@ class Solver:
             residual = _residual(found, problem, state.attempt.caution)
             if now is not None:
                 gain = state.evaluation.relative - found.relative + _resolution(state, problem)
-                state = self._learn(state, gain, now.attempt.bold)
-            state = self._follow(state, found, residual, problem)
+                state = self._update_history(state, gain, now.attempt.bold)
+            state = self._update(state, found, residual, problem)
             if following is None:
                 state = state._replace(candidate=self.move(state.measure, found, problem))
             else:
@@ -336,12 +336,12 @@ def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
     """Which change of energy is more than rounding, that of the sum over patterns included."""
     energy = jax.lax.stop_gradient(state.evaluation.relative)
     rounding = 4 * float(jnp.finfo(energy.dtype).eps) * jnp.abs(energy)
-    return problem.energy_resolution + jnp.where(state.num_steps < 0, 0, rounding)
+    return problem.energy_tolerance + jnp.where(state.num_steps < 0, 0, rounding)
 
 
 def _residual(found: Evaluation, problem: Problem, caution: Int[Array, ""]) -> Float[Array, ""]:
     geometry = problem.memory.geometry
-    residual = geometry.residual_with_caution(found.view, found.pull, caution)
+    residual = geometry.cautious_residual(found.view, found.pull, caution)
     return jax.lax.stop_gradient(jnp.where(found.weight == 0, 0, residual))
 
 

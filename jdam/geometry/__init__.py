@@ -9,8 +9,8 @@ from jdam.geometry.euclidean import DotProduct as DotProduct
 from jdam.geometry.euclidean import Euclidean as Euclidean
 from jdam.geometry.mixture import MixtureWasserstein as MixtureWasserstein
 from jdam.geometry.protocol import BatchSizes as BatchSizes
-from jdam.geometry.protocol import Chart as Chart
 from jdam.geometry.protocol import Comparison as Comparison
 from jdam.geometry.protocol import Geometry as Geometry
 from jdam.geometry.protocol import Patterns as Patterns
+from jdam.geometry.protocol import Retraction as Retraction
 from jdam.geometry.sinkhorn import Sinkhorn as Sinkhorn

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import map_in_chunks
+from jdam._core.batching import map_in_batches
 from jdam._core.linalg import rounding, safe_sqrt
 from jdam._entropic.bounds import cost_of_masses
 from jdam._entropic.problem import Marginals, Pair
@@ -57,7 +57,7 @@ def by_dual(
 
     at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
     guess = prepared.known.potential if patterns.guess is None else patterns.guess
-    duals = map_in_chunks(dual, at_once, (placed, clouds.weights, guess))
+    duals = map_in_batches(dual, at_once, (placed, clouds.weights, guess))
     selves = (view.known.cost + prepared.known.cost) / 2
     error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
     result: Array = means + duals - selves - error

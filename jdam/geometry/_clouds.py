@@ -12,7 +12,7 @@ from jdam._core import checks
 from jdam._core.compile import compiled
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.cost import Cost, HalfSquaredDistance
-from jdam._entropic.problem import FREE, Marginals, SelfCoupling
+from jdam._entropic.problem import FREE, Marginals, SelfTransport
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud, unchecked
 from jdam.geometry.protocol import Geometry, check_batch_ndim
@@ -32,7 +32,7 @@ class Prepared(NamedTuple):
 
     centre: Float[Array, "N z"]
     offset: Float[Array, "N z"]  # of the mean from it: rounding
-    known: SelfCoupling
+    known: SelfTransport
     radius: Float[Array, " N"] | None = None  # of a ball about the centre, where ρ is given
 
 
@@ -48,7 +48,7 @@ class View(NamedTuple):
     query: PointCloud
     centre: Float[Array, " z"]
     centred: Float[Array, "n z"]
-    known: SelfCoupling
+    known: SelfTransport
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the share of xⱼ that finds a partner
 
 

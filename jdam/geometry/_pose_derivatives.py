@@ -37,7 +37,7 @@ def _followed_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[
         centre = pose.translation
         if aligned.group.translations:
             centre = pose(atoms.mean[:, None])[:, 0]
-        return displaced(aligned.group, pose, small, (centre, radius))
+        return retract(aligned.group, pose, small, (centre, radius))
 
     def slope(small: Array, aligned: Any, view: AnyView, patterns: Patterns) -> Array:
         def height(small: Array) -> Array:
@@ -98,7 +98,7 @@ def directions(group: Group, dim: int) -> Float[np.ndarray, "k d_and_1 d_and_1"]
     return np.stack(found)
 
 
-def displaced(
+def retract(
     group: Group, pose: Pose, small: Float[Array, "B k"], about: tuple[Array, Array]
 ) -> Pose:
     """Poses after a small motion about centres (B, d), of atoms within radii (B,), to second order

@@ -12,13 +12,13 @@ from jaxtyping import Float
 from jdam._core.linalg import safe_log, safe_sqrt
 from jdam._entropic.cost import Cost, HalfSquaredDistance
 from jdam._entropic.ground_cost import GroundCost
-from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import (
     Cloud,
     Marginals,
-    SelfCoupling,
+    SelfTransport,
     Solver,
 )
+from jdam._entropic.self_transport import self_transport
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import (
@@ -30,8 +30,8 @@ from jdam.geometry._clouds import (
 )
 from jdam.geometry.protocol import (
     AnyView,
-    Chart,
     Geometry,
+    Retraction,
 )
 
 #: How much more cautious each further attempt at a weight step is, and how many there are
@@ -117,7 +117,7 @@ class SHKGeometry(Geometry):
     def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
         """Σᵢ wᵢ e^(−fᵢ/ρ), the mass that the average plan takes from each atom over its own: 1
         without ρ."""
-        own = self._marginals.share(view.known.potential)
+        own = self._marginals.transported_fraction(view.known.potential)
         return own if self.rho is None else own - pull.variation / (self.rho + self.epsilon)
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
@@ -131,7 +131,7 @@ class SHKGeometry(Geometry):
         none: PointCloud = jax.tree.map(jnp.zeros_like, query)
         return none.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
-    def chart(self, query: AnyMeasure) -> Chart | None:
+    def retraction(self, query: AnyMeasure) -> Retraction | None:
         """Displacements of atoms, and changes of log pⱼ/√κ, in the SHK metric, in which both have
         the mass pⱼ. In the coordinates x and log p gradients are −pⱼvⱼ and pⱼ(Fⱼ−F̄). None for a
         cost of one's own, which may have no second derivatives."""
@@ -139,7 +139,7 @@ class SHKGeometry(Geometry):
             return None
         weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
 
-        def displaced(tangent: Tangent) -> PointCloud:
+        def retract(tangent: Tangent) -> PointCloud:
             logits = safe_log(weights) + speed * tangent.reaction
             moved = jax.nn.softmax(logits, where=weights > 0)
             # With κ = 0 not even the last digit of a weight changes.
@@ -153,9 +153,9 @@ class SHKGeometry(Geometry):
             return Tangent(-p[:, None] * pull.velocity, reaction)
 
         masses = Tangent(jnp.broadcast_to(weights[:, None], query.points.shape), weights)
-        return Chart(masses, displaced, slope)
+        return Retraction(masses, retract, slope)
 
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """The features, the weights if κ = 0, and always those that are 0."""
         fixed = (self.hellinger_scale == 0) | (measure.weights == 0)
         weights = jnp.where(fixed, tangent.weights, 0)
@@ -165,7 +165,7 @@ class SHKGeometry(Geometry):
         """|grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
         return self._residual(view, pull, self.hellinger_scale)
 
-    def residual_with_caution(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
+    def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
         """The SHK length of the step with weights at the rate κ' that did not raise the energy,
         √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F): stiff weights, which only small steps improve, are where they
         belong while F is not yet constant."""
@@ -235,7 +235,7 @@ class SHKGeometry(Geometry):
         """A cloud with its features as coordinates: `_clouds.lifted`."""
         return lifted(cloud, self.feature_scale, self.epsilon)
 
-    def _couple_with_itself(
-        self, points: Array, weights: Array, known: SelfCoupling | None = None
-    ) -> SelfCoupling:
-        return couple_with_itself(self._solver, Cloud(points, weights), self._marginals, known)
+    def _self_transport(
+        self, points: Array, weights: Array, known: SelfTransport | None = None
+    ) -> SelfTransport:
+        return self_transport(self._solver, Cloud(points, weights), self._marginals, known)

@@ -340,20 +340,20 @@ class Aligned(Geometry):
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         return self.geometry.residual(view, pull)
 
-    def residual_with_caution(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
-        return self.geometry.residual_with_caution(view, pull, times)
+    def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
+        return self.geometry.cautious_residual(view, pull, times)
 
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
         return self.geometry.tolerances(query, scale)
 
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        return self.geometry.conserved(measure, tangent)
+    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+        return self.geometry.gauge(measure, tangent)
 
-    def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
-        return self.geometry.scale(patterns, weights)
+    def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
+        return self.geometry.typical_norm(patterns, weights)
 
-    def resolution(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
-        return self.geometry.resolution(patterns, weights)
+    def energy_tolerance(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
+        return self.geometry.energy_tolerance(patterns, weights)
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         """Fewer, since poses are sought in several lanes."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import map_in_chunks
+from jdam._core.batching import map_in_batches
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_principal
 from jdam._core.lapack import cholesky, full_svd, singular_values, solve_lower, svd
@@ -200,7 +200,7 @@ class Full:
         # In batches: decompositions copy what they are given.
         return Prepared(
             spread=jnp.linalg.norm(factor, axis=-1),
-            spectrum=map_in_chunks(singular_values, 1024, factor),
+            spectrum=map_in_batches(singular_values, 1024, factor),
         )
 
     @staticmethod

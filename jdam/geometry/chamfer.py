@@ -51,7 +51,7 @@ class Assignment(NamedTuple):
     costs: Float[Array, " n"]  # Sⱼ
     plan: Float[Array, "n m"]  # Pⱼₖ; rows sum to 1
     displacement: Float[Array, "n d"]  # Tⱼ − xⱼ
-    missed: Bool[Array, ""]  # whether costs are rounded to more than ε
+    not_converged: Bool[Array, ""]  # whether costs are rounded to more than ε
 
 
 class Chamfer(Geometry):
@@ -170,7 +170,7 @@ class Chamfer(Geometry):
             found, share, variation = self._explain(view, cloud, prepared)
             pull = Pull(share[:, None] * found.displacement, share, variation)
             divergence = jnp.vdot(view.weights, variation)
-            return Comparison(divergence, pull, missed=found.missed, inliers=share)
+            return Comparison(divergence, pull, not_converged=found.not_converged, inliers=share)
 
         compared = jax.vmap(one)(patterns.measures, patterns.prepared)
         return compared if self.rho is not None else compared._replace(inliers=None)
@@ -239,13 +239,13 @@ class Chamfer(Geometry):
         none: PointCloud = jax.tree.map(jnp.zeros_like, query)
         return none.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """Padding, and all weights if κ = 0."""
         padding = measure.weights == 0
         weights = jnp.where(padding | (self.hellinger_scale == 0), tangent.weights, 0)
         return tangent.with_atoms(jnp.where(padding[:, None], tangent.points, 0), weights)
 
-    def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
+    def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square of |x| over all patterns, with which coordinates round."""
         points = jnp.where(patterns.weights[..., None] > 0, patterns.points, 0)
         squares = jnp.vecdot(patterns.weights, jnp.vecdot(points, points))
@@ -287,8 +287,8 @@ def assign(
     total = masses.sum(1)
     plan = masses / total[:, None]
     found = jnp.vecdot(x, x) / 2 + least - epsilon * jnp.log(total)
-    missed = float(jnp.finfo(squares.dtype).eps) * squares.max() > epsilon
-    return Assignment(found, plan, plan @ y - x, jax.lax.stop_gradient(missed))
+    not_converged = float(jnp.finfo(squares.dtype).eps) * squares.max() > epsilon
+    return Assignment(found, plan, plan @ y - x, jax.lax.stop_gradient(not_converged))
 
 
 def _own_cost(centre: Array, cloud: PointCloud, epsilon: Array) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam._core import checks
-from jdam._core.batching import map_in_chunks
+from jdam._core.batching import map_in_batches
 from jdam._core.derivatives import full_precision, moves
 from jdam._core.lapack import full_svd, svd
 from jdam._core.linalg import ShrunkPolar, rounding, shrink, shrunk_polar
@@ -201,7 +201,7 @@ class Full(NamedTuple):
     def prepare(self, patterns: Gaussian) -> Prepared:
         factor = jax.lax.stop_gradient(patterns.factor)
         # In batches: decompositions copy what they are given.
-        return Prepared(*map_in_chunks(_axes, 1024, factor))
+        return Prepared(*map_in_batches(_axes, 1024, factor))
 
     def bounds(self) -> tuple[Bound, ...]:
         return self._by_spectra, self._by_principal_axes

@@ -106,8 +106,8 @@ class MixtureWasserstein(Geometry):
             jnp.einsum("bkl,bkldr->bkdr", shares, aligned),
         )
         allowed = rounding(sum(costs.shape[1:]), costs.dtype) * costs.max((1, 2))
-        missed = jax.lax.stop_gradient(plans.gap > 64 * allowed)
-        return Comparison(plans.cost, pull, missed=missed)
+        not_converged = jax.lax.stop_gradient(plans.gap > 64 * allowed)
+        return Comparison(plans.cost, pull, not_converged=not_converged)
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B K L"]:
         """Between components."""
@@ -133,12 +133,12 @@ class MixtureWasserstein(Geometry):
         squares = jnp.vecdot(means, means) + squared_norm(factors)
         return safe_sqrt(jnp.vdot(view.query.weights, squares))
 
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """The weights too."""
-        still = super().conserved(measure, tangent)
+        still = super().gauge(measure, tangent)
         return with_leaves(still, tangent.weights, still.means, still.factors)
 
-    def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
+    def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square of |x| over all patterns."""
         squares = jnp.vecdot(patterns.means, patterns.means) + squared_norm(patterns.factors)
         return safe_sqrt(average(jnp.vecdot(patterns.weights, squares), weights))

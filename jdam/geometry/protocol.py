@@ -40,7 +40,7 @@ class Comparison(NamedTuple):
     #: A start for comparing the same patterns with a query close by.
     guess: Any = None
     #: Whether an inner solver missed its tolerance.
-    missed: Bool[Array, " B"] | None = None
+    not_converged: Bool[Array, " B"] | None = None
     #: Which share of each atom belongs to the pattern.
     inliers: Float[Array, "B n"] | None = None
     #: The `jdam.Pose` that lays each pattern on the query.
@@ -56,12 +56,12 @@ class BatchSizes(NamedTuple):
     differentiated: int
 
 
-class Chart(NamedTuple):
+class Retraction(NamedTuple):
     """Coordinates about a query, in which the energy has second derivatives: tangents are pytrees
     of arrays, zero at the query."""
 
     masses: Any  # of the metric |s|² = Σ mⱼsⱼ² of tangents, ≥ 0; where it is 0 nothing moves
-    displaced: Callable[[Any], AnyMeasure]  # the measure at a tangent
+    retract: Callable[[Any], AnyMeasure]  # the measure at a tangent
     slope: Callable[[AnyView, AnyMeasure], Any]  # ∂E/∂s, of the view and the average pull there
 
 
@@ -130,12 +130,12 @@ class Geometry(eqx.Module):
         return self.move(view, pull, step_size * 0.5 ** jnp.asarray(times, step_size.dtype))
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
-        """The m of the squared length Σ mⱼsⱼ² of a change s of `Measure.to_free` coordinates, by
-        which `Anderson` combines steps; None for 1. Coordinates of mass 0 take plain steps.
+        """The m of the squared length Σ mⱼsⱼ² of a change s of `Measure.unconstrained` coordinates.
+        `Anderson` combines steps by it; None for 1. Coordinates of mass 0 take plain steps.
         Override it where coordinates differ in units, or hardly matter to the energy."""
         return None
 
-    def chart(self, query: AnyMeasure) -> Chart | None:
+    def retraction(self, query: AnyMeasure) -> Retraction | None:
         """Coordinates for the Newton steps that `acceleration` then takes; without them it combines
         plain steps. Worth it where steps cost much and gain little."""
         return None
@@ -145,9 +145,7 @@ class Geometry(eqx.Module):
         the norm of its change; override it with `move`."""
         return norm(self._change(view, pull))
 
-    def residual_with_caution(
-        self, view: AnyView, pull: AnyMeasure, times: Any
-    ) -> Float[Array, ""]:
+    def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Float[Array, ""]:
         """`residual`, for the step that `backtrack` takes with this much caution. Override it where
         caution is for ever, as for a stiff part of the measure that moves no faster anywhere."""
         return self.residual(view, pull)
@@ -161,31 +159,33 @@ class Geometry(eqx.Module):
         tol = scale * float(jnp.finfo(scale.dtype).eps) ** 0.7
         return tol, tol
 
-    def conserved(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """Of a tangent at a measure, the part that steps leave as it is, by a projection: that of
-        `Measure.redundant`. `Implicit` derivatives need it where that is not all."""
+        `Measure.gauge`. `Implicit` derivatives need it where that is not all."""
         if isinstance(measure, Measure):
-            return measure.redundant(tangent)
+            return measure.gauge(tangent)
         return jax.tree.map(jnp.zeros_like, tangent)
 
-    def scale(
+    def typical_norm(
         self, patterns: AnyMeasure, weights: Float[Array, " N"] | None = None
     ) -> Float[Array, ""]:
         """The root mean square size of the patterns, in the units of `residual`: that of the
         default tolerance. `weights` sum to one; None for equal ones. They are given for memories
-        with room to grow, in which free places have weight 0."""
+        with room to grow, in which free slots have weight 0."""
         rows = jax.tree.map(lambda leaf: leaf.reshape(len(leaf), -1), patterns)
         first, *rest = (jnp.vecdot(x, x) for x in jax.tree.leaves(rows))
         return safe_sqrt(average(sum(rest, first), weights))
 
-    def resolution(
+    def energy_tolerance(
         self, patterns: AnyMeasure, weights: Float[Array, " N"] | None = None
     ) -> Float[Array, ""]:
         """The smallest change of energy that says anything, where steps need attempts: by default
         the rounding of the square of `scale`."""
         if self.max_backtracks == 0:
             return jnp.zeros((), float_dtype(patterns))
-        scale = self.scale(patterns) if weights is None else self.scale(patterns, weights)
+        scale = (
+            self.typical_norm(patterns) if weights is None else self.typical_norm(patterns, weights)
+        )
         return 4 * float(jnp.finfo(float_dtype(patterns)).eps) * scale**2
 
     # ------------------------------------------------------------- what is computed once

@@ -15,8 +15,8 @@ from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
 from jdam._entropic.ground_cost import GroundCost, checked_cost, mean_within
-from jdam._entropic.problem import Coupling, Pair
-from jdam._entropic.transport import couple
+from jdam._entropic.problem import Pair, SinkhornOutput
+from jdam._entropic.transport import solve_pair
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud
@@ -209,7 +209,7 @@ class Sinkhorn(SHKGeometry):
         patterns = self.lifted(patterns)
         centre = self._centre(patterns)
         centred = about(centre, patterns, self.epsilon)
-        known = jax.vmap(self._couple_with_itself)(centred, patterns.weights)
+        known = jax.vmap(self._self_transport)(centred, patterns.weights)
         known = known._replace(gradient=None)
         offset = jnp.vecmat(patterns.weights, centred)
         radius = None if self.rho is None else radius_of(centred, patterns.weights)
@@ -225,8 +225,8 @@ class Sinkhorn(SHKGeometry):
         atoms = self.lifted(query)
         centre = self._centre(atoms)
         centred = about(centre, atoms, self.epsilon)
-        known = self._couple_with_itself(centred, query.weights)
-        share = self._marginals.share(known.potential)
+        known = self._self_transport(centred, query.weights)
+        share = self._marginals.transported_fraction(known.potential)
         assert known.gradient is not None  # it is dropped of patterns only
         force = share[:, None] * known.gradient[:, : query.dim]  # features do not move
         return View(query, centre, centred, known, force)
@@ -235,15 +235,15 @@ class Sinkhorn(SHKGeometry):
         query, prepared, clouds = view.query, patterns.prepared, self.lifted(patterns.measures)
         weights, centres = clouds.weights, jax.lax.stop_gradient(prepared.centre)
         centred = about(centres, clouds, self.epsilon)
-        known = jax.vmap(self._couple_with_itself)(centred, weights, prepared.known)
+        known = jax.vmap(self._self_transport)(centred, weights, prepared.known)
         shift, means, placed = place(self._marginals, view, centres, centred, weights)
         found = self._coupled(view, placed, patterns)
         divergence = means + found.cost - view.known.cost / 2 - known.cost / 2
-        missed = (found.error > self._tol) | (known.error > self._tol)
+        not_converged = (found.error > self._tol) | (known.error > self._tol)
         if self.cost is None:
             rounded = rounding_of(view, placed, weights, self._marginals)
-            missed |= rounded > jnp.abs(divergence) / 32
-        shares = self._marginals.share(found.f)
+            not_converged |= rounded > jnp.abs(divergence) / 32
+        shares = self._marginals.transported_fraction(found.f)
         force, moves = shares[..., None] * found.gradient, slice(query.dim)
         variation = self._marginals.variation
         return Comparison(
@@ -255,11 +255,13 @@ class Sinkhorn(SHKGeometry):
                 - variation(view.known.potential)[None],
             ),
             guess=jax.lax.stop_gradient(found.g),
-            missed=missed | (view.known.error > self._tol),
+            not_converged=not_converged | (view.known.error > self._tol),
             inliers=None if self.rho is None else shares,
         )
 
-    def _coupled(self, view: View, placed: Float[Array, "B m d"], patterns: Patterns) -> Coupling:
+    def _coupled(
+        self, view: View, placed: Float[Array, "B m d"], patterns: Patterns
+    ) -> SinkhornOutput:
         """The couplings of the query with patterns whose atoms count as being there."""
         guess, solver = patterns.guess, self._solver
         if guess is None:
@@ -267,11 +269,11 @@ class Sinkhorn(SHKGeometry):
         if isinstance(guess, Solved):
             guess, solver = guess.g, replace(solver, method="known")
 
-        def one(points: Array, weights: Array, guess: Array) -> Coupling:
+        def one(points: Array, weights: Array, guess: Array) -> SinkhornOutput:
             pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
-            return couple(solver, pair, guess)
+            return solve_pair(solver, pair, guess)
 
-        found: Coupling = jax.vmap(one)(placed, patterns.measures.weights, guess)
+        found: SinkhornOutput = jax.vmap(one)(placed, patterns.measures.weights, guess)
         return found
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
@@ -304,7 +306,7 @@ class Sinkhorn(SHKGeometry):
         solved = (partial(dual, self._solver) for dual in duals)
         return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in solved)
 
-    def scale(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
+    def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The root mean square distance of atoms to the mean of all, and a share of their
         distance to the origin, where coordinates round."""
         mean = average(patterns.mean, weights)
@@ -314,7 +316,7 @@ class Sinkhorn(SHKGeometry):
         result: Array = jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
         return result
 
-    def resolution(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
+    def energy_tolerance(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """The rounding of S_ε between clouds of this size, and the inner solver's error."""
         eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
         centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)

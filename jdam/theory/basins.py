@@ -24,12 +24,12 @@ from jdam._core.compile import compiled, working_dtype
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
 from jdam._memory.memory import Memory, length_or_capacity
-from jdam.theory._around import (
-    Around,
-    around,
+from jdam.theory._neighbourhood import (
+    Neighbourhood,
     check_memory,
     condensed,
     cost_scale,
+    neighbourhood,
     over_patterns,
     reliable_beta,
 )
@@ -91,7 +91,7 @@ def interference(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
 def _interference(memory: Memory, beta: Float[Array, ""]) -> Float[Array, " N"]:
     scale = cost_scale(memory)
 
-    def learn(others: Around) -> Array:
+    def learn(others: Neighbourhood) -> Array:
         return _log_mass(others, beta * scale)
 
     return over_patterns(memory, learn, beta, triangle=False)
@@ -111,7 +111,7 @@ def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
 def _transition_beta(memory: Memory, level: Float[Array, ""]) -> Float[Array, " N"]:
     scale = cost_scale(memory)
 
-    def learn(others: Around) -> Array:
+    def learn(others: Neighbourhood) -> Array:
         few = condensed(others)
         return _least_beta(few, lambda b: _log_mass(few, b) <= jnp.log(level)) / scale
 
@@ -145,7 +145,7 @@ def one_step_bound(
 
 @compiled()
 def _one_step_bound(memory: Memory, index: Array, radius: Array, beta: Array) -> Array:
-    return step_bound(around(memory, index, beta), radius, beta * cost_scale(memory))
+    return step_bound(neighbourhood(memory, index, beta), radius, beta * cost_scale(memory))
 
 
 def contraction_bound(
@@ -173,7 +173,7 @@ def contraction_bound(
 
 @compiled()
 def _contraction_bound(memory: Memory, index: Array, radius: Array, beta: Array) -> Array:
-    distance, log_odds = around(memory, index, beta)
+    distance, log_odds = neighbourhood(memory, index, beta)
     # d² exp(−βd(d−2s)) falls where βd(d−s) > 1.
     d = jnp.maximum(distance, (radius + jnp.sqrt(radius**2 + 4 / beta)) / 2)
     by_weights = 2 * beta * _sum(log_odds + 2 * _log(d) - beta * _product(d, d - 2 * radius))
@@ -224,7 +224,7 @@ def fidelity(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
 
 @compiled()
 def _fixed_points(memory: Memory, beta: Float[Array, ""]) -> tuple[Array, Array]:
-    def learn(others: Around) -> tuple[Array, Array]:
+    def learn(others: Neighbourhood) -> tuple[Array, Array]:
         few = condensed(others)
         least, largest = stable_radii(few, beta * cost_scale(memory))
         if memory.geometry.is_squared_metric:
@@ -251,7 +251,7 @@ def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
 def _minimum_beta(memory: Memory, error: Float[Array, ""]) -> Float[Array, ""]:
     scale = cost_scale(memory)
 
-    def learn(others: Around) -> Array:
+    def learn(others: Neighbourhood) -> Array:
         few = condensed(others)
 
         def good(b: Array) -> Array:
@@ -267,14 +267,14 @@ def _minimum_beta(memory: Memory, error: Float[Array, ""]) -> Float[Array, ""]:
 # ------------------------------------------------------------------ the sums
 
 
-def step_bound(others: Around, s: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
+def step_bound(others: Neighbourhood, s: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
     """Σₖ oddsₖ dₖ exp(−b dₖ(dₖ − 2s)), b = βc, and where that rises with dₖ its largest value."""
     d = jnp.maximum(others.distance, (s + jnp.sqrt(s**2 + 2 / b)) / 2)
     return _sum(others.log_odds + _log(d) - b * _product(d, d - 2 * s))
 
 
 def stable_radii(
-    others: Around, b: Float[Array, ""], slack: ArrayLike = 0.0
+    others: Neighbourhood, b: Float[Array, ""], slack: ArrayLike = 0.0
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The least and the largest s with `step_bound` + slack ≤ s; ∞ and 0 if there is none.
 
@@ -298,7 +298,7 @@ def stable_radii(
     return jnp.where(alone, slack, least), jnp.where(alone, jnp.inf, largest)
 
 
-def _minimiser_radius(others: Around, b: Float[Array, ""]) -> Float[Array, ""]:
+def _minimiser_radius(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:
     """The least s, nearly, with log(1 + Σₖ oddsₖ exp(−b dₖ(dₖ−2s)))/b ≤ s²."""
 
     def squared(s: Array) -> Array:
@@ -319,7 +319,7 @@ def _minimiser_radius(others: Around, b: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.where(start == jnp.inf, jnp.inf, found)
 
 
-def _least_beta(others: Around, good: Callable[[Array], Array]) -> Float[Array, ""]:
+def _least_beta(others: Neighbourhood, good: Callable[[Array], Array]) -> Float[Array, ""]:
     """The least b at which something is good that is so for all larger b; ∞ if there is none."""
     distance = others.distance.min()
     alone, twice = distance == jnp.inf, distance == 0
@@ -346,7 +346,7 @@ def _halve(holds: Callable[[Array], Array], low: Array, high: Array) -> tuple[Ar
     return result
 
 
-def _log_mass(others: Around, b: Float[Array, ""]) -> Float[Array, ""]:
+def _log_mass(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:
     """log Σₖ oddsₖ exp(−b dₖ²)."""
     return jax.nn.logsumexp(others.log_odds - b * _product(others.distance, others.distance))
 

@@ -9,11 +9,17 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int
 
 from jdam._core.compile import compiled
-from jdam._energy.certified import Certified, Explored, explore
+from jdam._energy.certified import Bounded, Certified, bound_all
 from jdam._energy.energy import fit_query, inverse_temperature
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam.theory._around import around, check_memory, condensed, cost_scale, distances_of_means
+from jdam.theory._neighbourhood import (
+    check_memory,
+    condensed,
+    cost_scale,
+    distances_of_means,
+    neighbourhood,
+)
 from jdam.theory.basins import stable_radii, step_bound
 
 #: How many steps of recall the energy's rounding is allowed for.
@@ -69,7 +75,7 @@ def certify(memory: Memory, query: AnyMeasure, beta: ArrayLike) -> Certificate:
 
 @compiled()
 def _certify(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> tuple[Array, Array]:
-    seen = explore(Certified(), memory, query, beta)
+    seen = bound_all(Certified(), memory, query, beta)
     prove = _by_distances if memory.geometry.is_squared_metric else _by_means
     proved, error = prove(memory, query, beta, seen)
     proved &= jnp.isfinite(error)
@@ -78,21 +84,21 @@ def _certify(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> tuple
 
 def _margin(memory: Memory) -> Float[Array, ""]:
     """What rounding may add to a distance: eps^0.7 times the size of the patterns."""
-    scale, _ = memory.units_of_patterns()
+    scale, _ = memory.magnitudes()
     margin: Array = jax.lax.stop_gradient(scale) * float(jnp.finfo(scale.dtype).eps) ** 0.7
     return margin
 
 
 def _by_distances(
-    memory: Memory, query: AnyMeasure, beta: Array, seen: Explored
+    memory: Memory, query: AnyMeasure, beta: Array, seen: Bounded
 ) -> tuple[Array, Array]:
-    others = around(memory, seen.nearest, beta)
+    others = neighbourhood(memory, seen.nearest, beta)
     b, tol = beta * cost_scale(memory), _margin(memory)
     prior = (
         jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
     )
     on = prior > -jnp.inf
-    bounds = jnp.where(on, seen.floor + jnp.where(on, prior, 0) / beta, 0) / cost_scale(memory)
+    bounds = jnp.where(on, seen.lower + jnp.where(on, prior, 0) / beta, 0) / cost_scale(memory)
     distances = jnp.sqrt(jnp.maximum(bounds, 0))
     s = distances[seen.nearest]
     # The query's own distances, where they are more than the triangle inequality tells.
@@ -101,16 +107,14 @@ def _by_distances(
     return jnp.minimum(s, once + tol) <= largest, least
 
 
-def _by_means(
-    memory: Memory, query: AnyMeasure, beta: Array, seen: Explored
-) -> tuple[Array, Array]:
+def _by_means(memory: Memory, query: AnyMeasure, beta: Array, seen: Bounded) -> tuple[Array, Array]:
     nearest, b = memory[seen.nearest], beta * cost_scale(memory)
     own = jnp.arange(memory.capacity, dtype=jnp.int32) == seen.nearest
     distances = jnp.where(own, jnp.inf, distances_of_means(memory, nearest))
     shift = query.mean - nearest.mean
     tol = _margin(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
-    highest = seen.energy + STEPS * memory.units_of_patterns()[1]
+    highest = seen.energy + STEPS * memory.magnitudes()[1]
     prior = (
         jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
     )

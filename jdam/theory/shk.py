@@ -16,14 +16,14 @@ from jdam._core import checks
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.lapack import eigenvalues
 from jdam._energy.energy import inverse_temperature
+from jdam._entropic.c_transform import c_transform
 from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
-from jdam._entropic.response import respond
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory.memory import Memory, length_or_capacity
 from jdam.geometry import Sinkhorn
 from jdam.geometry.protocol import Patterns
-from jdam.theory._around import check_memory
+from jdam.theory._neighbourhood import check_memory
 from jdam.theory.basins import interference
 
 
@@ -149,7 +149,7 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
         itself = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
-        plan = respond(HalfSquaredDistance(), prepared.known.potential, itself)
+        plan = c_transform(HalfSquaredDistance(), prepared.known.potential, itself)
         root = jnp.sqrt(cloud.weights)
         values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jdam._core.batching import compute_where, in_tiles, map_in_chunks
+from jdam._core.batching import in_batches, map_in_batches, masked_cond
 
 SIZES: list[int] = []
 
@@ -35,21 +35,21 @@ def sizes_seen(function, *args):
 @pytest.mark.parametrize("size", [1, 4, 5, 8])
 def test_chunks_are_equal_and_the_last_is_filled(rng, size):
     x = rng.normal(size=size)
-    found, sizes = sizes_seen(partial(map_in_chunks, seen, 4), x)
+    found, sizes = sizes_seen(partial(map_in_batches, seen, 4), x)
     np.testing.assert_allclose(found, np.sin(x))
     width = -(-size // -(-size // 4))
     assert sizes == [width] * -(-size // 4)
 
 
 def test_no_rows():
-    assert map_in_chunks(jnp.sin, 4, jnp.zeros(0)).shape == (0,)
+    assert map_in_batches(jnp.sin, 4, jnp.zeros(0)).shape == (0,)
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_tiles(rng, flat):
     """Of nested batches the inner is tiled; flat, all of it is."""
     x = rng.normal(size=(3, 6))
-    tiled = partial(in_tiles, seen, 2, flat=flat)
+    tiled = partial(in_batches, seen, 2, flat=flat)
     found, sizes = sizes_seen(jax.vmap(tiled), x[0])
     np.testing.assert_allclose(found, np.sin(x[0]))
     assert sizes == [2, 2, 2]
@@ -61,7 +61,7 @@ def test_tiles(rng, flat):
 
 def test_what_a_batch_shares_is_not_copied(rng):
     shared = rng.normal(size=1000)
-    batch = jax.jit(jax.vmap(partial(in_tiles, lambda x, y: x * y.sum(), 2), (0, None)))
+    batch = jax.jit(jax.vmap(partial(in_batches, lambda x, y: x * y.sum(), 2), (0, None)))
     needed = batch.lower(jnp.arange(64.0), shared).compile().memory_analysis()
     assert needed.temp_size_in_bytes < 8 * 1000 * 8
 
@@ -73,7 +73,7 @@ def cube(x, shift):
 @pytest.mark.parametrize(("flat", "at_once"), [(False, None), (False, 2), (True, 2)])
 def test_only_what_is_wanted_is_computed(rng, flat, at_once):
     x, wanted = rng.normal(size=8), np.arange(8) % 3 == 0
-    where = partial(compute_where, at_once=at_once, flat=flat)
+    where = partial(masked_cond, at_once=at_once, flat=flat)
 
     def one(wanted, x, shift):
         return where(wanted, cube, -x, x, shift)
@@ -102,9 +102,9 @@ def test_derivatives_are_those_of_the_function(rng, flat):
 
     def total(x, shift):
         def one(wanted, x):
-            tiled = in_tiles(lambda x, y: jnp.cos(x) * y, 2, x, shift, flat=flat)
+            tiled = in_batches(lambda x, y: jnp.cos(x) * y, 2, x, shift, flat=flat)
             plain = lambda x, y: x**3 * y  # noqa: E731
-            return compute_where(wanted, plain, tiled, x, shift, at_once=2, flat=flat)
+            return masked_cond(wanted, plain, tiled, x, shift, at_once=2, flat=flat)
 
         return jnp.sum(jax.vmap(one)(wanted, x) ** 2)
 
@@ -114,7 +114,7 @@ def test_derivatives_are_those_of_the_function(rng, flat):
 def test_a_row_that_never_ends_does_not_hold_up_others():
     """A NaN that comes along is computed with the others and changes none of them."""
     x = jnp.array([1.0, jnp.nan, 2.0])
-    where = jax.vmap(lambda x: compute_where(x == x, lambda x, _: x + 1, x, x, None, at_once=2))
+    where = jax.vmap(lambda x: masked_cond(x == x, lambda x, _: x + 1, x, x, None, at_once=2))
     np.testing.assert_array_equal(where(x), [2.0, np.nan, 3.0])
 
 
@@ -124,7 +124,7 @@ def test_what_may_not_be_wanted_is_computed_in_the_loop_only(size):
     """XLA moves out of a loop what is the same in every turn, and computes it in any case."""
 
     def run(wanted, x, table):
-        return compute_where(
+        return masked_cond(
             wanted, lambda x, table: jnp.cos(table * x).sum(), x, x, table, at_once=8
         )
 

@@ -27,7 +27,7 @@ def alike(rng, num, d, dtype):
 
 
 def far_off(rng, num, d, dtype):
-    """Around a point far from the origin, with Diracs and duplicates among them."""
+    """Neighbourhood a point far from the origin, with Diracs and duplicates among them."""
     found = gaussians(rng, num, d, dtype=np.float64)
     factor = np.array(found.factor)
     factor[::7] = 0

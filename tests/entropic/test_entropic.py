@@ -9,9 +9,9 @@ import ot
 import pytest
 from scipy.special import logsumexp
 
-from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import Cloud, Marginals, Pair, Solver
-from jdam._entropic.transport import couple
+from jdam._entropic.self_transport import self_transport
+from jdam._entropic.transport import solve_pair
 from tests.helpers import check_derivatives, entropic_transport
 
 TIGHT = Solver(1e-13, 5000)
@@ -19,7 +19,7 @@ TIGHT = Solver(1e-13, 5000)
 
 def transport(solver, x, a, y, b, epsilon, guess):
     pair = Pair(*map(jnp.asarray, (x, a, y, b)), Marginals(jnp.asarray(epsilon, x.dtype)))
-    return couple(solver, pair, guess)
+    return solve_pair(solver, pair, guess)
 
 
 def barycentre(found, x):
@@ -28,7 +28,7 @@ def barycentre(found, x):
 
 
 def transport_to_itself(solver, x, a, epsilon):
-    return couple_with_itself(solver, Cloud(x, a), Marginals(jnp.asarray(epsilon)))
+    return self_transport(solver, Cloud(x, a), Marginals(jnp.asarray(epsilon)))
 
 
 solve = jax.jit(transport, static_argnums=0)

@@ -12,9 +12,9 @@ import pytest
 
 from jdam._entropic.bounds import cost_of_masses, dual_after_half_iteration
 from jdam._entropic.cost import Cost
-from jdam._entropic.itself import couple_with_itself
 from jdam._entropic.problem import Cloud, Marginals, Pair, Solver
-from jdam._entropic.transport import couple
+from jdam._entropic.self_transport import self_transport
+from jdam._entropic.transport import solve_pair
 from tests.helpers import check_derivatives, relaxed_transport
 
 TIGHT = Solver(1e-13, 5000)
@@ -22,11 +22,11 @@ TIGHT = Solver(1e-13, 5000)
 
 def transport(solver, x, a, y, b, marginals, guess=None):
     pair = Pair(*map(jnp.asarray, (x, a, y, b)), Marginals(*map(jnp.asarray, marginals)))
-    return couple(solver, pair, jnp.zeros_like(pair.b) if guess is None else guess)
+    return solve_pair(solver, pair, jnp.zeros_like(pair.b) if guess is None else guess)
 
 
 def transport_to_itself(solver, x, a, marginals):
-    return couple_with_itself(solver, Cloud(x, a), Marginals(*map(jnp.asarray, marginals)))
+    return self_transport(solver, Cloud(x, a), Marginals(*map(jnp.asarray, marginals)))
 
 
 solve = jax.jit(transport, static_argnums=0)

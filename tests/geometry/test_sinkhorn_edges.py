@@ -26,7 +26,7 @@ def compared(x, a, y, b, geometry):
     memory = jdam.store(jdam.PointCloud(y[None], b[None]), geometry)
     found = compare(memory, jdam.PointCloud(x, a))
     variation = np.asarray(found.pull.variation[0], np.float64)
-    return float(found.divergence[0]), variation - a @ variation, bool(found.missed[0])
+    return float(found.divergence[0]), variation - a @ variation, bool(found.not_converged[0])
 
 
 def uniform(n, dtype=np.float64):

@@ -63,7 +63,7 @@ def test_recall(rng, kind, search):
 def test_tolerances_do_not_see_free_places(rng):
     for kind in ("gaussian", "clouds", "sliced, from outside"):
         memory, stored, _ = pair(rng, kind)
-        close(memory.units_of_patterns(), stored.units_of_patterns(), rtol=1e-14)
+        close(memory.magnitudes(), stored.magnitudes(), rtol=1e-14)
 
 
 @pytest.mark.full

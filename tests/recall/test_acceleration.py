@@ -164,7 +164,7 @@ def test_arguments(rng):
     for wrong in (3, True, "fast"):
         with pytest.raises(TypeError, match="acceleration must be jdam.Anderson"):
             jdam.recall(memory, query, 1.0, acceleration=wrong)
-    with pytest.raises(ValueError, match="needs a geometry with a chart"):
+    with pytest.raises(ValueError, match="needs a geometry with a retraction"):
         jdam.recall(memory, query, 1.0, acceleration=jdam.TrustRegion())
     with pytest.raises(ValueError, match="depth must be ≥ 1"):
         jdam.Anderson(0)
@@ -176,6 +176,6 @@ def test_arguments(rng):
 
 def test_kinds_choose(rng):
     """Newton steps are for clouds; what comes from outside needs no more than it has."""
-    chart = jdam.Geometry.chart
-    charted = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).chart is not chart}
-    assert charted == {"clouds"}
+    chart = jdam.Geometry.retraction
+    smooth = {kind for kind, (_, geometry) in KINDS.items() if type(geometry).chart is not chart}
+    assert smooth == {"clouds"}

@@ -22,7 +22,7 @@ def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     settings = {"batch_size": 3, "max_steps": 3, "save_trace": True}
     single = jax.jit(lambda m, q, beta: jdam.recall_batch(m, q, beta, **settings))
     wanted = single(memory, queries, 20.0)
-    monkeypatch.setattr(module, "_recalls_at_once", lambda memory, batch_size: 2)
+    monkeypatch.setattr(module, "_recall_batch_size", lambda memory, batch_size: 2)
     found = jdam.recall_batch(memory, queries, 20.0, progress=True, **settings)
     # The inner solver of clouds stops at 1e-11, of which every step makes more.
     close(found, wanted, rtol=1e-7, atol=2e-9)
@@ -34,10 +34,10 @@ def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
 def test_how_many_at_once(rng):
     """A batch, or some of them that are quick."""
     few, many = jdam.store(vectors(rng, 1000, 2)), jdam.store(np.zeros((300_000, 1)))
-    assert module._recalls_at_once(few, 256) % 256 == 0
-    assert module._recalls_at_once(few, 256) > 256
-    assert module._recalls_at_once(many, 256) == 256
-    assert module._recalls_at_once(many, 5) == 10
+    assert module._recall_batch_size(few, 256) % 256 == 0
+    assert module._recall_batch_size(few, 256) > 256
+    assert module._recall_batch_size(many, 256) == 256
+    assert module._recall_batch_size(many, 5) == 10
 
 
 @pytest.mark.full
@@ -49,7 +49,7 @@ def test_derivatives_are_of_one_program(rng, monkeypatch):
         return jdam.recall_batch(memory, queries, 2.0, max_steps=3, batch_size=2).energy.sum()
 
     wanted = jax.grad(total)(queries)
-    monkeypatch.setattr(module, "_recalls_at_once", lambda memory, batch_size: 2)
+    monkeypatch.setattr(module, "_recall_batch_size", lambda memory, batch_size: 2)
     found = jax.grad(total)(queries)
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
     assert np.abs(wanted).max() > 0
@@ -58,7 +58,7 @@ def test_derivatives_are_of_one_program(rng, monkeypatch):
 @pytest.mark.full
 def test_it_can_be_stopped(rng, monkeypatch, interruptible):
     memory = jdam.store(vectors(rng, 10, 2))
-    monkeypatch.setattr(module, "_recalls_at_once", lambda memory, batch_size: 1)
+    monkeypatch.setattr(module, "_recall_batch_size", lambda memory, batch_size: 1)
     queries = np.zeros((2_000_000, 2))  # one after another, for many minutes
     timer = threading.Timer(5.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()

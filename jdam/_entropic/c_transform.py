@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import in_tiles
+from jdam._core.batching import in_batches
 from jdam._core.derivatives import full_precision, jvp
 from jdam._entropic.cost import Cost
-from jdam._entropic.problem import LARGE, Pair, pairs_at_once, soft_minimum
+from jdam._entropic.problem import LARGE, Pair, pair_batch_size, soft_minimum
 
 
-class Response(NamedTuple):
+class CTransform(NamedTuple):
     """What a potential on the atoms x of one cloud says of atoms y of another."""
 
     potential: Float[Array, " m"]  # g = s f^{c,ε}
@@ -23,7 +23,7 @@ class Response(NamedTuple):
     density: Any  # (m, n), Pⱼₖ/aⱼ / Σⱼ Pⱼₖ; None where dropped
 
 
-def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
+def c_transform(cost: Cost, f: Float[Array, " n"], pair: Pair) -> CTransform:
     """The damped soft c-transform g = s f^{c,ε}, and the plan of f and g, all of whose mass at yₖ
     is bₖ e^(−g/ρ) whatever f is."""
     x, a, y, _, marginals = pair
@@ -33,16 +33,16 @@ def respond(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
     level = soft_minimum(logits, a[None])  # f^{c,ε}/ε
     density = jnp.exp(jnp.minimum(level[:, None] + logits, LARGE))
     plan = density * a[None]
-    return Response(
-        potential=marginals.damping * epsilon * level,
+    return CTransform(
+        potential=marginals.tau * epsilon * level,
         gradient=cost.gradient(plan, y, x),
         spent=epsilon * (plan * costs).sum(1),
         density=density,
     )
 
 
-def respond_to_change(
-    cost: Cost, found: Response, df: Float[Array, " n"], pair: Pair
+def c_transform_change(
+    cost: Cost, found: CTransform, df: Float[Array, " n"], pair: Pair
 ) -> tuple[Float[Array, " m"], Float[Array, "m d"]]:
     """How potential and gradient of a response, with its density, follow a change of f:
 
@@ -53,42 +53,44 @@ def respond_to_change(
     mean = plan @ df
     dplan = plan * (df[None] - mean[:, None]) / pair.marginals.epsilon
     _, dgradient = jax.jvp(partial(cost.gradient, x=pair.y, y=pair.x), (plan,), (dplan,))
-    return -pair.marginals.damping * mean, dgradient
+    return -pair.marginals.tau * mean, dgradient
 
 
 class Columns(NamedTuple):
     """The plan of g and the response f to it, which is right in its rows."""
 
-    response: Response
+    response: CTransform
     found: Float[Array, " m"]  # what its columns sum to
     wanted: Float[Array, " m"]  # what they should: b e^(−g/ρ)
 
     @property
-    def missed(self) -> Float[Array, ""]:
+    def marginal_error(self) -> Float[Array, ""]:
         """The L1 error of the columns."""
         return jnp.abs(self.found - self.wanted).sum()
 
 
 def columns_of(cost: Cost, g: Float[Array, " m"], pair: Pair) -> Columns:
     """The columns of the plan of g: as wanted if g is the solution."""
-    response, marginals = respond(cost, g, pair.turned()), pair.marginals
-    rows = pair.a * marginals.share(response.potential)
-    wanted = pair.b * marginals.share(jnp.where(pair.b > 0, g, 0))
+    response, marginals = c_transform(cost, g, pair.turned()), pair.marginals
+    rows = pair.a * marginals.transported_fraction(response.potential)
+    wanted = pair.b * marginals.transported_fraction(jnp.where(pair.b > 0, g, 0))
     return Columns(response, pair.b * (rows @ response.density), wanted)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def respond_in_tiles(cost: Cost, f: Float[Array, " n"], pair: Pair) -> Response:
-    """`respond` without the density; of a vmapped batch, a few pairs at a time."""
-    pairs = pairs_at_once(pair.a.size * len(pair.y))
-    return in_tiles(partial(_respond_without_density, cost), pairs, f, pair, flat=True)
+def c_transform_in_batches(cost: Cost, f: Float[Array, " n"], pair: Pair) -> CTransform:
+    """`c_transform` without the density; of a vmapped batch, a few pairs at a time."""
+    pairs = pair_batch_size(pair.a.size * len(pair.y))
+    return in_batches(partial(_c_transform_without_density, cost), pairs, f, pair, flat=True)
 
 
-def _respond_without_density(cost: Cost, f: Array, pair: Pair) -> Response:
-    return respond(cost, f, pair)._replace(density=None)
+def _c_transform_without_density(cost: Cost, f: Array, pair: Pair) -> CTransform:
+    return c_transform(cost, f, pair)._replace(density=None)
 
 
-@partial(respond_in_tiles.defjvp, symbolic_zeros=True)
+@partial(c_transform_in_batches.defjvp, symbolic_zeros=True)
 @full_precision
-def _respond_in_tiles_jvp(cost: Cost, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    return jvp(partial(_respond_without_density, cost), primals, tangents)
+def _c_transform_in_batches_jvp(
+    cost: Cost, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> Any:
+    return jvp(partial(_c_transform_without_density, cost), primals, tangents)

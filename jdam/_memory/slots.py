@@ -25,7 +25,7 @@ SPOILED = -1
 
 @jax.jit(static_argnames="capacity")
 def reserve(memory: "Memory", capacity: int) -> "Memory":
-    """The memory with so many places, free ones with copies of the last pattern, which are switched
+    """The memory with so many slots, free ones with copies of the last pattern, which are switched
     off by the prior."""
 
     def resize(leaf: Array, **fill: Any) -> Array:
@@ -42,7 +42,7 @@ def reserve(memory: "Memory", capacity: int) -> "Memory":
 def append(
     memory: "Memory", patterns: AnyMeasure, values: Any, log_prior: Float[Array, " M"] | None
 ) -> "Memory":
-    """The memory with patterns and their values at the first free places."""
+    """The memory with patterns and their values at the first free slots."""
     count, size = batch_size(patterns), size_of(memory)
     fits = (size >= 0) & (size + count <= memory.capacity)
     first = jnp.where(fits, size, 0)
@@ -60,7 +60,7 @@ def append(
 def replace(
     memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure, values: Any
 ) -> "Memory":
-    """The memory with other patterns at some places, and other values unless these are None."""
+    """The memory with other patterns at some slots, and other values unless these are None."""
     there = (index >= 0) & (index < size_of(memory))
     place = jnp.where(there, index, memory.capacity)
 
@@ -75,7 +75,7 @@ def replace(
 
 @jax.jit
 def remove(memory: "Memory", index: Int[Array, " M"]) -> "Memory":
-    """The memory without the patterns at some places, those behind them moved up."""
+    """The memory without the patterns at some slots, those behind them moved up."""
     there = (index >= 0) & (index < size_of(memory))
     drop = jnp.where(there, index, memory.capacity)
     number = jnp.arange(memory.capacity, dtype=jnp.int32)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from jdam._core.batching import map_in_chunks
+from jdam._core.batching import map_in_batches
 from jdam._core.linalg import rounding
-from jdam._energy.certified import Certified, explore
+from jdam._energy.certified import Certified, bound_all
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._memory.memory import check_memory as check_is_memory
@@ -25,7 +25,7 @@ SEARCH = Certified(num_candidates=4, max_candidates=64, tol=1e-3)
 NEAREST, SHELLS = 32, 224
 
 
-class Around(NamedTuple):
+class Neighbourhood(NamedTuple):
     """Other patterns k, or groups of them, as pattern i sees them."""
 
     distance: Float[Array, " K"]  # lower bounds on d(Xᵢ, Xₖ); ∞ where there is none
@@ -48,9 +48,9 @@ def cost_scale(memory: Memory) -> float:
     return memory.geometry.cost_scale
 
 
-def around(
+def neighbourhood(
     memory: Memory, index: Int[Array, ""], beta: Float[Array, ""], *, triangle: bool = True
-) -> Around:
+) -> Neighbourhood:
     """All patterns as the one at `index` sees them: √(D/c), exact where it matters at β.
 
     If D is no squared metric and a `triangle` inequality is needed, the distances of means."""
@@ -63,7 +63,7 @@ def around(
         prior = jnp.zeros(memory.capacity, memory.dtype)
         others = replace(memory, log_prior=jnp.where(off, -jnp.inf, prior))
         measure = memory.geometry.match(measure, memory.patterns)
-        floor = explore(SEARCH, others, measure, beta).floor
+        floor = bound_all(SEARCH, others, measure, beta).lower
         distance = jnp.sqrt(jnp.maximum(floor, 0) / cost_scale(memory))
     log_odds = jnp.zeros(memory.capacity, memory.dtype)
     if memory.log_prior is not None:
@@ -73,8 +73,8 @@ def around(
         log_odds = jnp.where(memory.log_prior[index] == -jnp.inf, most, log_odds)
     off = own | (log_odds == -jnp.inf)
     if memory.occupied is not None:
-        off |= ~memory.occupied[index]  # to a free place there are no others
-    return Around(jnp.where(off, jnp.inf, distance), jnp.where(off, -jnp.inf, log_odds))
+        off |= ~memory.occupied[index]  # to a free slot there are no others
+    return Neighbourhood(jnp.where(off, jnp.inf, distance), jnp.where(off, -jnp.inf, log_odds))
 
 
 def distances_of_means(memory: Memory, measure: AnyMeasure) -> Float[Array, " N"]:
@@ -83,14 +83,14 @@ def distances_of_means(memory: Memory, measure: AnyMeasure) -> Float[Array, " N"
     return jnp.sqrt(squares * (1 - rounding(measure.dim, squares.dtype)))
 
 
-def condensed(patterns: Around) -> Around:
+def condensed(patterns: Neighbourhood) -> Neighbourhood:
     """The same with far patterns in groups, as if all of a group were as near as its nearest:
     what falls with distance is bounded by it from above."""
     num = patterns.distance.size
     if num <= NEAREST + SHELLS:
         return patterns
     nearness, index = jax.lax.top_k(-patterns.distance, NEAREST + 1)
-    near = Around(-nearness[:-1], patterns.log_odds[index[:-1]])
+    near = Neighbourhood(-nearness[:-1], patterns.log_odds[index[:-1]])
     rest = patterns.log_odds.at[index[:-1]].set(-jnp.inf)
     inner = -nearness[-1]
     finite = jnp.isfinite(patterns.distance)
@@ -106,12 +106,14 @@ def condensed(patterns: Around) -> Around:
     nearest = jnp.full(SHELLS, jnp.inf, rest.dtype)
     nearest = nearest.at[shell].min(jnp.where(rest > -jnp.inf, patterns.distance, jnp.inf))
     log_odds = jnp.where(masses > 0, jnp.log(jnp.where(masses > 0, masses, 1)) + top, -jnp.inf)
-    return Around(*(jnp.concatenate(pair) for pair in zip(near, (nearest, log_odds), strict=True)))
+    return Neighbourhood(
+        *(jnp.concatenate(pair) for pair in zip(near, (nearest, log_odds), strict=True))
+    )
 
 
 def over_patterns(
     memory: Memory,
-    learn: Callable[[Around], T],
+    learn: Callable[[Neighbourhood], T],
     beta: Float[Array, "*N"] | None = None,
     *,
     triangle: bool = True,
@@ -120,13 +122,13 @@ def over_patterns(
     which only the nearest matters."""
 
     def one(item: tuple[Array, Array]) -> T:
-        return learn(around(memory, *item, triangle=triangle))
+        return learn(neighbourhood(memory, *item, triangle=triangle))
 
     indices = jnp.arange(memory.capacity, dtype=jnp.int32)
     coldest = math.sqrt(float(jnp.finfo(memory.dtype).max))
     beta = jnp.asarray(coldest, memory.dtype) if beta is None else beta
     betas = jnp.broadcast_to(beta, indices.shape)
-    return map_in_chunks(one, SEARCH.queries_at_once(memory), (indices, betas))
+    return map_in_batches(one, SEARCH.query_batch_size(memory), (indices, betas))
 
 
 def reliable_beta(memory: Memory, *, triangle: bool = True) -> Float[Array, " N"]:
