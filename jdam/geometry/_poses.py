@@ -11,15 +11,17 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdam._core import checks
-from jdam._measures.base import AnyMeasure
+from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 
 
 class Pose(eqx.Module):
     """A rigid motion, or with a scale a similarity: x ↦ s R x + t.
 
-    `pose(measure)` moves the atoms of a `jdam.PointCloud`, and `pose(points)` an array (…, d); a
-    batch of poses moves a batch of these. `pose.inverse` undoes it.
+    `pose(measure)` moves the atoms of a `jdam.PointCloud` or the components of a
+    `jdam.GaussianMixture`, and `pose(points)` an array (…, d); a batch of poses moves a batch of
+    these. `pose.inverse` undoes it.
 
     rotation:    R, (d, d), orthogonal; of determinant 1 unless reflections are allowed.
     translation: t, (d,), a length.
@@ -34,6 +36,10 @@ class Pose(eqx.Module):
         if isinstance(measure, PointCloud):
             moved = self._moved(measure.points)
             return eqx.tree_at(lambda cloud: cloud.points, measure, moved)
+        if isinstance(measure, GaussianMixture):
+            linear = self.scale[..., None, None] * self.rotation
+            factors = jnp.matmul(linear[..., None, :, :], measure.factors, precision="highest")
+            return with_leaves(measure, measure.weights, self._moved(measure.means), factors)
         return self._moved(checks.float_array("points", measure))
 
     def _moved(self, points: Float[Array, "*batch_and_more d"]) -> Array:

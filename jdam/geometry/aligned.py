@@ -1,12 +1,10 @@
-"""Point clouds in any pose: the least divergence over rotations and translations of a pattern."""
+"""Point clouds and mixtures in any pose: the least divergence over motions of a pattern."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Bool, Float, Int
@@ -14,22 +12,30 @@ from jaxtyping import Bool, Float, Int
 from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import ITERATED
-from jdam._core.linalg import nearest_rotation, polar, safe_sqrt
 from jdam._core.loops import while_loop
-from jdam._measures.base import AnyMeasure
-from jdam._measures.point_cloud import PointCloud
-from jdam.geometry import chamfer
-from jdam.geometry._poses import Pose, choose_rows, each, rotations
-from jdam.geometry.chamfer import Chamfer
-from jdam.geometry.protocol import AnyView, BatchSizes, Comparison, Geometry, Patterns
+from jdam._measures.base import AnyMeasure, with_leaves
+from jdam.geometry._alignment import (
+    Group,
+    Moments,
+    Problem,
+    Softness,
+    atoms_of,
+    best_pose,
+    in_mixture_plan,
+    in_plan,
+    moved_by,
+    problem,
+)
+from jdam.geometry._pose_derivatives import followed
+from jdam.geometry._pose_search import LANES, REFINEMENTS, Plans, search, starts, tolerance
+from jdam.geometry._poses import Pose, choose_rows, each
+from jdam.geometry.chamfer import Chamfer, own_growth
+from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
+from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
 
-#: How many levels of ε the search goes through, from the size of a query to ε.
-LEVELS = 6
-#: How many of the poses that the search ends with are refined.
-FINALISTS = 3
-#: How often a pose is refined at most.
-REFINEMENTS = 64
+#: Of the variance of a query, the ε by which poses of mixtures are sought.
+COARSE = 0.01
 
 
 class Prepared(NamedTuple):
@@ -63,9 +69,9 @@ class Chosen(NamedTuple):
 
 
 class Aligned(Geometry):
-    """D = the least divergence to a pattern in any pose, on point clouds.
+    """D = the least divergence to a pattern in any pose, on point clouds and Gaussian mixtures.
 
-    For a geometry of divergence D₀ and a group G of motions g(x) = R x + t,
+    For a geometry of divergence D₀ and a group G of motions g(x) = s R x + t,
 
         D(ξ, X) = min over g ∈ G of D₀(ξ, gX).
 
@@ -74,44 +80,58 @@ class Aligned(Geometry):
     `result.pose(memory[result.nearest])` is the pattern laid on it: a partial cue, completed.
 
     **The pose is an upper bound.** A pose is found by alternation. Of its transport plan P, with
-    mass m, the best motion is closed (W. Kabsch, Acta Cryst. A 32, 922 (1976)):
+    mass m, the best motion is closed (W. Kabsch, Acta Cryst. A 32, 922 (1976); S. Umeyama, IEEE
+    PAMI 13, 376 (1991)):
 
-        x̄ = ΣPⱼₖxⱼ/m,    ȳ = ΣPⱼₖyₖ/m,    H = ΣPⱼₖ(xⱼ−x̄)(yₖ−ȳ)ᵀ = U diag(s) Vᵀ,
-        R = U diag(1, …, 1, det UVᵀ) Vᵀ,    t = x̄ − Rȳ.
+        x̄ = ΣPⱼₖxⱼ/m,    ȳ = ΣPⱼₖyₖ/m,    H = ΣPⱼₖ(xⱼ−x̄)(yₖ−ȳ)ᵀ = U diag(σ) Vᵀ,
+        R = U diag(1, …, 1, det UVᵀ) Vᵀ,    s = ⟨R, H⟩/(ΣPⱼₖ|yₖ−ȳ|² − m a),    t = x̄ − sRȳ,
 
-    Both halves lower D₀, and end at a local minimum. The first comparison starts from a net of
-    rotations: equal angles in the plane, super-Fibonacci spirals in space (M. Alexa, CVPR 2022),
-    and fixed random rotations in higher dimensions. It lowers ε of `Chamfer` plans from the size
-    of the query to that of the geometry, and takes the best end of the best three. Nothing proves
-    that there is no better pose: D is an upper bound of the minimum. Later comparisons refine the
-    last pose, so that the energy of a recall rises no more than that of the wrapped geometry.
+    where ½as² is to second order what the pattern costs itself at the scale s, and of mixtures H
+    has the terms ΣPₖₗLₖ(MₗRₖₗ)ᵀ of their factors too. Both halves lower D₀ if s is held, and end at
+    a local minimum. The first comparison starts from a net of rotations: equal angles in the plane,
+    super-Fibonacci spirals in space (M. Alexa, CVPR 2022), and in higher dimensions random
+    rotations and those that lay principal axes on principal axes. From each it follows one-sided
+    plans, as of `Chamfer`, while their ε falls from the size of the query to that of the geometry
+    (of mixtures those of sigma points); four of the best are refined. Nothing proves that there is
+    no better pose: D is an upper bound of the minimum. Later comparisons refine the last pose, so
+    that the energy of a recall rises no more than that of the wrapped geometry.
 
-    Derivatives of energies and divergences are those at the pose found, by the envelope theorem:
-    there D₀ does not change with the pose to first order. Second derivatives, and derivatives of
-    what a `step` or `recall` returns, hold the poses constant, which leaves out a term.
+    **Derivatives** are exact, first and higher, where the pose found is a strict minimum: poses
+    follow what D depends on, by the implicit function theorem. Where a motion changes nothing, as
+    of a body of revolution, the pose stays along it. Where a search may as well end in another
+    minimum D has a kink, and its derivative is that of the minimum found. Where a bound on the
+    scale binds, see below, derivatives hold for the stationary scale that it keeps away from.
 
     **Arguments:**
 
-    - `geometry`: a `Chamfer` or a `Sinkhorn`, balanced or with ρ. ε and ρ are in the same units.
+    - `geometry`: a `Chamfer`; a `Sinkhorn` with the cost ½|x−y|², balanced or with ρ; or a
+      `MixtureWasserstein`. ε and ρ are in the units of the query.
     - `rotations`: whether patterns turn.
     - `translations`: whether they move; if not they turn about the origin.
     - `reflections`: whether R may have determinant −1 too, as a mirror image.
-    - `scale`: must be False; scale queries and patterns to one size beforehand.
+    - `scale`: whether they grow and shrink. The scale stays within a factor of 8 of the ratio of
+      sizes, the root mean square distances to the mean, and blurring counts for at most half of a
+      size. It is that of least D₀: where √ε is not small against the distances of atoms it is off
+      by what D₀ is. Parts of a cue that are small fit many patterns at some scale.
     - `num_starts`: how many rotations to start from; 16 in the plane, 48 in space and 128 in higher
       dimensions if None, and twice as many with `reflections`. The time of the first comparison
       grows with it.
 
-    For cues of which parts are missing take `Chamfer`, or a ρ. There are no bounds, so that
-    `Certified` compares all patterns, and no theory of basins.
+    For cues of which parts are missing take `Chamfer`, or a ρ. Labels of atoms, as features, tell
+    poses and patterns apart that points alone do not. Landmarks of known order are clouds with
+    `features=jnp.eye(n)` and a `Chamfer` of large `feature_scale`, whose plan is the order: this is
+    Procrustes' problem, and needs one start. `Certified` has the spectra of covariances as bounds
+    of mixtures unless `scale` is free; else it compares all patterns. There is no theory of basins.
 
-    **Raises:** `TypeError` for another geometry or other types; `ValueError` where neither
-    `rotations` nor `translations` are free, for `reflections` without `rotations`, and for `scale`.
+    **Raises:** `TypeError` for another geometry or other types; `ValueError` for a geometry with
+    another cost, where nothing is free, and for `reflections` without `rotations`.
     """
 
-    geometry: Chamfer | Sinkhorn
+    geometry: Chamfer | Sinkhorn | MixtureWasserstein
     rotations: bool = eqx.field(static=True)
     translations: bool = eqx.field(static=True)
     reflections: bool = eqx.field(static=True)
+    scaled: bool = eqx.field(static=True)
     num_starts: int | None = eqx.field(static=True)
 
     def __init__(
@@ -124,62 +144,80 @@ class Aligned(Geometry):
         scale: bool = False,
         num_starts: int | None = None,
     ):
-        if not isinstance(geometry, Chamfer | Sinkhorn):
+        if not isinstance(geometry, Chamfer | Sinkhorn | MixtureWasserstein):
             raise TypeError(
-                f"geometry must be a jdam.Chamfer or a jdam.Sinkhorn, whose atoms can be posed; "
-                f"got {geometry!r}"
+                f"geometry must be a jdam.Chamfer, jdam.Sinkhorn or jdam.MixtureWasserstein, whose "
+                f"measures can be posed; got {geometry!r}"
             )
+        if getattr(geometry, "cost", None) is not None:
+            raise ValueError(f"geometry must have the cost ½|x−y|²; got {geometry!r}")
         flags = {"rotations": rotations, "translations": translations, "scale": scale}
         for name, flag in (flags | {"reflections": reflections}).items():
             if not isinstance(flag, bool):
                 raise TypeError(f"{name} must be a bool; got {flag!r}")
-        if scale:
-            raise ValueError(
-                "scale must be False: what a pattern costs itself changes with its scale; scale "
-                "queries and patterns to one size beforehand"
-            )
-        if not (rotations or translations):
-            raise ValueError("rotations or translations must be True; got False for both")
+        if not (rotations or translations or scale):
+            raise ValueError("rotations, translations or scale must be True; got False for all")
         if reflections and not rotations:
             raise ValueError("reflections must be False without rotations; got True")
         self.geometry, self.rotations, self.translations = geometry, rotations, translations
-        self.reflections = reflections
+        self.reflections, self.scaled = reflections, scale
         if num_starts is not None:
             num_starts = checks.positive_int("num_starts", num_starts)
         self.num_starts = num_starts
 
     def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        guess = self._aligned(view, patterns)
-        found = self.geometry.compare(view, _posed(patterns, guess))
-        return found._replace(guess=Guess(guess.pose, found.guess), pose=guess.pose)
+        patterns = self._aligned(view, patterns)
+        pose = followed(self, view, patterns, patterns.guess.pose)
+        found = self.geometry.compare(view, self.posed(patterns, pose))
+        return found._replace(guess=Guess(patterns.guess.pose, found.guess), pose=pose)
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """That of the wrapped geometry, of the patterns in the poses of their guess."""
-        guess = self._aligned(view, patterns) if patterns.guess is None else patterns.guess
-        return self.geometry.plan(view, _posed(patterns, guess))
+        patterns = self._aligned(view, patterns) if patterns.guess is None else patterns
+        pose = followed(self, view, patterns, patterns.guess.pose)
+        return self.geometry.plan(view, self.posed(patterns, pose))
 
     def first_guess(self, prepared: Any) -> Any:
         return Guess(prepared.unknown, self.geometry.first_guess(prepared.inner))
 
-    def _aligned(self, view: AnyView, patterns: Patterns) -> Guess:
-        """The best poses found, and what to start the comparison there from; as constants."""
+    def posed(self, patterns: Patterns, pose: Pose) -> Patterns:
+        """Patterns of the wrapped geometry, in these poses. What is prepared of them hardly changes
+        unless their scales do."""
+        moved, prepared = pose(patterns.measures), patterns.prepared.inner
+        if isinstance(self.geometry, MixtureWasserstein):
+            return Patterns(moved, prepared, patterns.guess.inner)
+        if self.scaled:
+            return Patterns(moved, self.geometry.prepare(moved), patterns.guess.inner)
+        still = jax.lax.stop_gradient(pose)
+        prepared = prepared._replace(centre=each(still, prepared.centre))
+        if isinstance(self.geometry, Sinkhorn):
+            turn = Pose(still.rotation, jnp.zeros_like(still.translation), still.scale)
+            prepared = prepared._replace(offset=each(turn, prepared.offset))
+        return Patterns(moved, prepared, patterns.guess.inner)
+
+    def _aligned(self, view: AnyView, patterns: Patterns) -> Patterns:
+        """With the best poses found, and what to start the comparison there from, as constants."""
         if patterns.guess is None:
             patterns = patterns._replace(guess=self.first_guess(patterns.prepared))
-        fixed, view, patterns = jax.lax.stop_gradient((self, view, patterns))
-        found: Guess = checkpoint_name(fixed._best(view, patterns), ITERATED)
-        return found
+        fixed, seen, held = jax.lax.stop_gradient((self, view, patterns))
+        found: Guess = checkpoint_name(fixed._best(seen, held), ITERATED)
+        return patterns._replace(guess=found)
 
     def _best(self, view: AnyView, patterns: Patterns) -> Guess:
-        """By refinement of the last pose, or of each of the finalists of a search."""
-        known = jnp.isfinite(patterns.guess.pose.scale)
-        finalists = self._search(view, patterns, known)
-        count = jnp.where(known.all(), 1, len(finalists.scale))
+        """By refinement of the last poses, or of those that a search ends with."""
+        query, measures = atoms_of(_query(view)), atoms_of(patterns.measures)
+        held = problem(query, measures, getattr(self.geometry, "feature_scale", None))
+        last, inner = patterns.guess
+        plans = self._plans(held, patterns)
+        lanes = search(self.group, held, last, starts(self.group, held, self.num_starts), plans)
+        if isinstance(self.geometry, Chamfer):  # whose plans those of the search are
+            row, first = jnp.arange(len(lanes.score)), lanes.score.argmin(1)
+            return Guess(jax.tree.map(lambda leaf: leaf[row, first], lanes.poses), inner)
 
         def turn(best: Chosen) -> Chosen:
-            finalist = jax.tree.map(lambda leaf: leaf[best.rank], finalists)
-            start = choose_rows(known, patterns.guess.pose, finalist)
-            pose = self._refined(view, patterns, start)
-            found = self.geometry.compare(view, _posed(patterns, Guess(pose, patterns.guess.inner)))
+            start = jax.tree.map(lambda leaf: leaf[:, best.rank], lanes.poses)
+            pose = self._refined(held, view, patterns, start)
+            found = self.geometry.compare(view, self.posed(patterns, pose))
             better = found.divergence < best.divergence
             return Chosen(
                 best.rank + 1,
@@ -187,112 +225,94 @@ class Aligned(Geometry):
                 choose_rows(better, Guess(pose, found.guess), best.guess),
             )
 
-        start = Chosen(jnp.array(0, jnp.int32), jnp.full(known.shape, jnp.inf), patterns.guess)
-        start = start._replace(divergence=start.divergence.astype(patterns.measures.dtype))
-        end = while_loop(lambda best: best.rank < count, turn, start, view, patterns, self)
+        count = jnp.where(jnp.isfinite(last.scale).all(), 1, LANES)
+        most = jnp.full_like(held.sizes, jnp.inf)
+        start = Chosen(jnp.array(0, jnp.int32), most, patterns.guess)
+        end = while_loop(lambda best: best.rank < count, turn, start, lanes, view, patterns, self)
         return end.guess
 
-    def _search(self, view: AnyView, patterns: Patterns, known: Bool[Array, " B"]) -> Pose:
-        """The best poses (K, B) among those that start from the net, ε of one-sided plans falling
-        from the size of the query; none is sought where all poses are known."""
-        query, measures = _query(view), patterns.measures
-        starts = self._starts(query, measures)
-        least, size = self.geometry.epsilon, _variance(query)
-        most = jnp.maximum(size / least, 1)
+    def _plans(self, held: Problem, patterns: Patterns) -> Plans:
+        """Of the search."""
+        geometry = self.geometry
+        if isinstance(geometry, MixtureWasserstein):
+            return Plans(Softness(COARSE * held.size, None), 0)
+        soft = Softness(geometry.epsilon, geometry.rho)
+        if isinstance(geometry, Sinkhorn):
+            return Plans(soft, 0)
+        if not self.scaled:
+            return Plans(soft, REFINEMENTS)
 
-        def coarse(level: Array) -> Chamfer:
-            exponent = 1 - (level + 1).astype(least.dtype) / LEVELS
-            inner = self.geometry
-            return Chamfer(least * most**exponent, rho=inner.rho, feature_scale=inner.feature_scale)
+        def own(scale: Float[Array, "B W"]) -> Float[Array, "B W"]:
+            of_scales = jax.vmap(own_growth, (None, None, 0))
+            found: Array = jax.vmap(of_scales, (None, 0, 0))(geometry, patterns.measures, scale)
+            return found
 
-        def turn(state: tuple[Array, Pose]) -> tuple[Array, Pose]:
-            level, poses = state
-            step = partial(self._realigned, coarse(level), query, patterns)
-            return level + 1, jax.vmap(step)(poses)
+        return Plans(soft, REFINEMENTS, own)
 
-        first = jnp.where(known.all(), LEVELS, 0).astype(jnp.int32)
-        _, poses = while_loop(
-            lambda state: state[0] < LEVELS, turn, (first, starts), view, patterns, self
-        )
-        last = coarse(jnp.array(LEVELS - 1, jnp.int32))
-        posed = jax.vmap(partial(_coarsely_posed, patterns))(poses)
-        divergences = jax.vmap(partial(last.compare, query))(posed).divergence
-        best = jnp.argsort(divergences, axis=0)[:FINALISTS]
-        index = best, jnp.arange(best.shape[1])[None]
-        finalists: Pose = jax.tree.map(lambda leaf: leaf[index], poses)
-        return finalists
-
-    def _refined(self, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
-        """Poses after alternation until the atoms of patterns come to rest."""
-        measures, inner = patterns.measures, patterns.guess.inner
-        eps = float(jnp.finfo(measures.dtype).eps)
-        farthest = jnp.abs(_query(view).mean).max() + jnp.abs(measures.mean).max(-1)
-        tol = eps**0.7 * safe_sqrt(_variance(measures)) + 4 * eps * farthest
+    def _refined(self, held: Problem, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
+        """Poses after alternation by plans of the wrapped geometry until atoms come to rest."""
+        tol = tolerance(held)
 
         def unfinished(state: Refined) -> Bool[Array, ""]:
             return (state.change > 1).any() & (state.turns < REFINEMENTS)
 
         def turn(state: Refined) -> Refined:
-            posed = patterns._replace(guess=Guess(state.pose, inner))
-            moved = self._realigned(self.geometry, view, posed, state.pose)
-            steps = moved(measures).points - state.pose(measures).points
-            squares = jnp.where(measures.weights > 0, jnp.vecdot(steps, steps), 0).max(-1)
-            return Refined(moved, jnp.sqrt(squares) / tol, state.turns + 1)
+            found, own = self._moments(view, patterns, state.pose)
+            moved = best_pose(self.group, found, state.pose, held.ratio, own)
+            old, new = jax.tree.map(lambda leaf: leaf[:, None], (state.pose, moved))
+            return Refined(moved, moved_by(held, old, new)[:, 0] / tol, state.turns + 1)
 
         start = Refined(pose, jnp.full_like(tol, jnp.inf), jnp.array(0, jnp.int32))
-        return while_loop(unfinished, turn, start, view, patterns, self).pose
+        return while_loop(unfinished, turn, start, held, view, patterns, self).pose
 
-    def _realigned(self, geometry: Geometry, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
-        """The best poses for the plans between a query and patterns in their poses."""
-        if isinstance(geometry, Chamfer):
-            posed = _coarsely_posed(patterns, pose)
-        else:
-            posed = _posed(patterns, Guess(pose, patterns.guess.inner))
-        align = partial(self._procrustes, _query(view))
-        poses: Pose = jax.vmap(align)(patterns.measures, geometry.plan(view, posed), pose)
-        return poses
-
-    def _procrustes(
-        self, query: PointCloud, cloud: PointCloud, plan: Float[Array, "n m"], pose: Pose
-    ) -> Pose:
-        """The best pose of a cloud for this plan; where that has no mass, the pose it has."""
-        x = jnp.where(query.weights[:, None] > 0, query.points, 0)
-        y = jnp.where(cloud.weights[:, None] > 0, cloud.points, 0)
-        rows, columns, mass = plan.sum(1), plan.sum(0), plan.sum()
-        some = mass > float(jnp.finfo(mass.dtype).tiny) ** 0.5
-        total = jnp.where(some, mass, 1)
-        from_, to = columns @ y / total, rows @ x / total
-        if not self.translations:
-            from_, to = jnp.zeros_like(from_), jnp.zeros_like(to)
-        rotation = jnp.eye(cloud.dim, dtype=mass.dtype)
-        if self.rotations:
-            moment = (x - to[None]).T @ (plan @ (y - from_[None])) / total
-            rotation = (polar if self.reflections else nearest_rotation)(moment)
-        best = Pose(rotation, to - rotation @ from_, jnp.ones_like(mass))
-        chosen: Pose = choose_rows(some, best, pose)
-        return chosen
-
-    def _starts(self, query: PointCloud, patterns: PointCloud) -> Pose:
-        """The net of rotations (S, B), with the means laid on each other."""
-        net = jnp.asarray(self._net(query.dim), query.dtype)
-        many = len(net), len(patterns)
-        rotations = jnp.broadcast_to(net[:, None], (*many, *net.shape[1:]))
-        means = jnp.einsum("sij,bj->sbi", net, patterns.mean, precision="highest")
-        shift = query.mean[None, None] - means
-        return Pose(
-            rotations,
-            shift if self.translations else jnp.zeros_like(shift),
-            jnp.ones(many, query.dtype),
+    def _moments(self, view: AnyView, patterns: Patterns, pose: Pose) -> tuple[Moments, Array]:
+        """Of the plans between a query and patterns in these poses, and what patterns cost
+        themselves; see `best_pose`."""
+        query, measures, posed = _query(view), patterns.measures, self.posed(patterns, pose)
+        if isinstance(self.geometry, MixtureWasserstein):
+            plans, factors = aligned_plan(view, posed.measures)
+            # `Bures` turns factors of the query; those of patterns are aligned with what it makes.
+            own = view.components.query.factor
+            query = with_leaves(query, query.weights, query.means, own)
+            # From the frame of the query to that of the patterns.
+            factors = jnp.einsum("bij,bklir->bkljr", pose.rotation, factors)
+            factors = factors / pose.scale[:, None, None, None, None]
+            found = jax.vmap(in_mixture_plan, (0, None, 0, 0))(plans, query, measures, factors)
+            return found, jnp.zeros_like(pose.scale)
+        plans = self.geometry.plan(view, posed)
+        found = jax.vmap(in_plan, (0, None, 0))(plans, query, measures)
+        if not self.scaled:
+            return found, jnp.zeros_like(pose.scale)
+        clouds = posed.measures
+        force = jax.vmap(self.geometry.view)(clouds).force
+        ways = clouds.points - clouds.mean[:, None]
+        growth = jnp.vecdot(
+            clouds.weights, jnp.where(clouds.weights > 0, jnp.vecdot(ways, force), 0)
         )
+        mass = jnp.where(found.mass > 0, found.mass, 1)
+        return found, growth / (mass * pose.scale**2)
 
-    def _net(self, dim: int) -> Float[np.ndarray, "S d d"]:
-        if not self.rotations:
-            return np.eye(dim)[None]
-        net = rotations(self.num_starts or {2: 16, 3: 48}.get(dim, 128), dim)
-        mirrored = net * np.where(np.arange(dim) == dim - 1, -1, 1)
-        return np.concatenate([net, mirrored]) if self.reflections else net
+    @property
+    def group(self) -> Group:
+        """The motions that are free."""
+        return Group(self.rotations, self.translations, self.reflections, self.scaled)
+
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        """By spectra, of mixtures. One-sided and entropic divergences lie below what spectra and
+        radii bound."""
+        if self.scaled or not isinstance(self.geometry, MixtureWasserstein):
+            return ()
+
+        def bound(view: AnyView, patterns: Patterns) -> Float[Array, " B"]:
+            held = patterns._replace(prepared=patterns.prepared.inner)
+            return by_spectra(view, held, about_means=self.translations)
+
+        return (bound,)
 
     # Those of the wrapped geometry.
+
+    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
+        return self.geometry.match(query, patterns)
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         return self.geometry.check(name, measure, batch_ndim)
@@ -336,8 +356,9 @@ class Aligned(Geometry):
         return self.geometry.energy_tolerance(patterns, weights)
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
-        """Fewer, since every start is compared."""
-        pairs = len(self._net(patterns.dim)) * patterns.num_atoms**2
+        """Fewer, since poses are sought in several lanes."""
+        atoms = jax.eval_shape(atoms_of, patterns)
+        pairs = LANES * atoms.num_atoms**2
         most = max(1, by_platform(2**18, 2**24) // pairs)
         inner = self.geometry.batch_sizes(patterns)
         at_once = min(inner.patterns, most, len(patterns))
@@ -357,36 +378,15 @@ class Aligned(Geometry):
         return self.geometry.default_acceleration
 
     def __repr__(self) -> str:
-        usual = {"rotations": True, "translations": True, "reflections": False, "num_starts": None}
-        shown = (
-            f"{name}={getattr(self, name)}" for name in usual if getattr(self, name) != usual[name]
-        )
-        return f"Aligned({', '.join([repr(self.geometry), *shown])})"
+        shown = [repr(self.geometry)]
+        shown += [] if self.rotations else ["rotations=False"]
+        shown += [] if self.translations else ["translations=False"]
+        shown += ["reflections=True"] if self.reflections else []
+        shown += ["scale=True"] if self.scaled else []
+        shown += [] if self.num_starts is None else [f"num_starts={self.num_starts}"]
+        return f"Aligned({', '.join(shown)})"
 
 
-def _posed(patterns: Patterns, guess: Guess) -> Patterns:
-    """Patterns in their poses. What is prepared of them does not change but for their centres."""
-    pose, prepared = guess.pose, patterns.prepared.inner
-    moved = prepared._replace(centre=each(pose, prepared.centre))
-    if hasattr(prepared, "offset"):
-        turn = Pose(pose.rotation, jnp.zeros_like(pose.translation), pose.scale)
-        moved = moved._replace(offset=each(turn, prepared.offset))
-    return Patterns(pose(patterns.measures), moved, guess.inner)
-
-
-def _coarsely_posed(patterns: Patterns, pose: Pose) -> Patterns:
-    """The same for a `Chamfer` of another ε, up to a constant of its divergence."""
-    centre = patterns.prepared.inner.centre
-    prepared = chamfer.Prepared(each(pose, centre), jnp.zeros_like(centre[:, 0]))
-    return Patterns(pose(patterns.measures), prepared)
-
-
-def _query(view: AnyView) -> PointCloud:
-    return view if isinstance(view, PointCloud) else view.query
-
-
-def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:
-    """Σ aⱼ|xⱼ − mean|²."""
-    steps = cloud.points - cloud.mean[..., None, :]
-    squares = jnp.where(cloud.weights > 0, jnp.vecdot(steps, steps), 0)
-    return jnp.vecdot(cloud.weights, squares)
+def _query(view: AnyView) -> AnyMeasure:
+    """What it is a view of."""
+    return getattr(view, "query", view)

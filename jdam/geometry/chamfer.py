@@ -300,6 +300,18 @@ def _own_cost(centre: Array, cloud: PointCloud, epsilon: Array) -> Float[Array, 
     return jnp.vdot(cloud.weights, assign(centre, cloud, cloud, epsilon).costs)
 
 
+def own_growth(geometry: Chamfer, cloud: PointCloud, scale: Array) -> Float[Array, ""]:
+    """(∂S⁰/∂s)/s of the cloud sX, s its scale."""
+    steps = cloud.points - cloud.mean[None]
+
+    def own_cost(scale: Array) -> Array:
+        grown = geometry._lifted(cloud.with_atoms(scale * steps, cloud.weights))
+        return _own_cost(jnp.zeros_like(grown.points[0]), grown, geometry.epsilon)
+
+    growth: Array = jax.jvp(own_cost, (scale,), (jnp.ones_like(scale),))[1] / scale
+    return growth
+
+
 @jax.custom_jvp
 def _known(own_cost: Array, centre: Array, cloud: PointCloud, epsilon: Array) -> Array:
     """S⁰, which is known, with its derivatives, which are computed where they are asked for."""

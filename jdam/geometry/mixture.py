@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from jdam._core.lapack import singular_values
 from jdam._core.linalg import rounding, safe_sqrt, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import Gaussian
@@ -158,6 +159,14 @@ def _transported(
     return found, costs, plans
 
 
+def aligned_plan(
+    view: View, mixtures: GaussianMixture
+) -> tuple[Float[Array, "B K L"], Float[Array, "B K L d r"]]:
+    """Plans between components, and the factors MₗRₖₗ of mixtures aligned with the query's."""
+    found, _, plans = _transported(view, mixtures)
+    return plans.mass, _by_pattern(found.pull.factor, mixtures)
+
+
 def _flat(mixtures: GaussianMixture) -> Gaussian:
     """All components of a batch (B,) in a row, (B·L,)."""
     means, factors = mixtures.means, mixtures.factors
@@ -182,6 +191,23 @@ def _by_moments(bound: Callable[[Any, Patterns], Array]) -> Bound:
         return jnp.maximum(safe_sqrt(found) - error, 0) ** 2
 
     return of_moments
+
+
+def by_spectra(view: View, patterns: Patterns, *, about_means: bool) -> Float[Array, " B"]:
+    """Of mixtures in any pose: Σᵣ(√λᵣ − √λ'ᵣ)² of the spectra of both covariances, which bounds
+    Bures² in every pose, and of means, which turns about the origin leave as long, unless they are
+    laid on each other."""
+    moments = patterns.prepared.moments
+    query = view.query.moments.pad(moments.rank)
+    own = singular_values(moments.factor)
+    gaps = singular_values(query.factor)[None, : own.shape[1]] - own
+    found = jnp.vecdot(gaps, gaps)
+    if not about_means:
+        longer = safe_sqrt(jnp.vecdot(query.mean, query.mean))
+        found = found + (longer - safe_sqrt(jnp.vecdot(moments.mean, moments.mean))) ** 2
+    terms = moments.dim * moments.rank + view.query.num_components
+    error = rounding(terms, found.dtype) * (_size(query) + _size(moments))
+    return jnp.maximum(safe_sqrt(found) - error, 0) ** 2
 
 
 def _size(gaussian: Gaussian) -> Array:

@@ -1,5 +1,7 @@
 """Recall in any pose: poses that are known, invariance, derivatives, files."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,10 @@ import jdam
 from jdam.geometry._poses import rotations
 from tests.cases import only_full
 from tests.helpers import check_derivatives, orthogonal
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
+    from ott.geometry import costs
 
 GEOMETRIES = {
     "one-sided": jdam.Chamfer(0.02),
@@ -185,17 +191,19 @@ def test_files(rng, tmp_path):
 def test_messages():
     inner = jdam.Chamfer(0.1)
     assert repr(jdam.Aligned(inner, num_starts=8)) == f"Aligned({inner}, num_starts=8)"
-    for geometry in (jdam.Bures(), jdam.Euclidean(), jdam.MixtureWasserstein(), "Chamfer"):
+    for geometry in (jdam.Bures(), jdam.Euclidean(), "Chamfer"):
         with pytest.raises(TypeError, match=r"geometry must be a jdam\.Chamfer"):
             jdam.Aligned(geometry)
     for settings, message in [
-        ({"rotations": False, "translations": False}, "rotations or translations must be True"),
+        ({"rotations": False, "translations": False}, "rotations, translations or scale must be"),
         ({"rotations": False, "reflections": True}, "reflections must be False without"),
-        ({"scale": True}, "scale must be False"),
         ({"num_starts": 0}, "num_starts must be ≥ 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             jdam.Aligned(inner, **settings)
+    assert repr(jdam.Aligned(inner, scale=True)) == f"Aligned({inner}, scale=True)"
+    with pytest.raises(ValueError, match="geometry must have the cost"):
+        jdam.Aligned(jdam.Sinkhorn(0.1, cost=costs.PNormP(1.5)))
     with pytest.raises(TypeError, match="rotations must be a bool"):
         jdam.Aligned(inner, rotations=1)
     with pytest.raises(TypeError, match=r"patterns must be a jdam\.PointCloud"):
@@ -220,3 +228,144 @@ def test_features_go_with_the_atoms(rng, inner):
     np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-3)
     np.testing.assert_array_equal(found.pose(memory[2]).features, cue.features)
     np.testing.assert_allclose(found.pose(memory[2]).points, cue.points, atol=2e-3)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("inner", "dim"),
+    [(jdam.Chamfer(0.02), 2), (jdam.Chamfer(0.02, rho=0.3), 3), (jdam.Sinkhorn(0.02), 2)],
+)
+def test_a_scale_is_found(rng, inner, dim):
+    """Of copies that are turned and larger or smaller."""
+    patterns, turn, shift, _ = problem(rng, dim)
+    memory = jdam.store(patterns, jdam.Aligned(inner, scale=True))
+    for scale in (0.7, 1.6):
+        pose = jdam.Pose(jnp.asarray(turn), jnp.asarray(shift), jnp.asarray(scale))
+        found = match(memory, pose(patterns[1]), 1)
+        np.testing.assert_allclose(found.pose.scale, scale, rtol=1e-3)
+        np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-3)
+        np.testing.assert_allclose(found.divergence, 0, atol=1e-5)
+
+
+def blurred(rng):
+    """Clouds whose atoms ε blurs, and a cue beside one of them."""
+    patterns = jdam.PointCloud(rng.normal(size=(2, 5, 2)))
+    return patterns, noisy(rng, moved(patterns[1], rotation(rng, 2), np.ones(2)), 0.2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["one-sided", "one-sided, rho", "balanced", "scaled"])
+def test_poses_are_stationary_and_have_derivatives(rng, name):
+    """The gradient at a held pose is that of D; the pose follows the cue."""
+    patterns, cue = blurred(rng)
+    inner = {
+        "one-sided": jdam.Chamfer(0.1),
+        "one-sided, rho": jdam.Chamfer(0.1, rho=0.5),
+        "balanced": jdam.Sinkhorn(0.1, tol=1e-12),
+        "scaled": jdam.Chamfer(0.05, rho=0.5),
+    }[name]
+    memory = jdam.store(patterns, jdam.Aligned(inner, scale=name == "scaled"))
+
+    def of(points):
+        found = jdam.match(memory, jdam.PointCloud(points), 1)
+        pose = found.pose
+        return found.divergence, pose.rotation, pose.translation, pose.scale, found.plan
+
+    check_derivatives(of, (cue.points,), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.full
+def test_second_derivatives(rng):
+    patterns, cue = blurred(rng)
+    memory = jdam.store(patterns, jdam.Aligned(jdam.Chamfer(0.1, rho=0.5)))
+    slope = jax.grad(lambda points: jdam.energy(memory, jdam.PointCloud(points), 3.0))
+    check_derivatives(slope, (cue.points,), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.full
+def test_derivatives_of_steps_and_recalls(rng):
+    patterns, cue = blurred(rng)
+
+    def stepped(points, others):
+        memory = jdam.store(
+            jdam.PointCloud(others), jdam.Aligned(jdam.Chamfer(0.1, rho=0.5), num_starts=4)
+        )
+        return jdam.step(memory, jdam.PointCloud(points), 3.0).points
+
+    check_derivatives(stepped, (cue.points, patterns.points), rtol=1e-3, atol=1e-6)
+
+
+def mixtures(rng, dim=2, num=3, components=3):
+    factors = 0.3 * rng.normal(size=(num, components, dim, dim))
+    weights = np.full((num, components), 1 / components)
+    return jdam.GaussianMixture(weights, 2 * rng.normal(size=(num, components, dim)), factors)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("dim", "scale"), [(2, False), (3, False), (2, True)])
+def test_mixtures(rng, dim, scale):
+    patterns = mixtures(rng, dim)
+    turn, shift, size = rotation(rng, dim), rng.normal(size=dim), 1.5 if scale else 1.0
+    pose = jdam.Pose(*map(jnp.asarray, (turn, shift, size)))
+    memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein(), scale=scale))
+    found = match(memory, pose(patterns[1]))
+    assert found.index == 1
+    np.testing.assert_allclose(found.divergence, 0, atol=1e-8)
+    np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-4)
+    np.testing.assert_allclose(found.pose.scale, size, rtol=1e-4)
+
+
+@pytest.mark.full
+def test_one_gaussian_is_turned_by_its_covariance(rng):
+    """There is nothing but factors to tell the pose, up to signs of the axes."""
+    patterns = jdam.GaussianMixture([[1.0]], [[[1.0, 0.0]]], [[[[2.0, 0.0], [0.0, 0.3]]]])
+    memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein()))
+    pose = jdam.Pose(jnp.asarray(rotation(rng, 2)), jnp.ones(2), jnp.ones(()))
+    found = match(memory, pose(patterns[0]), 0)
+    np.testing.assert_allclose(found.divergence, 0, atol=1e-8)
+
+
+@pytest.mark.full
+def test_bounds_of_mixtures_are_proved(rng):
+    """They are below D, and `Certified` finds what comparing all does."""
+    patterns = mixtures(rng, num=6)
+    memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein()))
+    cue = jdam.Pose(jnp.asarray(rotation(rng, 2)), jnp.ones(2), jnp.ones(()))(patterns[2])
+    all_, some = (
+        jdam.nearest(memory, cue, 2, search=search)
+        for search in (None, jdam.Certified(num_candidates=2))
+    )
+    np.testing.assert_array_equal(all_[0], some[0])
+    geometry = memory.geometry
+    (bound,) = geometry.bounds(None)
+    held = jdam.Patterns(memory.patterns, memory.prepared)
+    below = bound(geometry.view(cue), held)
+    assert (below <= jdam.divergences(memory, cue)).all()
+    assert below.max() > 0.1
+
+
+@pytest.mark.full
+def test_four_dimensions(rng):
+    patterns, turn, shift, cue = problem(rng, dim=4, atoms=10)
+    memory = jdam.store(patterns, jdam.Aligned(GEOMETRIES["one-sided, rho"]))
+    found = match(memory, cue, 1)
+    np.testing.assert_allclose(found.pose.rotation, turn, atol=1e-3)
+    np.testing.assert_allclose(found.pose.translation, shift, atol=1e-3)
+    part = jdam.PointCloud(cue.points[:8]).pad(10)
+    np.testing.assert_allclose(match(memory, part, 1).pose.rotation, turn, atol=0.02)
+
+
+def test_numbered_landmarks(rng):
+    """Landmarks of known order: one-hot features that are dear make it Procrustes' problem."""
+    points, turn = rng.normal(size=(3, 5, 2)), rotation(rng, 2)
+    number = np.broadcast_to(np.eye(5), (3, 5, 5))
+    patterns = jdam.PointCloud(points, None, number)
+    inner = jdam.Chamfer(0.01, feature_scale=1e4)
+    memory = jdam.store(patterns, jdam.Aligned(inner, num_starts=1))
+    cue = points[1] @ turn.T + 0.1 * rng.normal(size=(5, 2))
+    found = match(memory, jdam.PointCloud(cue, None, np.eye(5)), 2)
+    x, y = cue - cue.mean(0), points[2] - points[2].mean(0)
+    left, values, right = np.linalg.svd(x.T @ y)
+    trace = values[0] + values[1] * np.linalg.det(left @ right)
+    least = ((x**2).sum() + (y**2).sum() - 2 * trace) / 10
+    np.testing.assert_allclose(found.divergence, least, rtol=1e-6)
