@@ -17,7 +17,7 @@ from jdam._energy.choosing import suggest_beta
 from jdam._energy.energy import inverse_temperature
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
-from jdam._learning.parametrize import BETA, Rebuild, but_beta, check_learn, parametrize
+from jdam._learning.parametrize import BETA, Rebuild, check_learn, parametrize, without_beta
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.attention import attend
@@ -69,7 +69,7 @@ class MeasureAttention(eqx.Module):
     ):
         if learn:
             check_learn(learn)
-        names = but_beta(learn)
+        names = without_beta(learn)
         rebuild: Any
         self.keys, rebuild = parametrize(memory, names) if names else ({}, Rebuild(memory, ()))
         if not checks.is_concrete(*jax.tree.leaves(rebuild.memory)):

@@ -28,9 +28,9 @@ from jdam._learning.parametrize import (
     PATTERNS,
     PRIOR,
     Rebuild,
-    but_beta,
     check_learn,
     parametrize,
+    without_beta,
 )
 from jdam._measures.base import AnyMeasure, constrained, unconstrained
 from jdam._memory.memory import Memory, store
@@ -105,7 +105,7 @@ class Learner:
         beta = inverse_temperature(memory, beta).astype(memory.dtype)
         free = {BETA: jnp.log(beta).astype(working_dtype(memory.dtype))}
         free = {} if BETA not in self.learn else free
-        if names := but_beta(self.learn):
+        if names := without_beta(self.learn):
             free |= parametrize(memory, names)[0]
         return FitState(memory, beta, free, self.optimizer.init(free))
 
@@ -148,7 +148,7 @@ def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
     memory, beta = state.memory, state.beta
     if BETA in free:
         beta = jnp.exp(free[BETA]).astype(memory.dtype)
-    if names := but_beta(tuple(free)):
+    if names := without_beta(tuple(free)):
         memory = Rebuild(memory, names)({name: free[name] for name in names})
     return memory, beta
 

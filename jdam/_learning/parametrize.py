@@ -127,7 +127,7 @@ def check_learn(learn: object) -> None:
         raise ValueError(f"learn must be a tuple of names, as ('patterns',); got {learn!r}")
 
 
-def but_beta(names: tuple[str, ...]) -> tuple[str, ...]:
+def without_beta(names: tuple[str, ...]) -> tuple[str, ...]:
     """The names without "beta", which are those of `parametrize`."""
     return tuple(name for name in names if name != BETA)
 

@@ -3,7 +3,7 @@ recall error, sufficient β, capacities and certificates.
 
 The folder keeps statements about recall apart from the code of recall, which does not import it.
 It imports `jdam._core`, `jdam._entropic`, `jdam._measures`, `jdam.geometry`, `jdam._memory` and
-`jdam._energy`. Bounds by Gibbs sums over the other patterns belong in `basins.py`, proofs about a
+`jdam._energy`. Bounds by Gibbs sums over the other patterns belong in `basins.py`, proofs for a
 single query in `certificates.py`, closed-form capacities in `capacity.py`, and constants of the SHK
 metric of point clouds in `shk.py`.
 """
