@@ -21,7 +21,7 @@ class SlicedWasserstein(jdam.Geometry):
             raise ValueError(f"{name} must have {batch_ndim} batch axes; got {measure.batch_shape}")
         return measure
 
-    def compare(self, view, patterns, *, exact=True):
+    def compare(self, view, patterns):
         clouds, along = patterns.measures, self.directions[:, : view.dim]
         own = view.points @ along.T
         theirs = jnp.sort(clouds.points @ along.T, axis=-2)
@@ -54,7 +54,7 @@ class Cramer(jdam.Geometry):
             raise ValueError(f"{name} must have {batch_ndim} batch axes; got {measure.batch_shape}")
         return measure
 
-    def compare(self, view, patterns, *, exact=True):
+    def compare(self, view, patterns):
         probabilities = patterns.measures.probabilities
         gap = jnp.cumsum(view.probabilities[None] - probabilities, axis=-1)
         return jdam.Comparison(jnp.vecdot(gap, gap), patterns.measures)

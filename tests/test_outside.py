@@ -69,7 +69,7 @@ def test_is_shown_and_grown(held):
 class Unfit(Cramer):
     """Pulls that are no measures, without a `move` for them."""
 
-    def compare(self, view, patterns, *, exact=True):
+    def compare(self, view, patterns):
         found = super().compare(view, patterns)
         return found._replace(pull=patterns.measures.probabilities)
 
@@ -77,7 +77,7 @@ class Unfit(Cramer):
 class Scalar(Cramer):
     """One divergence for all patterns."""
 
-    def compare(self, view, patterns, *, exact=True):
+    def compare(self, view, patterns):
         found = super().compare(view, patterns)
         return found._replace(divergence=found.divergence.sum())
 

@@ -90,7 +90,7 @@ def same_dtype(**arrays: Array) -> None:
             )
 
 
-def _within_reach(array: Array | np.ndarray) -> tuple[Any, Any]:
+def within_reach(array: Array | np.ndarray) -> tuple[Any, Any]:
     """Return NumPy and the values if they are in host memory, else `jax.numpy` and the array. NumPy
     avoids one compilation for each new shape."""
     if isinstance(array, Array):
@@ -103,7 +103,7 @@ def finite(name: str, array: Array | np.ndarray) -> None:
     """Raise `ValueError` if a concrete array has NaN or infinite entries; traced arrays pass."""
     if is_concrete(array):
         with jax.ensure_compile_time_eval():
-            xp, values = _within_reach(array)
+            xp, values = within_reach(array)
             bad = int((~xp.isfinite(values)).sum())
         if bad:
             raise ValueError(
@@ -115,7 +115,7 @@ def nonnegative(name: str, array: Array) -> None:
     """Raise `ValueError` if a concrete array has negative entries; traced arrays pass."""
     if is_concrete(array) and array.size:
         with jax.ensure_compile_time_eval():
-            lowest = float(_within_reach(array)[1].min())
+            lowest = float(within_reach(array)[1].min())
         if lowest < 0:
             raise ValueError(f"{name} must be ≥ 0; got {lowest:g}")
 

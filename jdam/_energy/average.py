@@ -1,6 +1,7 @@
 """The energy and the average pull at a query, computed block by block to save memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +27,6 @@ class Settings(NamedTuple):
     separation: Separation = LogSumExp()
     block_size: int | None = None
     with_pull: bool = True  # False: the energy alone
-    exact: bool = True  # False: divergences may be approximate
 
 
 def evaluate(
@@ -34,22 +34,23 @@ def evaluate(
 ) -> Evaluation:
     """Return the energy at a query and the average of the pulls.
 
-    Divergences are approximate where the geometry's `approximation_errs` is false, exact elsewhere.
+    Divergences are those of `Geometry.approximation` where its rounding does not show.
     Comparisons start from `guess`; None stands for `Geometry.first_guess`.
     """
-    if type(settings.separation) is not LogSumExp:  # a subclass may define other weights
-        return _evaluate(settings, memory, query, beta, guess)
-    doubtful = memory.geometry.approximation_errs(query, memory.patterns, beta)
-    if doubtful is None:
+    cheaper = None
+    if type(settings.separation) is LogSumExp:  # a subclass may define other weights
+        cheaper = memory.geometry.approximation(query, memory.patterns, beta)
+    if cheaper is None:
         return _evaluate(settings, memory, query, beta, guess)
 
     def exactly(query: AnyMeasure, others: tuple[Memory, Array, Any]) -> Evaluation:
         memory, beta, guess = others
         return _evaluate(settings, memory, query, beta, guess)
 
-    doubtful = psum(doubtful.astype(jnp.int32), memory.layout) > 0  # all devices do the same
-    approximate = _evaluate(settings._replace(exact=False), memory, query, beta, guess)
-    return masked_cond(doubtful, exactly, approximate, query, (memory, beta, guess))
+    geometry, errs = cheaper
+    errs = psum(errs.astype(jnp.int32), memory.layout) > 0  # all devices do the same
+    approximate = _evaluate(settings, replace(memory, geometry=geometry), query, beta, guess)
+    return masked_cond(errs, exactly, approximate, query, (memory, beta, guess))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -80,7 +81,7 @@ def _in_one_sweep(
     def accumulate(sums: Any, comparison: Comparison, block: Block) -> tuple[Any, Any]:
         return separation.accumulate(sums, comparison, block, beta), comparison.guess
 
-    sweep = Sweep(accumulate, settings.exact)
+    sweep = Sweep(accumulate)
     blocks = cut_into_blocks(memory, settings.block_size, guess)
     first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
     empty_sums = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
@@ -187,12 +188,10 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     return result
 
 
-@partial(jax.jit, static_argnames="exact")
-def compare(
-    geometry: Geometry, view: AnyView, patterns: Patterns, *, exact: bool = True
-) -> Comparison:
+@jax.jit
+def compare(geometry: Geometry, view: AnyView, patterns: Patterns) -> Comparison:
     """Return `Geometry.compare(view, patterns)`; `jax.jit` lets all callers share one trace."""
-    return geometry.compare(view, patterns, exact=exact)
+    return geometry.compare(view, patterns)
 
 
 @jax.jit
@@ -208,7 +207,6 @@ class Sweep(NamedTuple):
     """
 
     accumulate: Callable[[Any, Comparison, Any], tuple[Any, Any]]
-    exact: bool = True
 
     def over(self, memory: Memory, view: AnyView, blocks: Any, start: Any, *others: Any) -> Any:
         """Return the last carry and the stacked outputs. `others` are the arrays that `accumulate`
@@ -219,7 +217,7 @@ class Sweep(NamedTuple):
         """
 
         def body_fun(carry: Any, block: Any) -> tuple[Any, Any]:
-            comparison = compare(memory.geometry, view, block.patterns, exact=self.exact)
+            comparison = compare(memory.geometry, view, block.patterns)
             _check_comparison(memory, comparison, block)
             return self.accumulate(carry, comparison, block)
 

@@ -393,9 +393,8 @@ class Bounded(NamedTuple):
 
 def bound_all(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Bounded:
     """Return lower bounds on all D̃, exact for the patterns that matter to exp(−βD̃)."""
-    view = view_of(memory.geometry, query)
-    state = _search(search, memory, view, beta, None, with_pull=False)
+    state = _search(search, memory, view_of(memory.geometry, query), beta, None, with_pull=False)
     sums = state.sums
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    known = state.bounded == COMPARED
-    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.lower, known)
+    compared = state.bounded == COMPARED
+    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.lower, compared)

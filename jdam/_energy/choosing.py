@@ -95,15 +95,17 @@ def suggest_beta(
         if pattern_labels is not None:
             labelled = _with_others(memory, log_prior, pattern_labels)
             own = own if labelled is None else labelled
-        asked, who = memory[own], "patterns"
+        whole = len(own) == memory.capacity and memory.layout is None
+        asked, who = memory.patterns if whole else memory[own], "patterns"
     else:
         asked, who = fit_queries(memory, queries), "queries"
         if length_of(asked) == 0:
             raise ValueError("queries must hold at least one query; got 0")
     divergences = in_one_piece(pairs(memory, asked, "suggest_beta", progress))
-    nan = jnp.isnan(divergences).any()
-    if checks.is_concrete(nan) and nan:
-        raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
+    if checks.is_concrete(divergences):
+        xp, values = checks.within_reach(divergences)
+        if xp.isnan(values).any():
+            raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
     if labelled is not None:
         owner, classes = owners(memory, np.asarray(pattern_labels)[own], pattern_labels, len(own))
         others = jnp.tile(log_prior, (len(own), 1)).at[jnp.arange(len(own)), own].set(-jnp.inf)
@@ -117,7 +119,7 @@ def suggest_beta(
         beta = _likeliest(divergences, log_prior[None], owner, classes)
         reason = "is the likeliest for " + ("targets" if classes is None else "labels")
     scale, _ = memory.magnitudes()
-    beta = jnp.where(nan, jnp.nan, _positive(beta, in_one_piece(scale)))
+    beta = _positive(beta, in_one_piece(scale), divergences)
     if checks.is_concrete(beta):
         wait(beta)
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
@@ -148,7 +150,8 @@ def neighbour_divergence(memory: Memory) -> Float[Array, ""]:
     if checks.is_concrete(divergences) and jnp.isnan(divergences).any():
         raise ValueError("patterns must be at finite divergences from all patterns; got NaN")
     scale, _ = memory.magnitudes()
-    return 1 / _positive(1 / _neighbour(divergences, log_prior), in_one_piece(scale))
+    unit = _neighbour(divergences, log_prior)
+    return 1 / _positive(1 / unit, in_one_piece(scale), divergences)
 
 
 @compiled()
@@ -340,9 +343,13 @@ def _tie(divergences: Float[Array, "Q N"]) -> Float[Array, "Q 1"]:
 
 
 @compiled()
-def _positive(beta: Float[Array, ""], scale: Float[Array, ""]) -> Float[Array, ""]:
-    """β within the range of its dtype, or that of the size of patterns that are all the same."""
+def _positive(
+    beta: Float[Array, ""], scale: Float[Array, ""], divergences: Float[Array, "Q N"]
+) -> Float[Array, ""]:
+    """Return β within the range of its dtype; 1/scale² where it is NaN, because all patterns are
+    the same; NaN where a divergence is NaN."""
     limits = jnp.finfo(beta.dtype)
     alone = 1 / jnp.where(scale > 0, scale, 1) ** 2
     chosen = jnp.where(jnp.isnan(beta), alone, beta)
+    chosen = jnp.where(jnp.isnan(divergences).any(), jnp.nan, chosen)
     return jnp.clip(chosen, float(limits.tiny), float(limits.max) / 4)

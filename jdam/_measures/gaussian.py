@@ -132,7 +132,8 @@ class Gaussian(Measure):
             raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
         checks.finite("samples", samples)
         if weights is None:
-            weights = jnp.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
+            # In host memory, since `jnp.full` would compile a program for each shape.
+            weights = np.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
         weights = simplex_weights(weights, samples=samples)
         return cls(*moments(samples, weights))
 

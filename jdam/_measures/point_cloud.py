@@ -61,7 +61,8 @@ class PointCloud(Measure):
             raise ValueError(f"points must have shape (…, n, d), n, d ≥ 1; got {points.shape}")
         checks.finite("points", points)
         if weights is None:
-            weights = jnp.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
+            # In host memory, since `jnp.full` would compile a program for each shape.
+            weights = np.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
         self.points, self.weights = points, simplex_weights(weights, points=points)
         self.features = None if features is None else _checked_features(features, points)
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.compile import working_dtype
-from jdam._core.linalg import long_sum, safe_log
+from jdam._core.linalg import safe_log
 
 
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
@@ -67,7 +67,7 @@ def _sum_errors(weights: Array) -> tuple[float, float]:
     stored, size = jnp.finfo(weights.dtype), max(weights.shape[-1], 1)
     working = jnp.finfo(working_dtype(weights.dtype))
     with jax.ensure_compile_time_eval():
-        sums = long_sum(weights.astype(working.dtype))
-        error = float(jnp.abs(sums - 1).max(initial=0))
+        xp, values = checks.within_reach(weights)
+        error = float(xp.abs(values.astype(working.dtype).sum(-1) - 1).max(initial=0))
     allowed = float(stored.eps) * (2 + math.log2(size)) + float(working.eps) * 2 * math.sqrt(size)
     return error, allowed + size * float(stored.smallest_subnormal)

@@ -165,7 +165,7 @@ class Aligned(Geometry):
             num_starts = checks.positive_int("num_starts", num_starts)
         self.num_starts = num_starts
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         patterns = self._aligned(view, patterns)
         pose = followed(self, view, patterns, patterns.guess.pose)
         found = self.geometry.compare(view, self.posed(patterns, pose))

@@ -86,8 +86,8 @@ class Bures(Gaussians):
     def view(self, query: AnyMeasure) -> AnyView:
         return _kernel(query).view(query)
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        return _kernel(view).compare(view, patterns, exact)
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
+        return _kernel(view).compare(view, patterns)
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         return _kernel(patterns).prepare(patterns)
@@ -95,10 +95,13 @@ class Bures(Gaussians):
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         return _kernel(patterns.measures).bounds()
 
-    def approximation_errs(
+    def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
-    ) -> Array | None:
-        return products_err(query, patterns, beta) if _kernel(query) is Diagonal else None
+    ) -> tuple[Geometry, Array] | None:
+        if type(self) is not Bures or _kernel(query) is not Diagonal:
+            return None
+        errs = products_err(query, patterns, beta)
+        return None if errs is None else (_ByProducts(), errs)
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
         return _kernel(view).move(view, pull, step_size)
@@ -109,6 +112,14 @@ class Bures(Gaussians):
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         diagonal = _kernel(patterns) is Diagonal
         return vector_batch_sizes() if diagonal else super().batch_sizes(patterns)
+
+
+class _ByProducts(Bures):
+    """`Bures` on diagonal Gaussians, its distances by matrix products."""
+
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
+        stacked = _stacked(patterns.measures)
+        return Comparison(fast_squared_distances(view.vector, stacked), stacked)
 
 
 def _kernel(measure_or_view: Any) -> "type[Full | Diagonal]":
@@ -133,10 +144,9 @@ class Diagonal:
         return DiagonalView(_stacked(query))
 
     @staticmethod
-    def compare(view: DiagonalView, patterns: Patterns, exact: bool) -> Comparison:
+    def compare(view: DiagonalView, patterns: Patterns) -> Comparison:
         stacked = _stacked(patterns.measures)
-        distances = squared_distances if exact else fast_squared_distances
-        return Comparison(distances(view.vector, stacked), stacked)
+        return Comparison(squared_distances(view.vector, stacked), stacked)
 
     @staticmethod
     def prepare(patterns: DiagonalGaussian) -> None:
@@ -195,7 +205,7 @@ class Full:
         return View(with_leaves(query, query.mean, factor), axes)
 
     @staticmethod
-    def compare(view: View, patterns: Patterns, exact: bool) -> Comparison:
+    def compare(view: View, patterns: Patterns) -> Comparison:
         query, measures = view.query, patterns.measures
         rotations = polar(measures.factor.mT @ query.factor[None])
         shifts = squared_distances(query.mean, measures.mean)

@@ -169,7 +169,7 @@ class Chamfer(Geometry):
         """The cloud of z = (x, √λ u), u its features."""
         return lifted(cloud, self.feature_scale, self.epsilon)
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         def one(cloud: PointCloud, prepared: Prepared) -> Comparison:
             found, share, variation = self._explain(view, cloud, prepared)
             pull = Pull(share[:, None] * found.displacement, share, variation)

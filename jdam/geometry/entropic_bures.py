@@ -78,7 +78,7 @@ class EntropicBures(Gaussians):
     def view(self, query: AnyMeasure) -> AnyView:
         return self._kernel(query).view(query)
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         return self._kernel(view).compare(view, patterns)
 
     def prepare(self, patterns: AnyMeasure) -> Any:

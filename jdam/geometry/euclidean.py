@@ -49,17 +49,25 @@ class Euclidean(Vectors):
     cost_scale: ClassVar[float | None] = 1.0
     is_squared_metric: ClassVar[bool] = True
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
-        distances = squared_distances if exact else fast_squared_distances
-        return Comparison(distances(view, patterns.measures), patterns.measures)
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
+        return Comparison(squared_distances(view, patterns.measures), patterns.measures)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         return (lambda view, held: squared_distances_less_rounding(view, held.measures),)
 
-    def approximation_errs(
+    def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
-    ) -> Array | None:
-        return products_err(query, patterns, beta)
+    ) -> tuple[Geometry, Array] | None:
+        errs = products_err(query, patterns, beta) if type(self) is Euclidean else None
+        return None if errs is None else (_ByProducts(), errs)
+
+
+class _ByProducts(Euclidean):
+    """`Euclidean` with distances by matrix products."""
+
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
+        distances = fast_squared_distances(view, patterns.measures)
+        return Comparison(distances, patterns.measures)
 
 
 class DotProduct(Vectors):
@@ -70,7 +78,7 @@ class DotProduct(Vectors):
     divergence: it may be negative, and a pattern need not be its own nearest.
     """
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         return Comparison(_energies(view, patterns.measures), patterns.measures)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:

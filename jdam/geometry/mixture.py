@@ -95,7 +95,7 @@ class MixtureWasserstein(Geometry):
     def view(self, query: AnyMeasure) -> AnyView:
         return View(query, jax.vmap(Full.view)(query.components))
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         measures, query = patterns.measures, view.query
         found, costs, plans = _transported(view, measures)
         on = query.weights > 0
@@ -153,7 +153,7 @@ def _transported(
 ) -> tuple[Comparison, Float[Array, "B K L"], Plan]:
     """Of each component of a query with those of mixtures; their costs; and the plans."""
     held = Patterns(_flat(mixtures))
-    found = jax.vmap(lambda component: Full.compare(component, held, True))(view.components)
+    found = jax.vmap(lambda component: Full.compare(component, held))(view.components)
     costs = _by_pattern(found.divergence, mixtures)
     plans = jax.vmap(transport, (0, None, 0))(costs, view.query.weights, mixtures.weights)
     return found, costs, plans

@@ -114,14 +114,13 @@ class Geometry(eqx.Module):
         possible."""
 
     @abstractmethod
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         """Compare a query with a block of patterns.
 
         **Arguments:**
 
         - `view`: the query, as prepared by `view`.
         - `patterns`: B patterns.
-        - `exact`: if False, D may be approximate where `approximation_errs` allows it.
 
         **Returns:** a `Comparison` with D(ξ, Xᵢ) and the pulls, a pytree whose Gibbs average Σ
         wᵢ·pullᵢ determines the step."""
@@ -271,11 +270,11 @@ class Geometry(eqx.Module):
         need not compare all patterns."""
         return ()
 
-    def approximation_errs(
+    def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]
-    ) -> Bool[Array, ""] | None:
-        """Return whether an approximate D would change exp(−βD); None if only the exact D is
-        available."""
+    ) -> "tuple[Geometry, Bool[Array, '']] | None":
+        """Return a geometry with the same views and pulls, whose D is cheaper and less exact, and
+        whether its rounding would show in exp(−βD). None if there is no such geometry."""
         return None
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:

@@ -235,7 +235,7 @@ class Sinkhorn(SHKGeometry):
         force = fraction[:, None] * known.gradient[:, : query.dim]  # features are fixed
         return View(query, centre, centred, known, force)
 
-    def compare(self, view: AnyView, patterns: Patterns, *, exact: bool = True) -> Comparison:
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         query, prepared, clouds = view.query, patterns.prepared, self.lifted(patterns.measures)
         weights, centres = clouds.weights, jax.lax.stop_gradient(prepared.centre)
         centred = about(centres, clouds, self.epsilon)

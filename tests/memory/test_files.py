@@ -178,7 +178,7 @@ class Odd(jdam.Geometry):
     def check(self, name, measure, batch_ndim):
         return jnp.asarray(measure)
 
-    def compare(self, view, patterns, *, exact=True):
+    def compare(self, view, patterns):
         gaps = patterns.measures - view[None]
         return jdam.Comparison(self.scales[0] * jnp.vecdot(gaps, gaps), patterns.measures)
 

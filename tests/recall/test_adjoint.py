@@ -181,13 +181,10 @@ class Marked(jdam.Euclidean):
     def check(self, name, measure, batch_ndim):
         return measure
 
-    def compare(self, view, patterns, *, exact=True):
+    def compare(self, view, patterns):
         points, labels = patterns.measures["x"], patterns.measures["label"]
-        found = super().compare(view["x"], jdam.Patterns(points), exact=exact)
+        found = super().compare(view["x"], jdam.Patterns(points))
         return found._replace(pull={"x": found.pull, "label": 0 * labels})
-
-    def approximation_errs(self, query, patterns, beta):
-        return None
 
     def move(self, view, pull, step_size):
         return {"x": super().move(view["x"], pull["x"], step_size), "label": view["label"]}
@@ -195,7 +192,7 @@ class Marked(jdam.Euclidean):
     def residual(self, view, pull):
         return super().residual(view["x"], pull["x"])
 
-    def conserved(self, measure, tangent):
+    def gauge(self, measure, tangent):
         return {"x": jnp.zeros_like(tangent["x"]), "label": tangent["label"]}
 
 
