@@ -61,6 +61,7 @@ def test_it_is_attention_and_learns(rng, kind):
         np.testing.assert_allclose(layer.memory.patterns.weights.sum(1), 1, rtol=1e-6)
 
 
+@pytest.mark.full
 def test_what_is_a_parameter(rng):
     memory, queries, _ = setting(rng, "gaussians")
 
@@ -80,6 +81,7 @@ def test_what_is_a_parameter(rng):
     np.testing.assert_allclose(sparse(queries[0]), values[0], rtol=1e-6)
 
 
+@pytest.mark.full
 def test_layers_of_one_memory_have_one_structure(rng):
     memory, queries, _ = setting(rng, "gaussians")
     first, second = (jdam.nn.MeasureAttention(memory, 3, key=jax.random.key(i)) for i in (0, 1))

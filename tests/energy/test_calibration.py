@@ -180,6 +180,7 @@ def test_an_owner_that_was_not_compared_has_a_finite_score(many):
     assert exact - 1e-9 <= found.scores[0] < exact + 3
 
 
+@pytest.mark.full
 def test_which_search(many, drawn):
     memory, (queries, owner), _ = many
     points, small, *_ = drawn

@@ -288,6 +288,7 @@ def test_the_likeliest_for_classes_of_the_patterns_alone(rng, num):
         assert loss(np.log(found)) < 1.05 * best.fun
 
 
+@pytest.mark.full
 def test_classes_that_say_nothing_about_the_patterns(rng):
     patterns, labels = separate(rng, 12)
     memory = jdam.store(patterns)
@@ -315,6 +316,7 @@ def test_the_divergence_between_neighbours(rng, unit):
     np.testing.assert_allclose(found, np.median(distances.min(1)), rtol=1e-9)
 
 
+@pytest.mark.full
 def test_the_divergence_between_neighbours_of_special_memories(rng):
     patterns = rng.normal(size=(20, 3))
     found = jdam.neighbour_divergence(jdam.store(patterns))

@@ -355,6 +355,7 @@ def test_four_dimensions(rng):
     np.testing.assert_allclose(match(memory, part, 1).pose.rotation, turn, atol=0.02)
 
 
+@pytest.mark.full
 def test_numbered_landmarks(rng):
     """Landmarks of known order: one-hot features that are dear make it Procrustes' problem."""
     points, turn = rng.normal(size=(3, 5, 2)), rotation(rng, 2)

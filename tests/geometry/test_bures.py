@@ -174,6 +174,7 @@ def test_singular_queries_recall_too(rng, rank):
     assert distance(memory[1], result.measure) < 1e-20
 
 
+@pytest.mark.full
 def test_commuting_is_euclidean_on_means_and_roots(rng):
     """Diagonal, full-matrix and vector memories of the same commuting Gaussians agree."""
     diagonal, query = diagonals(rng, 7, 4), diagonals(rng, 1, 4)[0]

@@ -63,6 +63,7 @@ def distance(first, second, epsilon):
     return jdam.divergences(memory, second)[0]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("epsilon", [0.05, 1.0, 30.0])
 def test_against_explicit_roots(rng, epsilon):
     memory = jdam.store(gaussians(rng, 4, 3), jdam.EntropicBures(epsilon))
@@ -139,6 +140,7 @@ def test_accuracy(rng, case, dtype, relative):
                         assert abs(found - expected) <= relative * expected
 
 
+@pytest.mark.full
 def test_diagonals_are_full_ones(rng):
     diagonal, query = diagonals(rng, 5, 3), diagonals(rng, 1, 3)[0]
     full = lambda g: jdam.Gaussian(g.mean, np.asarray(g.scale)[..., None] * np.eye(3))  # noqa: E731

@@ -32,6 +32,7 @@ def mw2_squared(first, second):
     return ot.emd2(a / a.sum(), b / b.sum(), bures_costs(first, second))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize(
     ("first", "second", "d"), [((3, 2), (3, 2), 2), ((2, 3), (5, 1), 3), ((16, 8), (16, 8), 8)]
@@ -216,6 +217,7 @@ def test_attention_over_mixtures(rng):
     close(jdam.divergences(memory, completed)[1], 0, atol=1e-8)
 
 
+@pytest.mark.full
 def test_assignment_of_equal_weights(rng):
     """Where all weights are 1/K the plan is a permutation."""
     means = rng.normal(size=(2, 9, 2))

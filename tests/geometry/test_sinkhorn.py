@@ -36,6 +36,7 @@ def two(rng):
     return 1 + rng.normal(size=(7, 2)), rng.dirichlet(np.ones(7))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("epsilon", [0.3, *only_full(3.0, 0.03)])
 def test_against_extended_precision(pair, epsilon):
     expected = float(sinkhorn_divergence(*pair, epsilon)[0])
@@ -143,6 +144,7 @@ def test_single_precision_far_from_the_origin(rng, offset):
     assert abs(single - np.asarray(double)).max() < 2e-6
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("step_size", "kappa"), [(0.5, 0.1), *only_full((1.0, 0.0), (1.0, 0.3))])
 def test_step_is_equations_28_and_29(rng, step_size, kappa):
     patterns = clouds(rng, 4, 2, n=6, spread=0.5)
@@ -201,6 +203,7 @@ def test_derivative_in_the_memory_is_that_in_its_patterns(rng):
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(inside.prepared))
 
 
+@pytest.mark.full
 def test_single_atoms_are_vectors(rng):
     """S = ½|x − y|², so that the step is that of a distance memory at β/2."""
     points = rng.normal(size=(5, 1, 3))

@@ -36,6 +36,7 @@ def draw(rng, n=7, m=5, d=2):
     return x, rng.dirichlet(np.ones(n)), y, rng.dirichlet(np.ones(m))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("epsilon", "rho"), [(0.3, 0.3), *only_full((0.03, 3.0), (1.0, 0.1), (0.1, 0.2))]
 )
@@ -53,6 +54,7 @@ def test_two_atoms_and_saturation():
         np.testing.assert_allclose(found, -1.3 * np.expm1(-(distance**2) / 2 / 1.3), rtol=1e-12)
 
 
+@pytest.mark.full
 def test_symmetry_positivity_and_zero(rng):
     x, a, y, b = draw(rng, 6, 6)
     np.testing.assert_allclose(divergence(x, a, y, b), divergence(y, b, x, a), rtol=1e-12)
@@ -131,6 +133,7 @@ def test_gaussian_closed_form():
     np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("step_size", "kappa"), [(0.5, 2.0), *only_full((1.0, 0.0))])
 def test_step_and_inliers(rng, step_size, kappa):
     """Equations 28 and 29 with the unbalanced first variation, and the share of each atom."""

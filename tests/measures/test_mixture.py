@@ -21,6 +21,7 @@ def samples_of_three(rng, num=400):
     return np.concatenate(parts)
 
 
+@pytest.mark.full
 def test_moments(rng):
     batch = mixtures(rng, 3, 2, 4, 3)
     p, m, f = (np.asarray(x) for x in (batch.weights, batch.means, batch.factors))

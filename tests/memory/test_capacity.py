@@ -342,6 +342,7 @@ def test_a_batch_of_memories(rng):
         len(many)
 
 
+@pytest.mark.full
 def test_replace_without_a_capacity(rng):
     memory = jdam.store(gaussians(rng, 4, 3), log_prior=np.arange(4.0))
     others = gaussians(rng, 2, 3, rank=2)

@@ -79,6 +79,7 @@ def test_nothing_stale_is_used(rng, kind):
     assert np.isfinite(jdam.energy(again, query, 2.0))
 
 
+@pytest.mark.full
 def test_only_what_is_stale_is_refused(rng):
     """Not what nothing was computed of: κ; and Gaussians, of which only bounds were."""
     memory = jdam.store(clouds(rng, 3, 2), jdam.Sinkhorn(0.3))

@@ -62,6 +62,7 @@ def test_sphere(dtype, dim, bounds, commuting):
         assert (np.abs(commutator).max() < 1e-5) == commuting
 
 
+@pytest.mark.full
 def test_sphere_is_deterministic_and_jits():
     def draw(key):
         return jdam.random.wasserstein_sphere(key, 20, 4)

@@ -10,6 +10,7 @@ KEY = jax.random.key(2509)
 SETTINGS = {"radius": 5.0, "shape_radius": 0.8, "margin": 0.4}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("bounds", [(0.5, 2.0), (0.0, 0.0)])
 def test_separated_mixtures(dtype, bounds):

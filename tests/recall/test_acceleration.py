@@ -10,6 +10,7 @@ from tests.cases import KINDS, alike, every_kind_in_full, problem
 from tests.helpers import gaussians
 
 
+@pytest.mark.full
 @every_kind_in_full
 def test_ends_where_plain_steps_end(rng, kind):
     memory, query = problem(rng, kind)

@@ -139,6 +139,7 @@ def test_one_step_bound_is_attained(rng, kind):
         assert np.median(bounds / ends) < 2
 
 
+@pytest.mark.full
 @every_kind
 def test_margins_and_contraction(found, kind):
     case = found(kind)
