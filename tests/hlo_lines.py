@@ -11,13 +11,20 @@ from functools import partial
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 import jdam
 from tests.helpers import clouds, gaussians, near, vectors
 
 
 def count(function, *arguments):
-    return len(jax.jit(function).lower(*arguments).compile().as_text().splitlines())
+    # Programs that are read from the compilation cache print fewer lines.
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        return len(jax.jit(function).lower(*arguments).compile().as_text().splitlines())
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
 
 
 def problem(make, geometry=None):

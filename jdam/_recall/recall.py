@@ -70,22 +70,25 @@ def step(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     check_separation(separation)
-    # Without backtracking full steps never raise the energy: the candidate is not evaluated.
-    attempts = 1 if memory.geometry.max_backtracks else 0
-    solver = Solver(Exhaustive(), separation, attempts)
+    # Where full steps never raise the energy, the candidate is not evaluated.
+    solver = Solver(Exhaustive(), separation, max_steps=min(memory.geometry.max_backtracks, 1))
     return _step(memory, query, beta, step_size, solver=solver)
 
 
-def _whole_batch(memory: Memory, **_: Any) -> None:
-    """All queries of a batch are in the work queue of the solver, which has a batch size."""
+def _batch_size(memory: Memory, *, solver: Solver, **_: Any) -> int | None:
+    """Return None if the loop of the solver has a work queue, which has a batch size of its own."""
+    return None if solver.max_steps else solver.search.query_batch_size(memory)
 
 
-@compiled(static=("solver",), batch_size=_whole_batch)
+@compiled(static=("solver",), batch_size=_batch_size)
 def _step(
     memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, solver: Solver
 ) -> AnyMeasure:
-    end = run(solver, query, solver.problem(memory, beta, step_size))
-    return end.measure if solver.max_steps else end.candidate
+    problem = solver.problem(memory, beta, step_size)
+    if solver.max_steps:
+        return run(solver, query, problem).measure
+    evaluation = solver.evaluate(query, problem, solver.search.first_guess(memory))
+    return solver.move(query, evaluation, problem)
 
 
 def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
@@ -341,7 +344,7 @@ def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Ar
     return sufficient, goal
 
 
-@compiled(static=("solver", "adjoint"), batch_size=_whole_batch)
+@compiled(static=("solver", "adjoint"), batch_size=_batch_size)
 def _recall(
     memory: Memory,
     query: AnyMeasure,
