@@ -118,15 +118,16 @@ def recall(
     **Arguments:**
 
     - `memory`, `query`, `beta`, `step_size` as in `step`.
-    - `max_steps` ≥ 1; None for 50, 200 for `Sinkhorn` with ρ and 256 for `Chamfer`.
+    - `max_steps` ≥ 1; None for 50, 200 for `Sinkhorn` with ρ or another cost, 256 for `Chamfer`.
     - `tol` ≥ 0: the recall ends when the residual, the distance W₂(ξ, Φ(ξ)), is at most this; 0
       takes all `max_steps`. None for eps^0.7 (1e-5 in float32, 1e-11 in float64) times the root
-      mean square norm of the patterns, W₂(Xᵢ, δ₀). For point clouds None is √ε/2000, and a residual
+      mean square norm of the patterns, W₂(Xᵢ, δ₀). For `Sinkhorn` None is √ε/2000, and a residual
       up to √ε/200 counts as converged if the recall stagnated. For `Chamfer` None is √ε/10⁴.
     - `search`: the patterns that each step compares: all of them, `Exhaustive()`, or few, with a
       proof that the others do not matter, `Certified()`. None uses `Certified` for 512 and more
-      full Gaussians, mixtures or point clouds (without ρ), else `Exhaustive`; the recall is that of
-      `Exhaustive` up to 1e-8 in every weight, and 1e-12 in float64.
+      patterns on one device under `Bures` (full covariances), `MixtureWasserstein` or `Sinkhorn`
+      (without ρ and another cost), else `Exhaustive`; the recall is that of `Exhaustive` up to 1e-8
+      in every weight, and 1e-12 in float64.
     - `adjoint`: how to differentiate: `Unrolled()`, `Implicit()` or `OneStep()`.
     - `separation`: the shape of the energy.
     - `acceleration`: a proposal, tried before each plain one and taken if the energy does not
