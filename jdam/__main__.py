@@ -1,5 +1,6 @@
 """`python -m jdam`: the demonstrations of `jdam.demo`. They recall photographs, stored as
-Gaussians, and molecules, stored as point clouds, from damaged copies and from parts."""
+Gaussians, and molecules, stored as point clouds, from damaged copies and from parts, the molecules
+in place and in any pose."""
 
 import argparse
 import sys
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from jdam.demo import molecules, photographs
+from jdam.demo import molecules, photographs, poses
 
 MISSING = "the demo needs scikit-learn, ase, pillow, matplotlib and tqdm: pip install 'jdam[demo]'"
 
 
 def run(seed: int, beta: float, out: Path) -> None:
-    """Run both demonstrations, print their tables and write their figures to the folder `out`."""
+    """Run the demonstrations, print their tables and write their figures to the folder `out`."""
     try:
         import ase  # noqa: F401
         import matplotlib  # noqa: F401
@@ -24,7 +25,7 @@ def run(seed: int, beta: float, out: Path) -> None:
     except ImportError as error:
         raise SystemExit(f"jdam: {MISSING} ({error})") from error
     out.mkdir(parents=True, exist_ok=True)
-    for demo in (partial(photographs.run, beta=beta), molecules.run):
+    for demo in (partial(photographs.run, beta=beta), molecules.run, poses.run):
         # disable=None: tqdm shows nothing if the output is not a terminal.
         with tqdm(file=sys.stderr, bar_format="{desc} {elapsed}", disable=None) as progress:
             table = demo(np.random.default_rng(seed), out=out, tick=progress.set_description)
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m jdam",
         description="Recall the blocks of two photographs, stored as Gaussians, and molecules, "
-        "stored as point clouds, after damage.",
+        "stored as point clouds, after damage; molecules in any pose too.",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the damage (default 0)")
     parser.add_argument(

@@ -19,6 +19,7 @@ import numpy as np
 
 import jdam
 from jdam.demo import finish
+from jdam.demo._drawing import draw_atoms, draw_links, flattest, frame, window
 
 SMALLEST = 8  # atoms of a molecule
 EPSILON, RHO, ELEMENT = 0.02, 0.1, 0.1  # Å²; the last is the price of another element
@@ -68,10 +69,12 @@ DAMAGES: dict[str, tuple[float, int]] = {
 }
 
 
-def damage(molecules: list[Molecule], name: str, rng: np.random.Generator) -> list[Cue]:
-    """A cue for each molecule. Strays are anywhere in a box 2 Å wider than what is left, of
-    elements that the molecule has."""
-    share, strays = DAMAGES[name]
+def damage(
+    molecules: list[Molecule], kind: tuple[float, int], rng: np.random.Generator
+) -> list[Cue]:
+    """A cue for each molecule, of which a share is left, with strays. These are anywhere in a box
+    2 Å wider than what is left, of elements that the molecule has."""
+    share, strays = kind
     cues = []
     for molecule in molecules:
         kept = cut(molecule.positions, rng, share)
@@ -291,7 +294,6 @@ def table(
 
 #: Which molecule is drawn for which damage.
 DRAWN = dict(zip(DAMAGES, ("C6H6", "trans-butane", "C5H5N", "C5H8"), strict=True))
-COLOURS = {1: "#c8c8c8", 6: "#404040", 7: "#0072b2", 8: "#d55e00", 9: "#009e73"}
 
 
 def draw(
@@ -317,70 +319,28 @@ def draw(
     for line, damage in zip(axes, DAMAGES, strict=True):
         i = names.index(DRAWN[damage])
         molecule, cue, found = molecules[i], cues[damage][i], outcomes[OURS, damage]
-        view = np.linalg.svd(molecule.positions - molecule.positions.mean(0))[2][:2].T
-        where = (molecule.positions.mean(0), view)
-        _atoms(line[0], where, molecule.positions, molecule.numbers)
-        _atoms(line[1], where, cue.positions)
+        where = flattest(molecule.positions)
+        draw_atoms(line[0], where, molecule.positions, molecule.numbers)
+        draw_atoms(line[1], where, cue.positions)
         answer = molecules[found.nearest[i]].positions
-        _links(line[2], where, (cue.positions, answer), found.plans[i])
-        _atoms(line[2], where, cue.positions, shares=found.inliers[i])
-        _atoms(line[3], where, found.recalled[i], shares=found.inliers[i])
+        draw_links(line[2], where, (cue.positions, answer), found.plans[i])
+        draw_atoms(line[2], where, cue.positions, shares=found.inliers[i])
+        draw_atoms(line[3], where, found.recalled[i], shares=found.inliers[i])
         for axis, name in zip(line[4:], (OURS, rival), strict=True):
             seen = outcomes[name, damage]
             guess = molecules[seen.nearest[i]]
-            _atoms(axis, where, seen.atoms[i], guess.numbers if name == OURS else None)
-            right = seen.nearest[i] == i
-            axis.spines[:].set(color="#009e73" if right else "#ff2d55", linewidth=2.5)
-            axis.set_xlabel(guess.name, fontsize=11)
+            draw_atoms(axis, where, seen.atoms[i], guess.numbers if name == OURS else None)
+            frame(axis, guess.name, right=seen.nearest[i] == i)
         line[0].set_ylabel(damage, fontsize=13)
         line[0].set_xlabel(molecule.name, fontsize=11)
-        reach = max(np.abs((cue.positions - where[0]) @ view).max() + 1, 3.2)
+        reach = max(np.abs((cue.positions - where[0]) @ where[1]).max() + 1, 3.2)
         for axis in line:
-            axis.set(xlim=(-reach, reach), ylim=(-reach, reach), xticks=[], yticks=[])
-            axis.set_aspect("equal")
+            window(axis, reach)
     caption = (
         "A molecule from damaged cues: which atoms belong (blue), to what, and what the whole "
     )
     caption += "is. Framed red: another molecule."
     finish(figure, axes, titles, caption, path=path, dpi=90)
-
-
-def _links(
-    axis: Any, where: tuple[np.ndarray, np.ndarray], ends: tuple[np.ndarray, ...], plan: np.ndarray
-) -> None:
-    """The atoms of a pattern, and lines to them from those of a cue that belong to them."""
-    cue, answer = ((atoms - where[0]) @ where[1] for atoms in ends)
-    axis.scatter(*answer.T, s=330, facecolors="none", edgecolors="#999999", zorder=1)
-    for j, k in zip(*np.nonzero(plan > 0.2 * plan.max()), strict=True):
-        axis.plot(*np.stack([cue[j], answer[k]]).T, color="#404040", linewidth=1.5, zorder=1)
-
-
-def _atoms(
-    axis: Any,
-    where: tuple[np.ndarray, np.ndarray],
-    atoms: np.ndarray,
-    numbers: np.ndarray | None = None,
-    shares: np.ndarray | None = None,
-) -> None:
-    """Atoms seen from the molecule's flattest side: with bonds where their elements are known, and
-    from red, where none of them belongs, to blue, where all of them does."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    flat = (atoms - where[0]) @ where[1]
-    if numbers is None:
-        ramp = LinearSegmentedColormap.from_list("belongs", ["#ff2d55", "#0072b2"])
-        colours = "#777777" if shares is None else ramp(shares)
-        axis.scatter(*flat.T, s=130, c=colours, zorder=2)
-        return
-    from ase.data import covalent_radii
-
-    reach = 1.25 * (covalent_radii[numbers][:, None] + covalent_radii[numbers][None])
-    gaps = np.linalg.norm(atoms[:, None] - atoms[None], axis=-1)
-    for j, k in zip(*np.nonzero(np.triu(gaps < reach, 1)), strict=True):
-        axis.plot(*flat[[j, k]].T, color="#999999", linewidth=3, zorder=1)
-    elements = [COLOURS.get(int(number), "#cc79a7") for number in numbers]
-    sizes = 90 + 420 * covalent_radii[numbers] ** 2
-    axis.scatter(*flat.T, s=sizes, c=elements, edgecolors="#404040", linewidths=0.6, zorder=2)
 
 
 def run(rng: np.random.Generator, out: Path, tick: Callable[[str], None]) -> str:
@@ -389,7 +349,7 @@ def run(rng: np.random.Generator, out: Path, tick: Callable[[str], None]) -> str
     methods = {name: method(molecules) for name, method in METHODS.items()}
     outcomes, cues = {}, {}
     for name in DAMAGES:
-        cues[name] = damage(molecules, name, rng)
+        cues[name] = damage(molecules, DAMAGES[name], rng)
         for method, recall in methods.items():
             tick(f"{name}, {method}")
             outcomes[method, name] = recall(cues[name])
