@@ -29,6 +29,8 @@ import tests.annotations  # noqa: F401 (by its name, before jdam is imported)
 
 chex.set_n_cpu_devices(2)
 
+install_import_hook("jdam", "tests.annotations.check")
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,13 +38,6 @@ settings.register_profile("jdam", deadline=None, max_examples=25, derandomize=Tr
 settings.load_profile("jdam")
 # Tracing makes many objects that live on: a tenth of the time goes to looking through them.
 gc.set_threshold(100_000, 50, 100)
-
-
-def pytest_configure(config):
-    """Check the shapes of arguments and results, but for the full tier alone: the quick tests run
-    the same functions, and checks take a part of the time to trace."""
-    if config.option.markexpr != "full":
-        install_import_hook("jdam", "tests.annotations.check")
 
 
 @pytest.fixture(scope="module", autouse=True)
