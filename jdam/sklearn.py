@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from scipy.special import softmax
 from sklearn.base import (
     BaseEstimator,
     ClassifierMixin,
@@ -25,7 +26,7 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, column_or_1d
 
 from jdam._core import checks
-from jdam._core.batching import batch_size
+from jdam._core.batching import batch_size, power_of_two
 from jdam._energy.choosing import suggest_beta
 from jdam._energy.energy import inverse_temperature
 from jdam._energy.pairs import pairwise
@@ -35,6 +36,7 @@ from jdam._measures.gaussian import Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud, unchecked
 from jdam._measures.ragged import build, check_ragged
+from jdam._measures.simplex import uniform_weights
 from jdam._memory.memory import Memory, store
 from jdam.geometry import Chamfer, Geometry, Sinkhorn
 
@@ -107,9 +109,7 @@ class _MemoryEstimator(BaseEstimator):  # type: ignore[misc]
             )
         queries = self._measures(given, self._num_atoms)
         compared = _in_parts(partial(pairwise, self.memory_, progress=False), queries)
-        divergences = compared.astype(float)
-        masses = np.exp(-self.beta_ * (divergences - divergences.min(1)[:, None]))
-        weights: np.ndarray = masses / masses.sum(1, keepdims=True)
+        weights: np.ndarray = softmax(-self.beta_ * compared.astype(float), axis=1)
         return weights
 
     def _measures(self, given: Measure, num_atoms: int) -> AnyMeasure:
@@ -119,7 +119,7 @@ class _MemoryEstimator(BaseEstimator):  # type: ignore[misc]
             return given
         cloud: PointCloud = jax.tree.map(np.asarray, given)  # JAX would compile every shape
         if cloud.num_atoms > num_atoms:
-            num_atoms = _power_of_two(cloud.num_atoms)
+            num_atoms = power_of_two(cloud.num_atoms)
         cloud = cloud.padded(n=num_atoms)
         if self.measure == "cloud":
             return jax.tree.map(jax.device_put, cloud)
@@ -261,8 +261,7 @@ def _batch_of(X: Any) -> Measure:
         wanted = "a list of arrays (n, d), an array (N, n, d), N, n, d ≥ 1, or measures of jdam"
         raise ValueError(f"X must be {wanted}; got shape {array.shape}")
     checks.finite("X", array)
-    # On the host: the checks of `PointCloud` would be compiled for every shape.
-    uniform: Any = np.full(array.shape[:2], 1 / array.shape[1], array.dtype)
+    uniform: Any = uniform_weights(array)
     return unchecked(array, uniform)
 
 
@@ -277,7 +276,7 @@ def _in_parts(function: Callable[[Any], _T], measures: AnyMeasure) -> _T:
     """`function` of the measures, on the host, some at a time: numbers of them that are a power of
     two at most, the last ones filled up with copies of the last."""
     num = batch_size(measures)
-    width = min(AT_ONCE, _power_of_two(num))
+    width = min(AT_ONCE, power_of_two(num))
     host = jax.tree.map(np.asarray, measures)
     parts = []
     for start in range(0, num, width):
@@ -304,12 +303,7 @@ def _mixtures(key: Array, clouds: PointCloud, *, num_components: int) -> Gaussia
     return fitted
 
 
-def _power_of_two(size: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << (size - 1).bit_length()
-
-
 def _rounded_up(size: int) -> int:
     """The least number that is not less, of four from each power of two to the next."""
-    step = max(1, _power_of_two(size) // 8)
+    step = max(1, power_of_two(size) // 8)
     return -(-size // step) * step

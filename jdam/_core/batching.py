@@ -70,13 +70,10 @@ def in_batches(
     @one.def_vmap
     @full_precision
     def batch_rule(size: int, batched: Any, *args: Any) -> Any:
-        def in_chunks(*args: Any) -> Any:
-            rows, join = _split(tuple(batched), args)
-            return map_in_batches(lambda row: function(*join(row)), at_once, rows)
-
         if flat:
             results = _as_one_batch(over_rows, _broadcast_batch(size, tuple(batched), args))
         else:
+            in_chunks = partial(_in_chunks, function, at_once, batched)
             results = on_local_shards(in_chunks, tuple(batched), args)
         return results, jax.tree.map(lambda _: True, results)
 
@@ -168,7 +165,7 @@ def _with_batch_rule(
     @full_precision
     def batch_rule(size: int, batched: Any, *values: Any) -> Any:
         if export.is_symbolic_dim(size):
-            results = _in_chunks(one, batched, values)
+            results = _in_chunks(one, None, batched, *values)
         elif flat:
             merged = lambda rows: over_rows(rows[:-1], rows[-1], lambda row: row)  # noqa: E731
             results = _as_one_batch(merged, _broadcast_batch(size, tuple(batched), values))
@@ -181,10 +178,10 @@ def _with_batch_rule(
     return batchable
 
 
-def _in_chunks(one: Callable[..., Any], batched: Any, values: tuple[Any, ...]) -> Any:
-    """Call `one` for each element of a batch of symbolic length, in chunks of known length."""
+def _in_chunks(function: Callable[..., T], at_once: int | None, batched: Any, *values: Any) -> T:
+    """Call `function(*values)` for each element of a batch, `at_once` elements at a time."""
     rows, join = _split(tuple(batched), values)
-    return map_in_batches(lambda row: one(*join(row)), None, rows)
+    return map_in_batches(lambda row: function(*join(row)), at_once, rows)
 
 
 def _once(
@@ -307,6 +304,11 @@ def by_platform(cpu: int, accelerator: int) -> int:
     """Return the number of elements to compute at once on the default backend: `cpu`, chosen to fit
     the cache, or `accelerator`, chosen to outlast the launch of kernels."""
     return cpu if jax.default_backend() == "cpu" else accelerator
+
+
+def power_of_two(size: int) -> int:
+    """Return the least power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()
 
 
 def equal_parts(size: int, at_most: int) -> tuple[int, int]:

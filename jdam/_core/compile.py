@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jdam._core.batching import in_batches
+from jdam._core.derivatives import full_precision
 from jdam._core.loops import varying
 from jdam._core.mesh import is_whole, on_parts
 
@@ -42,20 +43,20 @@ def compiled(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.partial(jax.jit, static_argnames=static)
         @functools.wraps(function)
+        @full_precision
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             def body(first: Any, *args: Any) -> Any:
                 return cast(Any, function)(_validated(first), *args, **kwargs)
 
-            with jax.default_matmul_precision("highest"):
-                dtype, call = float_dtype(first), body
-                inside = working_dtype(dtype)
-                values = varying((first, *args))
-                if inside != dtype:
-                    values = _cast(values, inside)
-                if batch_size is not None:
-                    call = functools.partial(in_batches, body, batch_size(first, **kwargs))
-                result = on_parts(call, *values) if is_whole(first) else call(*values)
-                return _cast(result, dtype) if rounded and inside != dtype else result
+            dtype, call = float_dtype(first), body
+            inside = working_dtype(dtype)
+            values = varying((first, *args))
+            if inside != dtype:
+                values = _cast(values, inside)
+            if batch_size is not None:
+                call = functools.partial(in_batches, body, batch_size(first, **kwargs))
+            result = on_parts(call, *values) if is_whole(first) else call(*values)
+            return _cast(result, dtype) if rounded and inside != dtype else result
 
         @functools.wraps(function)
         def in_one_context(*args: Any, **kwargs: Any) -> Any:

@@ -81,11 +81,10 @@ def _in_one_sweep(
     def accumulate(sums: Any, comparison: Comparison, block: Block) -> tuple[Any, Any]:
         return separation.accumulate(sums, comparison, block, beta), comparison.guess
 
-    sweep = Sweep(accumulate)
     blocks = cut_into_blocks(memory, settings.block_size, guess)
     first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
     empty_sums = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
-    sums, guesses = sweep.over(memory, view, blocks, empty_sums, beta)
+    sums, guesses = sweep(accumulate, memory, view, blocks, empty_sums, beta)
     sums = separation.merge(sums, beta, memory.layout)
     guesses = _join_blocks(guesses, memory.capacity)
     return separation.finish(sums, total_prior(memory), beta, view, guesses)
@@ -133,7 +132,7 @@ def _in_two_sweeps(
     def add(total: AnyMeasure, comparison: Comparison, block: Any) -> tuple[AnyMeasure, None]:
         return jax.tree.map(partial(_add, block.weights), total, comparison.pull), None
 
-    comparisons = _join_blocks(Sweep(collect).over(memory, view, blocks, None)[1], num)
+    comparisons = _join_blocks(sweep(collect, memory, view, blocks, None)[1], num)
     terms = all_rows(comparisons.divergence, layout), all_rows(memory.log_prior, layout)
     all_weights = settings.separation.weights(*terms, beta)
     weights = local_rows(all_weights, num, layout)
@@ -144,7 +143,7 @@ def _in_two_sweeps(
         blocks = cut_into_blocks(memory, settings.block_size, comparisons.guess)
         count, size = blocks.indices.shape
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
-        pull, _ = Sweep(add).over(memory, view, blocks._replace(weights=padded), zero.pull)
+        pull, _ = sweep(add, memory, view, blocks._replace(weights=padded), zero.pull)
     unsolved = psum(unsolved_mass(comparisons, weights), layout)
     pattern = heaviest(all_weights, *terms)
     row = pattern - first_index(num, layout)
@@ -183,7 +182,7 @@ def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
         return None, comparison.divergence
 
     blocks, view = cut_into_blocks(memory, None, None), view_of(memory.geometry, query)
-    divergences = Sweep(collect).over(memory, view, blocks, None)[1]
+    divergences = sweep(collect, memory, view, blocks, None)[1]
     result: Array = all_rows(_join_blocks(divergences, memory.capacity), memory.layout)
     return result
 
@@ -200,33 +199,33 @@ def view_of(geometry: Geometry, query: AnyMeasure) -> AnyView:
     return geometry.view(query)
 
 
-class Sweep(NamedTuple):
-    """Comparisons of a query with one block of patterns after another.
+def sweep(
+    accumulate: Callable[[Any, Comparison, Any], tuple[Any, Any]],
+    memory: Memory,
+    view: AnyView,
+    blocks: Any,
+    start: Any,
+    *others: Any,
+) -> Any:
+    """Compare a query with one block of patterns after another, and return the last carry and the
+    stacked outputs.
 
-    `accumulate(carry, comparison, block)` returns the next carry and an output of the block.
+    `accumulate(carry, comparison, block)` returns the next carry and an output of the block;
+    `others` are the arrays that it closes over. The derivative recomputes the comparisons; only
+    results of iterative solvers, named `ITERATED`, are stored.
     """
 
-    accumulate: Callable[[Any, Comparison, Any], tuple[Any, Any]]
+    def body_fun(carry: Any, block: Any) -> tuple[Any, Any]:
+        comparison = compare(memory.geometry, view, block.patterns)
+        _check_comparison(memory, comparison, block)
+        return accumulate(carry, comparison, block)
 
-    def over(self, memory: Memory, view: AnyView, blocks: Any, start: Any, *others: Any) -> Any:
-        """Return the last carry and the stacked outputs. `others` are the arrays that `accumulate`
-        closes over.
-
-        The derivative recomputes the comparisons; only results of iterative solvers, named
-        `ITERATED`, are stored.
-        """
-
-        def body_fun(carry: Any, block: Any) -> tuple[Any, Any]:
-            comparison = compare(memory.geometry, view, block.patterns)
-            _check_comparison(memory, comparison, block)
-            return self.accumulate(carry, comparison, block)
-
-        if batch_size(blocks) == 1:
-            carry, output = body_fun(start, jax.tree.map(lambda leaf: leaf[0], blocks))
-            return carry, jax.tree.map(lambda leaf: leaf[None], output)
-        policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
-        remat_body_fun = jax.checkpoint(body_fun, prevent_cse=False, policy=policy)
-        return scan(remat_body_fun, start, blocks, view, memory.geometry, *others)
+    if batch_size(blocks) == 1:
+        carry, output = body_fun(start, jax.tree.map(lambda leaf: leaf[0], blocks))
+        return carry, jax.tree.map(lambda leaf: leaf[None], output)
+    policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
+    remat_body_fun = jax.checkpoint(body_fun, prevent_cse=False, policy=policy)
+    return scan(remat_body_fun, start, blocks, view, memory.geometry, *others)
 
 
 def _check_comparison(memory: Memory, comparison: Comparison, block: Block) -> None:

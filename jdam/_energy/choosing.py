@@ -102,10 +102,7 @@ def suggest_beta(
         if length_of(asked) == 0:
             raise ValueError("queries must hold at least one query; got 0")
     divergences = in_one_piece(pairs(memory, asked, "suggest_beta", progress))
-    if checks.is_concrete(divergences):
-        xp, values = checks.within_reach(divergences)
-        if xp.isnan(values).any():
-            raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
+    _check_divergences(divergences, who)
     if labelled is not None:
         owner, classes = owners(memory, np.asarray(pattern_labels)[own], pattern_labels, len(own))
         others = jnp.tile(log_prior, (len(own), 1)).at[jnp.arange(len(own)), own].set(-jnp.inf)
@@ -147,11 +144,18 @@ def neighbour_divergence(memory: Memory) -> Float[Array, ""]:
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     asked = memory[_sample(len(memory), log_prior)]
     divergences = in_one_piece(pairs(memory, asked, "neighbour_divergence", None))
-    if checks.is_concrete(divergences) and jnp.isnan(divergences).any():
-        raise ValueError("patterns must be at finite divergences from all patterns; got NaN")
+    _check_divergences(divergences, "patterns")
     scale, _ = memory.magnitudes()
     unit = _neighbour(divergences, log_prior)
     return 1 / _positive(1 / unit, in_one_piece(scale), divergences)
+
+
+def _check_divergences(divergences: Float[Array, "Q N"], who: str) -> None:
+    """Raise `ValueError` for concrete divergences that are NaN."""
+    if checks.is_concrete(divergences):
+        xp, values = checks.within_reach(divergences)
+        if xp.isnan(values).any():
+            raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
 
 
 @compiled()

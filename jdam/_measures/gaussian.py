@@ -17,7 +17,7 @@ from jdam._measures.base import Measure, with_leaves
 from jdam._measures.batches import join
 from jdam._measures.moments import covariance_root, moments
 from jdam._measures.ragged import build, check_ragged
-from jdam._measures.simplex import simplex_weights
+from jdam._measures.simplex import simplex_weights, uniform_weights
 
 #: Advice in error messages about lists of arrays of different shapes.
 RAGGED = "jdam.Gaussian.from_ragged_samples takes different numbers of samples"
@@ -132,8 +132,7 @@ class Gaussian(Measure):
             raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
         checks.finite("samples", samples)
         if weights is None:
-            # In host memory, since `jnp.full` would compile a program for each shape.
-            weights = np.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
+            weights = uniform_weights(samples)
         weights = simplex_weights(weights, samples=samples)
         return cls(*moments(samples, weights))
 

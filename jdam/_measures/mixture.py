@@ -19,7 +19,7 @@ from jdam._measures.base import Measure, with_leaves
 from jdam._measures.em import Components, fit_mixture, log_densities
 from jdam._measures.gaussian import Gaussian
 from jdam._measures.moments import factor_of, weighted_mean
-from jdam._measures.simplex import free_weights, simplex_weights, weights_of
+from jdam._measures.simplex import free_weights, simplex_weights, uniform_weights, weights_of
 
 #: Bound on n·K·d, summed over the mixtures of a batch that are fitted at the same time.
 NUMBERS = 2**20
@@ -188,7 +188,7 @@ class GaussianMixture(Measure):
                 f"got {num}"
             )
         if weights is None:
-            weights = jnp.full(samples.shape[:-1], 1 / samples.shape[-2], samples.dtype)
+            weights = uniform_weights(samples)
         weights = simplex_weights(weights, samples=samples)
         return cls(*_fit(samples, weights, key, num_components=num))
 

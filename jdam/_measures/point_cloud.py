@@ -14,7 +14,7 @@ from jdam._core import checks
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.moments import weighted_mean
 from jdam._measures.ragged import build, check_ragged, rows_of_groups, with_arrays
-from jdam._measures.simplex import free_weights, simplex_weights, weights_of
+from jdam._measures.simplex import free_weights, simplex_weights, uniform_weights, weights_of
 
 RAGGED = "jdam.PointCloud.from_ragged takes clouds of different sizes"
 
@@ -61,8 +61,7 @@ class PointCloud(Measure):
             raise ValueError(f"points must have shape (…, n, d), n, d ≥ 1; got {points.shape}")
         checks.finite("points", points)
         if weights is None:
-            # In host memory, since `jnp.full` would compile a program for each shape.
-            weights = np.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
+            weights = uniform_weights(points)
         self.points, self.weights = points, simplex_weights(weights, points=points)
         self.features = None if features is None else _checked_features(features, points)
 

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
@@ -43,6 +44,12 @@ def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
                 "divide by weights.sum(-1, keepdims=True)"
             )
     return weights
+
+
+def uniform_weights(points: Array | np.ndarray) -> np.ndarray:
+    """The weights 1/n, (…, n), of points (…, n, d), in host memory: `jnp.full` would compile a
+    program for each shape."""
+    return np.full(points.shape[:-1], 1 / points.shape[-2], points.dtype)
 
 
 def free_weights(weights: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:

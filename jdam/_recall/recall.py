@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
-from jdam._core.batching import map_in_batches
+from jdam._core.batching import map_in_batches, power_of_two
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import on_local_shards
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
@@ -194,7 +194,7 @@ def _recall_checked(
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
     # One compiled program serves all numbers of steps up to a power of two.
-    length = 1 << (max_steps - 1).bit_length()
+    length = power_of_two(max_steps)
     acceleration = _checked_acceleration(memory, acceleration)
     solver = Solver(search, separation, length, acceleration, save_trace)
     limits = tol, jax.device_put(np.int32(max_steps))

@@ -64,21 +64,21 @@ def search(group: Group, held: Problem, last: Pose, fresh: Pose, plans: Plans) -
         searching, level = state.turns < end, state.turns % per
         of_round = jnp.minimum(state.turns // per, rounds - 1)
         begun = jax.tree.map(lambda leaf: leaf[:, of_round], fresh)
-        poses = _choose(searching & (level == 0), begun, state.poses)
+        poses = choose_rows(searching & (level == 0), begun, state.poses)
         height = jnp.where(searching, 1 - jnp.minimum(level + 1, LEVELS) / LEVELS, 0)
         epsilon = soft.epsilon * most ** height.astype(most.dtype)
         found, score = explain(held, Softness(epsilon, soft.rho), poses)
         moved = best_pose(group, found, poses, held.ratio[:, None])
         if own is not None:
             exact = best_pose(group, found, poses, held.ratio[:, None], own(poses.scale))
-            moved = _choose(searching, moved, exact)
+            moved = choose_rows(searching, moved, exact)
         better = searching & (level == LEVELS) & (score < state.best_score)
         best = choose_rows(better, poses, state.best)
         best_score = jnp.where(better, score, state.best_score)
         again = choose_rows(jnp.broadcast_to(known[:, None], score.shape), same, best)
         return Lanes(
             turns=state.turns + 1,
-            poses=_choose(state.turns == end - 1, again, moved),
+            poses=choose_rows(state.turns == end - 1, again, moved),
             score=jnp.where(searching, best_score, score),
             change=moved_by(held, poses, moved) / tol[:, None],
             best=best,
@@ -152,8 +152,3 @@ def _axes(group: Group, held: Problem) -> Float[Array, "B A d d"]:
     last = jnp.einsum("i,bj->bij", axes[:, 0], own[..., 0])  # of the least spread
     turned = jnp.asarray(signs[:, 0], last.dtype)[None, :, None, None] * last[:, None]
     return found - jnp.where(proper < 0, 2, 0)[..., None, None] * turned
-
-
-def _choose(condition: Bool[Array, ""], new: Pose, old: Pose) -> Pose:
-    chosen: Pose = jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
-    return chosen
