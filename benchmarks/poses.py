@@ -15,31 +15,10 @@ import jax
 import numpy as np
 
 import jdam
-from jdam.demo.molecules import JITTER, Molecule, clouds, cut, load_molecules
+from jdam.demo.molecules import STRAYS, cloud, load_molecules
+from jdam.demo.poses import CHAMFER, turned
 
-EPSILON, RHO, ELEMENT = 0.05, 0.15, 0.3  # Å²
-DAMAGES = {"all atoms": (1.0, 0), "75 %": (0.75, 0), "60 %": (0.6, 0), "3 strays": (1.0, 3)}
-
-
-def rotation(rng: np.random.Generator) -> np.ndarray:
-    basis, upper = np.linalg.qr(rng.normal(size=(3, 3)))
-    basis *= np.sign(np.diag(upper))
-    basis[:, 0] *= np.sign(np.linalg.det(basis))
-    return basis
-
-
-def cues(molecules: list[Molecule], damage: tuple[float, int], seed: int) -> jdam.PointCloud:
-    """What is left of each molecule, with strays, in a pose of its own."""
-    rng, (share, strays) = np.random.default_rng(seed), damage
-    points, numbers = [], []
-    for molecule in molecules:
-        kept = cut(molecule.positions, rng, share)
-        atoms = molecule.positions[kept]
-        atoms = np.vstack([atoms, rng.uniform(atoms.min(0) - 1, atoms.max(0) + 1, (strays, 3))])
-        atoms = atoms + rng.normal(0, JITTER, atoms.shape)
-        points.append(atoms @ rotation(rng).T + rng.normal(0, 3, 3))
-        numbers.append(np.append(molecule.numbers[kept], rng.choice(molecule.numbers, strays)))
-    return clouds(points, numbers).pad(max(len(one.positions) for one in molecules) + 3)
+DAMAGES = {"all atoms": (1.0, 0), "75 %": (0.75, 0), "60 %": (0.6, 0), "3 strays": (1.0, STRAYS)}
 
 
 def main() -> None:
@@ -47,16 +26,19 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2)
     options = parser.parse_args()
     molecules = load_molecules()
-    stored = clouds([one.positions for one in molecules], [one.numbers for one in molecules])
+    stored = cloud(molecules, elements=True)
+    padded = stored.num_atoms + STRAYS
     problems = {
-        name: [cues(molecules, damage, seed) for seed in range(options.draws)]
-        for name, damage in DAMAGES.items()
+        name: [
+            cloud(turned(molecules, kind, np.random.default_rng(seed)), elements=True).pad(padded)
+            for seed in range(options.draws)
+        ]
+        for name, kind in DAMAGES.items()
     }
     print(f"| starts | {' | '.join(DAMAGES)} | ms a cue | of the processor | first call, s |")
     print("|---" * (len(DAMAGES) + 4) + "|")
-    inner = jdam.Chamfer(EPSILON, rho=RHO, feature_scale=ELEMENT)
     for starts in (4, 12, 24, 48):
-        memory = jdam.store(stored, jdam.Aligned(inner, num_starts=starts))
+        memory = jdam.store(stored, jdam.Aligned(CHAMFER, num_starts=starts))
         nearest = jax.jit(jax.vmap(jdam.nearest, (None, 0)))
         start = time.perf_counter()
         jax.block_until_ready(nearest(memory, problems["all atoms"][0]))

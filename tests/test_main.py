@@ -75,7 +75,7 @@ def test_cues_are_parts_with_strays(rng):
 def test_cues_are_turned_and_keep_their_distances(rng):
     found = molecules.load_molecules()
     for name, (share, strays) in poses.DAMAGES.items():
-        cues = poses.turned(found, name, rng)
+        cues = poses.turned(found, poses.DAMAGES[name], rng)
         for cue, molecule in zip(cues, found, strict=True):
             own = ~np.isnan(cue.places[:, 0])
             assert own.sum() == round(share * len(molecule.positions))
@@ -89,7 +89,7 @@ def test_cues_are_turned_and_keep_their_distances(rng):
 
 def test_closest_points_find_a_turned_molecule(rng):
     found = [molecule for molecule in molecules.load_molecules() if len(molecule.numbers) >= 11]
-    cue = poses.turned(found, "all atoms", rng)[0]
+    cue = poses.turned(found, poses.DAMAGES["all atoms"], rng)[0]
     index, laid, belong = poses.Closest(found, 24)(cue)
     assert index == 0
     assert belong.all()

@@ -79,9 +79,11 @@ def turn(cue: Cue, molecule: Molecule, rng: np.random.Generator) -> Turned:
     return Turned(shown, places, cue.numbers, whole)
 
 
-def turned(molecules: list[Molecule], name: str, rng: np.random.Generator) -> list[Turned]:
-    """Return a cue for each molecule, damaged and in a pose of its own."""
-    cues = damage(molecules, DAMAGES[name], rng)
+def turned(
+    molecules: list[Molecule], kind: tuple[float, int], rng: np.random.Generator
+) -> list[Turned]:
+    """Return a cue for each molecule, damaged as by `damage` and in a pose of its own."""
+    cues = damage(molecules, kind, rng)
     return [turn(cue, molecule, rng) for cue, molecule in zip(cues, molecules, strict=True)]
 
 
@@ -346,7 +348,7 @@ def draw(path: Path, molecules: list[Molecule], cues: list[Turned], ours: Outcom
 def run(rng: np.random.Generator, out: Path, tick: Callable[[str], None]) -> str:
     """Draw the figure and return the table; call `tick` before each method."""
     molecules = load_molecules()
-    cues = [cue for name in DAMAGES for cue in turned(molecules, name, rng)]
+    cues = [cue for kind in DAMAGES.values() for cue in turned(molecules, kind, rng)]
     outcomes = {}
     for name, method in METHODS.items():
         tick(f"any pose, {name}")
