@@ -70,6 +70,8 @@ from jdam._measures.mixture import GaussianMixture as GaussianMixture
 from jdam._measures.point_cloud import PointCloud as PointCloud
 from jdam._memory.files import load as load
 from jdam._memory.files import save as save
+from jdam._memory.mapped import MappedMemory as MappedMemory
+from jdam._memory.mapped import open as open
 from jdam._memory.memory import Memory as Memory
 from jdam._memory.memory import store as store
 from jdam._memory.sharding import shard as shard

@@ -15,7 +15,8 @@ from jdam._core.batching import batch_size, map_in_batches, masked_cond
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._energy.average import compare, view_of
-from jdam._energy.certified import Certified, bound_all, choose, rows_of
+from jdam._energy.branch_and_bound import bounds_of, rows_of
+from jdam._energy.certified import Certified, bound_all, choose
 from jdam._energy.choosing import owners
 from jdam._energy.energy import (
     divergences_of,
@@ -28,7 +29,6 @@ from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, with_prior
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam.geometry.protocol import Patterns
 
 
 class Calibration(eqx.Module):
@@ -149,8 +149,7 @@ def _able(search: Search | None, memory: Memory) -> Search:
     if not isinstance(search, Exhaustive | Certified):
         kinds = "jdam.Exhaustive() or jdam.Certified()"
         raise TypeError(f"search must be {kinds}, or None; got {search!r}")
-    bounds = memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
-    return search if memory.layout is None and bounds else Exhaustive()
+    return search if memory.layout is None and bounds_of(memory) else Exhaustive()
 
 
 class _Bounded(NamedTuple):

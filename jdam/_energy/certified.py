@@ -4,44 +4,40 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
-from jdam._core.batching import batched_while_loop, by_platform, masked_cond
+from jdam._core.batching import by_platform, masked_cond
 from jdam._core.derivatives import full_precision, jvp
-from jdam._core.loops import while_loop
-from jdam._core.mesh import Layout, first_index, psum
-from jdam._energy.average import (
-    Settings,
-    compare,
-    evaluate,
-    relative_prior,
-    total_prior,
-    view_of,
-    zero_comparison,
+from jdam._core.mesh import psum
+from jdam._energy.average import Settings, evaluate, total_prior, view_of, zero_comparison
+from jdam._energy.branch_and_bound import (
+    Explored,
+    Goal,
+    bounds_of,
+    branch_and_bound,
+    num_units,
+    rows_of,
 )
 from jdam._energy.evaluation import Block, Evaluation
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation, Sums, mass, with_prior
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam.geometry.protocol import AnyView, Bound, Patterns
+from jdam.geometry.protocol import AnyView, Comparison, Patterns
 
-#: Number of patterns per refinement, by the second bound and by later ones.
-REFINED = 256, 64
 #: Memories of fewer patterns are searched exhaustively by default: the program is smaller.
 MANY = 512
 #: Bounds pay only while the mass of the candidates, in units of the heaviest, is at most this.
 FEW = 8
 #: After a fraction 1/SHARE of the patterns has been compared, comparing all costs no more.
 SHARE = 8
-#: Number of queries of the work queue that advance together on a CPU.
-QUERIES = 4
-#: Level of patterns that were compared: above the index of any bound.
-COMPARED = 127
+#: Comparing all patterns is tried after so many comparisons at most.
+MOST = 2**18
 #: Largest size of the warm starts that a query stores from step to step, in numbers.
 KEPT = 2**16
 
@@ -102,14 +98,14 @@ class Certified(Search):
         return self.tol
 
     def query_batch_size(self, memory: Memory) -> int:
-        # Bounds are a few numbers for each pattern: limit them to some tens of megabytes.
-        most = by_platform(64, 1024)
-        return max(1, min(most, by_platform(2**22, 2**26) // memory.capacity))
+        # Bounds are a few numbers for each unit: limit them to some tens of megabytes.
+        most, units = by_platform(64, 1024), num_units(memory)
+        return max(1, min(most, by_platform(2**23, 2**27) // units))
 
     def first_guess(self, memory: Memory) -> Any:
         guess = super().first_guess(memory)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(guess))
-        return None if _bounds(memory) and numbers > KEPT else guess
+        return None if bounds_of(memory) and numbers > KEPT else guess
 
     def evaluate(
         self,
@@ -122,7 +118,7 @@ class Certified(Search):
     ) -> Evaluation:
         if type(separation) is not LogSumExp:
             raise ValueError(f"search={self} needs separation=LogSumExp(); got {separation}")
-        if not _bounds(memory):
+        if not bounds_of(memory):
             return evaluate(Settings(), memory, query, beta, guess)
         evaluation = _evaluate(self, memory, query, beta, guess)[0]
         if not self.falls_back(memory):
@@ -145,7 +141,7 @@ class Certified(Search):
         size = min(num, self.num_candidates)
         most = num if self.max_candidates is None else self.max_candidates
         if self.falls_back(memory):
-            most = max(num // SHARE, size)
+            most = max(min(num // SHARE, MOST), size)
         return size, most // size if most < num else -(-num // size)
 
 
@@ -156,11 +152,10 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
     pays = (
         memory.capacity >= MANY
         and memory.layout is None
-        and type(separation) is LogSumExp
         and memory.geometry.bounds_pay
-        and len(_bounds(memory)) > 1  # otherwise D is one matrix product
+        and len(bounds_of(memory)) > 1  # otherwise D is one matrix product
     )
-    if not pays:
+    if type(separation) is not LogSumExp or not (pays or memory.cells is not None):
         return Exhaustive()
     return Certified(tol=1e-12 if memory.dtype == jnp.float64 else 1e-8)
 
@@ -169,81 +164,104 @@ def _compare_all(guess: Any, args: tuple[Memory, AnyMeasure, Array]) -> Evaluati
     return evaluate(Settings(), *args, guess)
 
 
-def _bounds(memory: Memory) -> tuple[Bound, ...]:
-    return memory.geometry.bounds(Patterns(memory.patterns, memory.prepared))
+class Mass(Goal):
+    """The log-sum-exp sums over the patterns compared, up to the Gibbs mass `tol`."""
 
+    beta: Float[Array, ""]
+    tol: float = eqx.field(static=True)
+    with_pull: bool = eqx.field(static=True)
+    may_give_up: bool = eqx.field(static=True)
+    #: Sharded memory: the sums over the first candidates of all devices.
+    others: Sums | None = None
 
-def _cheapest(memory: Memory, view: AnyView) -> Float[Array, " N"]:
-    """Return the first of the bounds for all patterns; D itself if the geometry has none."""
-    geometry, patterns = memory.geometry, Patterns(memory.patterns, memory.prepared)
-    if bounds := _bounds(memory):
-        return bounds[0](view, patterns)
-    guess = geometry.first_guess(memory.prepared)
-    exact: Array = compare(geometry, view, patterns._replace(guess=guess)).divergence
-    return exact
+    def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> Sums:
+        return LogSumExp().empty(zero_comparison(memory, view, patterns), self.with_pull)
 
+    def add(self, result: Sums, comparison: Comparison, block: Block) -> Sums:
+        return LogSumExp().accumulate(result, comparison, block, self.beta)
 
-class _State(NamedTuple):
-    """State of a search."""
+    def shifted(self, bounds: Array, log_prior: Array | None) -> Array:
+        return with_prior(bounds, log_prior, self.beta)
 
-    lower: Float[Array, " N"]  # lower bounds on D̃ = D − β⁻¹ log π
-    bounded: Int[Array, " N"]  # index of the bound in `lower`; `COMPARED` where it is D̃
-    sums: Sums  # over the candidates
-    others: Sums | None  # sharded memory: over the first candidates of all devices
-    picked: Int[Array, "turns size"]  # the candidates, −1 where there is none
-    turns: Int[Array, ""]
-    guess: Any  # warm starts for all patterns; None: `Geometry.first_guess`
+    def least(self, bounds: Array) -> Array:
+        """Return −β⁻¹ log Σ exp(−β bound), a bound that stands for the mass of all."""
+        lowest = bounds.min(-1)
+        shift = jnp.where(lowest == jnp.inf, 0, lowest)
+        total = mass(bounds - shift[..., None], self.beta).sum(-1)
+        bound: Array = jnp.where(lowest == jnp.inf, jnp.inf, shift - jnp.log(total) / self.beta)
+        return bound
+
+    def matters(self, bound: Array, result: Sums, share: Any) -> Bool[Array, ""]:
+        matters: Array = self.relative_mass(bound, result) > self.tol * share
+        return matters
+
+    def relative_mass(self, bound: Array, result: Sums) -> Float[Array, ""]:
+        """Return the mass of patterns of this bound relative to that of the patterns compared, by
+        this device or first by all devices."""
+        here = mass(bound - result.lowest, self.beta) / result.mass
+        if self.others is None:
+            return here
+        return jnp.minimum(here, mass(bound - self.others.lowest, self.beta) / self.others.mass)
+
+    def refines(self, result: Sums) -> Bool[Array, ""]:
+        # If many patterns matter, refining bounds costs more than comparing.
+        return result.mass <= FEW
+
+    def gives_up(self, result: Sums, rounds: Int[Array, ""]) -> Bool[Array, ""] | bool:
+        return self.may_give_up and (rounds == 1) & (result.mass > FEW)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(
-    search: Certified, memory: Memory, query: AnyMeasure, beta: Array, guess: Any
+    certified: Certified, memory: Memory, query: AnyMeasure, beta: Array, guess: Any
 ) -> tuple[Evaluation, Int[Array, " C"]]:
     """Return the evaluation over the candidates, with a bound on the mass neglected, and their
     indices."""
     view = view_of(memory.geometry, query)
-    state = _search(search, memory, view, beta, guess, with_pull=True)
-    total = LogSumExp().merge(state.sums, beta, memory.layout)
-    out = psum(_relative_mass(_uncompared(state), total, beta), memory.layout)
+    goal, state = _search(certified, memory, query, view, beta, guess)
+    total = LogSumExp().merge(state.result, beta, memory.layout)
+    here = replace(goal, others=None).relative_mass(goal.least(state.left), total)
+    out = psum(here, memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
+    if memory.cells is not None:
+        neglected = jnp.where(jnp.isnan(memory.cells.radii).any(), jnp.nan, neglected)
     evaluation = LogSumExp().finish(total, total_prior(memory), beta, view, state.guess)
     return evaluation._replace(neglected=neglected), state.picked.reshape(-1)
 
 
 def _search(
-    search: Certified, memory: Memory, view: AnyView, beta: Array, guess: Any, *, with_pull: bool
-) -> _State:
-    """Return the state after rounds of comparisons, until the proof or the limit is reached."""
-    num, layout = memory.capacity, memory.layout
-    size, rounds = search.sizes(memory)
-    first = rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
-    start = _State(
-        lower=with_prior(_cheapest(memory, view), memory.log_prior, beta),
-        bounded=jnp.zeros(num, jnp.int8),
-        sums=LogSumExp().empty(zero_comparison(memory, view, first), with_pull),
-        others=None,
-        picked=jnp.full((rounds, size), -1, jnp.int32),
-        turns=jnp.array(0, jnp.int32),
-        guess=guess,
-    )
-    args = (memory, view, beta)
-    if layout is not None:  # the loop has no communication
-        start = _compare(search, start, args)
-        sums = start.sums._replace(pull=None)
-        start = start._replace(others=LogSumExp().merge(sums, beta, layout))
-    cond_fun, body_fun = partial(_cond_fun, search), partial(_body_fun, search)
-    state: _State = batched_while_loop(
-        cond_fun, body_fun, start, args, at_once=by_platform(QUERIES, 64)
-    )
-    return state
+    certified: Certified,
+    memory: Memory,
+    query: AnyMeasure,
+    view: AnyView,
+    beta: Array,
+    guess: Any,
+    *,
+    with_pull: bool = True,
+) -> tuple[Mass, Explored]:
+    """Return the goal, and the state when it is proved or its limit is reached."""
+    layout, (size, rounds) = memory.layout, certified.sizes(memory)
+    parts = 1 if layout is None else layout.parts  # each device may neglect an equal part
+    # With cells it takes more than many candidates to make comparing all patterns worth while.
+    gives_up = certified.falls_back(memory) and memory.cells is None
+
+    def explore(goal: Mass, rounds: int) -> Explored:
+        return branch_and_bound(goal, memory, query, view, guess, size=size, rounds=rounds)
+
+    goal = Mass(beta, certified.tol / parts, with_pull, gives_up)
+    if layout is not None:  # the search has no communication
+        first = explore(goal, 1).result
+        sums = LogSumExp().merge(first._replace(pull=None), beta, layout)
+        goal = replace(goal, others=sums)
+    return goal, explore(goal, rounds)
 
 
 @partial(_evaluate.defjvp, symbolic_zeros=True)
 @full_precision
 def _evaluate_jvp(
-    search: Certified, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    certified: Certified, primals: tuple[Any, ...], tangents: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    evaluation, picked = _evaluate(search, *primals)
+    evaluation, picked = _evaluate(certified, *primals)
 
     def average(memory: Memory, query: AnyMeasure, beta: Array, guess: Any) -> tuple[Any, ...]:
         block = rows_of(memory, picked, picked >= 0, evaluation.guess)
@@ -254,6 +272,7 @@ def _evaluate_jvp(
             log_prior=block.log_prior,
             prepared=prepared,
             fingerprint=None,  # the memory was validated already
+            cells=None,
         )
         result = evaluate(Settings(), candidates, query, beta, guess)
         nearest = result.nearest._replace(pattern=evaluation.nearest.pattern)
@@ -268,119 +287,6 @@ def _evaluate_jvp(
     return (evaluation, picked), jvp(average, primals, tangents)[1]
 
 
-def _cond_fun(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> Array:
-    """Return whether other patterns may matter and more candidates are allowed."""
-    memory, _, beta = args
-    _, most = search.sizes(memory)
-    uncertified = (_neglected(state, beta) > _goal(search, memory.layout)) & (state.turns < most)
-    if search.falls_back(memory):
-        uncertified &= (state.turns > 1) | (state.sums.mass <= FEW)
-    return (state.turns == 0) | uncertified
-
-
-def _body_fun(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
-    """Refine the bounds of patterns that may matter, then compare those that still may.
-
-    Bound i waits for i rounds of candidates: the better these, the fewer patterns need it.
-    """
-    memory, _, beta = args
-    goal = _goal(search, memory.layout)
-    for number in range(1, len(_bounds(memory))):
-
-        def too_coarse(state: _State, number: int = number) -> Array:
-            matters = _neglected(state, beta, where=state.bounded < number) > goal / 2
-            # If many patterns matter, refining costs more than comparing.
-            return matters & (state.turns >= number) & (state.sums.mass <= FEW)
-
-        def refine(state: _State, number: int = number) -> _State:
-            return _refine(number, state, args)
-
-        state = while_loop(too_coarse, refine, state, args)
-    return _compare(search, state, args)
-
-
-def _goal(search: Certified, layout: Layout | None) -> float:
-    """Return the relative mass that each device may neglect, so that the total is at most `tol`."""
-    return search.tol / (1 if layout is None else layout.parts)
-
-
-def _neglected(state: _State, beta: Array, where: Array | None = None) -> Float[Array, ""]:
-    """Return a bound on the mass of the other patterns relative to the candidates: those of this
-    device so far, or the first ones of all devices."""
-    lower = _uncompared(state) if where is None else jnp.where(where, state.lower, jnp.inf)
-    here = _relative_mass(lower, state.sums, beta)
-    if state.others is None:
-        return here
-    return jnp.minimum(here, _relative_mass(lower, state.others, beta))
-
-
-def _uncompared(state: _State) -> Float[Array, " N"]:
-    """Return the bounds, ∞ for patterns that were compared."""
-    return jnp.where(state.bounded < COMPARED, state.lower, jnp.inf)
-
-
-def _relative_mass(lower: Array, sums: Sums, beta: Array) -> Float[Array, ""]:
-    return mass(lower - sums.lowest, beta).sum() / sums.mass
-
-
-def _compare(search: Certified, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
-    """Compare the patterns of least bound."""
-    memory, view, beta = args
-    size, _ = search.sizes(memory)
-    index, on = _least(_uncompared(state), size)
-    block = rows_of(memory, index, on, state.guess)
-    comparison = compare(memory.geometry, view, block.patterns)
-    exact = with_prior(comparison.divergence, block.log_prior, beta)
-    guess = state.guess
-    if guess is not None:
-        guess = jax.tree.map(lambda table, row: table.at[index].set(row), guess, comparison.guess)
-    return state._replace(
-        lower=state.lower.at[index].set(jnp.where(on, exact, state.lower[index])),
-        bounded=state.bounded.at[index].set(jnp.int8(COMPARED)),
-        sums=LogSumExp().accumulate(state.sums, comparison, block, beta),
-        picked=state.picked.at[state.turns].set(jnp.where(on, index, -1)),
-        turns=state.turns + 1,
-        guess=guess,
-    )
-
-
-def _refine(number: int, state: _State, args: tuple[Memory, AnyView, Array]) -> _State:
-    """Compute the bound of this number for the patterns of least bound."""
-    memory, view, beta = args
-    size = min(memory.capacity, REFINED[min(number, len(REFINED)) - 1])
-    index, _ = _least(jnp.where(state.bounded < number, state.lower, jnp.inf), size)
-    block = rows_of(memory, index, jnp.ones_like(index, bool), state.guess)
-    bounds = _bounds(memory)[number](view, block.patterns)
-    return state._replace(
-        lower=state.lower.at[index].max(with_prior(bounds, block.log_prior, beta)),
-        bounded=state.bounded.at[index].max(jnp.int8(number)),
-    )
-
-
-def _least(lower: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
-    """Return the indices of the least entries, and a mask of those that are not ∞."""
-    # `top_k` is fast in single precision only, and the order need not be exact.
-    shifted = (lower - jnp.where(jnp.isfinite(lower), lower, jnp.inf).min()).astype(jnp.float32)
-    _, index = jax.lax.top_k(-shifted, size)
-    return index, lower[index] != jnp.inf  # NaN must reach the result
-
-
-def rows_of(
-    memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
-) -> Block:
-    """Return the patterns at `index` as a block; where `on` is false the prior is 0."""
-    rows = (memory.patterns, memory.prepared, memory.log_prior, guess)
-    patterns, prepared, log_prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
-    prior = relative_prior(memory, log_prior)
-    if log_prior is None or prior is None:
-        log_prior, prior = jnp.zeros(index.shape, memory.dtype), jnp.ones(index.shape, memory.dtype)
-    guess = memory.geometry.first_guess(prepared) if guess is None else guess
-    selected = Patterns(patterns, prepared, guess)
-    first = first_index(memory.capacity, memory.layout)
-    log_prior, prior = jnp.where(on, log_prior, -jnp.inf), jnp.where(on, prior, 0)
-    return Block(first + index, selected, log_prior, prior)
-
-
 class Bounded(NamedTuple):
     """Result of `bound_all`."""
 
@@ -391,10 +297,11 @@ class Bounded(NamedTuple):
     compared: Bool[Array, " N"]
 
 
-def bound_all(search: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Bounded:
+def bound_all(certified: Certified, memory: Memory, query: AnyMeasure, beta: Array) -> Bounded:
     """Return lower bounds on all D̃, exact for the patterns that matter to exp(−βD̃)."""
-    state = _search(search, memory, view_of(memory.geometry, query), beta, None, with_pull=False)
-    sums = state.sums
+    memory = replace(memory, cells=None)
+    view = view_of(memory.geometry, query)
+    _, state = _search(certified, memory, query, view, beta, None, with_pull=False)
+    sums = state.result
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    compared = state.bounded == COMPARED
-    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.lower, compared)
+    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.bounds, state.compared)

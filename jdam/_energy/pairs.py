@@ -14,7 +14,9 @@ from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.energy import divergences_of, fit_queries, query_batch_size
+from jdam._energy.mapped import pairwise_in_file
 from jdam._measures.base import AnyMeasure
+from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory, check_memory
 from jdam.geometry.protocol import Patterns
 
@@ -25,7 +27,10 @@ TILES, PRODUCTS = 4, 64
 
 
 def pairwise(
-    memory: Memory, queries: AnyMeasure | None = None, *, progress: bool | None = None
+    memory: Memory | MappedMemory,
+    queries: AnyMeasure | None = None,
+    *,
+    progress: bool | None = None,
 ) -> Float[Array, "Q N"]:
     """Return D(ξⱼ, Xᵢ) of every query to every pattern, or between the patterns.
 
@@ -38,7 +43,7 @@ def pairwise(
 
     **Arguments:**
 
-    - `memory`, which may be sharded.
+    - `memory`, which may be sharded, or in a file from `jdam.open`, which needs queries.
     - `queries`: measures of the patterns' kind with one batch axis (Q,), or a list of single ones;
       None stands for the patterns themselves.
     - `progress`: True draws a progress bar of the parts, False none, and None one on a terminal
@@ -48,6 +53,8 @@ def pairwise(
 
     **Raises:** as `divergences`; `TypeError` for a `progress` that is no bool.
     """
+    if isinstance(memory, MappedMemory):
+        return pairwise_in_file(memory, queries, partial(pairwise, progress=progress))
     check_memory(memory)
     if queries is not None:
         queries = fit_queries(memory, queries)
@@ -103,6 +110,7 @@ def _part(
         fingerprint=fingerprint,
         log_prior=prior,
         size=size,
+        cells=None,
     )
     divergences = _pairwise(block, rows_from(queries, row, width=height))
     if among_patterns and memory.occupied is not None:

@@ -171,7 +171,9 @@ def _with_params(memory: Memory, params: dict[str, Any]) -> Memory:
             old = getattr(geometry, name)
             value = jnp.exp(params[name]) if name in geometry.positive else params[name]
             geometry = eqx.tree_at(operator.attrgetter(name), geometry, value.astype(old.dtype))
-    return dataclasses.replace(memory, patterns=patterns, geometry=geometry, log_prior=prior)
+    return dataclasses.replace(
+        memory, patterns=patterns, geometry=geometry, log_prior=prior, cells=None
+    )
 
 
 def _digest(leaf: Any) -> Any:

@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 
 from jdam._core.lapack import cholesky, solve_lower
 from jdam._core.linalg import safe_log
-from jdam._core.loops import repeat, while_loop
+from jdam._core.loops import while_loop
+from jdam._measures.k_means import assigned_masses, k_means
 
-#: Number of random starts, of which the one of largest likelihood is returned; number of Lloyd
-#: iterations of k-means for each; and the largest number of EM iterations.
-STARTS, LLOYD, MOST = 4, 10, 200
+#: Number of random starts, of which the one of largest likelihood is returned; and the largest
+#: number of EM iterations.
+STARTS, MOST = 4, 200
 #: Lower bound on the variances, in units of the mean variance of the samples; and the gain of mean
 #: log-likelihood, in nats, at which EM stops.
 FLOOR, REST = 1e-6, 1e-5
@@ -74,44 +75,9 @@ def fit_mixture(
 
 
 def _initial(key: Array, samples: _Samples, num: int) -> Components:
-    """The components of k-means clusters. The initial centres are those of k-means++: samples,
-    each drawn with probability proportional to its squared distance from the centres before it."""
-    points, weights = samples
-    keys = jax.random.split(key, num)
-    first = points[_draw_index(keys[0], weights)]
-
-    def add_centre(i: Int[Array, ""], centres: Float[Array, "K d"]) -> Float[Array, "K d"]:
-        is_set = jnp.arange(num, dtype=jnp.int32) < i
-        squares = jnp.where(is_set[None], _squared_distances(points, centres), jnp.inf).min(1)
-        # With fewer distinct samples than components all distances vanish at some point.
-        odds = jnp.where((weights * squares).sum() > 0, weights * squares, weights)
-        return centres.at[i].set(points[_draw_index(keys[i], odds)])
-
-    def lloyd_step(centres: Float[Array, "K d"]) -> Float[Array, "K d"]:
-        masses = _assigned_masses(samples, centres)
-        total = masses.sum(0)[:, None]
-        return jnp.where(total > 0, masses.T @ points / jnp.where(total > 0, total, 1), centres)
-
-    centres = jax.lax.fori_loop(1, num, add_centre, jnp.broadcast_to(first, (num, first.size)))
-    centres = repeat(LLOYD, lloyd_step, centres, samples)
-    return _m_step(samples, _assigned_masses(samples, centres))
-
-
-def _draw_index(key: Array, odds: Float[Array, " n"]) -> Int[Array, ""]:
-    return jax.random.categorical(key, safe_log(odds))
-
-
-def _squared_distances(
-    points: Float[Array, "n d"], centres: Float[Array, "K d"]
-) -> Float[Array, "n K"]:
-    gaps = points[:, None] - centres[None]
-    return jnp.vecdot(gaps, gaps)
-
-
-def _assigned_masses(samples: _Samples, centres: Float[Array, "K d"]) -> Float[Array, "n K"]:
-    """The weight of each sample in the column of its nearest centre, 0 in the others."""
-    nearest = _squared_distances(samples.points, centres).argmin(1)
-    return samples.weights[:, None] * jax.nn.one_hot(nearest, len(centres), dtype=centres.dtype)
+    """The components of k-means clusters."""
+    centres = k_means(key, samples.points, samples.weights, num=num)
+    return _m_step(samples, assigned_masses(samples.points, samples.weights, centres))
 
 
 def _run_em(samples: _Samples, start: Components) -> _Fit:

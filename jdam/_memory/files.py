@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import on_host
+from jdam._memory.cells import Cells
 from jdam._memory.encoding import OWN, decode, encode, name_of
 from jdam._memory.memory import Memory, check_memory
 from jdam._memory.prepared import in_dtype, prepare
@@ -71,6 +72,7 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         "size": memory.size,
         "units": memory.magnitudes(),
         "prepared": jax.tree.leaves(memory.prepared),
+        "cells": None if memory.layout is not None else jax.tree.leaves(memory.cells),
     }
     description |= {name: encode(value, name, arrays) for name, value in others.items()}
     host_arrays = {name: on_host(x) for name, x in arrays.items()}
@@ -127,7 +129,7 @@ def load(
     path, classes = Path(path), (classes if isinstance(classes, tuple | list) else (classes,))
     if (mesh is None) != (axis is None):
         raise TypeError(f"mesh and axis go together; got mesh={mesh} and axis={axis!r}")
-    description, checksum = _header(path)
+    description, checksum = read_header(path)
     known: dict[str, type] = {name_of(kind): kind for kind in OWN + tuple(classes)}
     try:
         with safetensors.safe_open(path, "numpy") as file:
@@ -139,7 +141,7 @@ def load(
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _header(path: Path) -> tuple[dict[str, Any], tuple[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, Any], tuple[str, str]]:
     """Return the description of the memory, and the pair of its text and the checksum."""
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -212,21 +214,22 @@ def _checksum(text: str, parts: Any) -> str:
 
 def _read(file: Any, description: dict[str, Any], classes: dict[str, type]) -> Memory:
     """Return the memory on one device."""
-    memory = _assemble(description, classes, partial(_whole, file))
-    size = decode(description["size"], partial(_whole, file), classes)
-    return dataclasses.replace(memory, size=size)
+    memory = _assemble(description, classes, partial(whole_array, file))
+    size = decode(description["size"], partial(whole_array, file), classes)
+    cells = decode(description.get("cells"), partial(whole_array, file), classes)
+    return dataclasses.replace(memory, size=size, cells=Cells(*cells) if cells else None)
 
 
 def _read_parts(
     file: Any, description: dict[str, Any], classes: dict[str, type], mesh: Mesh, axis: str
 ) -> Memory:
     """Return the memory in equal parts along an axis of a mesh, without its free slots."""
-    size = decode(description["size"], partial(_whole, file), classes)
+    size = decode(description["size"], partial(whole_array, file), classes)
     parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
 
     def array(name: str) -> Array:
         if name.split(".")[0] not in ROWS:
-            everywhere: Array = parts.everywhere(_whole(file, name))
+            everywhere: Array = parts.everywhere(whole_array(file, name))
             return everywhere
         _check_dtype(name, file.get_slice(name)[:1])
         return parts.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
@@ -258,7 +261,7 @@ def _assemble(
     return Memory(patterns, geometry, prior, prepared, fingerprint, values=decoded["values"])
 
 
-def _whole(file: Any, name: str) -> Array:
+def whole_array(file: Any, name: str) -> Array:
     value = file.get_tensor(name)
     _check_dtype(name, value)
     array: Array = jax.device_put(value)

@@ -56,9 +56,10 @@ def shard(memory: Memory, mesh: Mesh, axis: str) -> Memory:
     log_prior = None if memory.log_prior is None else np.asarray(memory.log_prior)
     prior = parts.prior(log_prior, memory.dtype)
     geometry, units = parts.everywhere((memory.geometry, memory.magnitudes()))
-    return Memory(
+    sharded = Memory(
         patterns, geometry, prior, prepared, fingerprints, parts.layout, units, values=values
     )
+    return sharded if memory.cells is None else sharded.indexed(len(memory.cells.members))
 
 
 class Parts(NamedTuple):

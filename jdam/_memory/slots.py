@@ -3,6 +3,7 @@
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,14 @@ from jaxtyping import Bool, Float, Int
 from jdam._core import checks
 from jdam._core.batching import batch_size
 from jdam._measures.base import AnyMeasure
-from jdam._memory.prepared import prepare
+from jdam._memory.cells import (
+    Cells,
+    widened,
+    with_fingerprint,
+    with_patterns,
+    without_patterns,
+)
+from jdam._memory.prepared import fingerprint, prepare
 
 if TYPE_CHECKING:
     from jdam._memory.memory import Memory
@@ -34,7 +42,8 @@ def reserve(memory: "Memory", capacity: int) -> "Memory":
 
     rows = jax.tree.map(lambda leaf: resize(leaf, mode="edge"), _rows(memory))
     prior = resize(memory.log_weights, constant_values=-jnp.inf)
-    return _with_rows(memory, rows, prior, size_of(memory))
+    cells = None if memory.cells is None else widened(memory.cells, capacity)
+    return _with_rows(replaced(memory, cells=cells), rows, prior, size_of(memory))
 
 
 @jax.jit
@@ -51,7 +60,11 @@ def append(
         return jax.lax.dynamic_update_slice_in_dim(old, jnp.where(fits, new, stored), first, 0)
 
     prior = jnp.zeros(count, memory.dtype) if log_prior is None else log_prior
-    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns, values))
+    new = _prepared_rows(memory, patterns, values)
+    rows = jax.tree.map(put, _rows(memory), new)
+    if memory.cells is not None:
+        index = jnp.where(fits, first + jnp.arange(count, dtype=jnp.int32), -1)
+        memory = _in_cells(memory, new, index)
     return _nan_unless(fits, _with_rows(memory, rows, put(memory.log_weights, prior), size + count))
 
 
@@ -70,7 +83,20 @@ def replace(
 
     if values is None:
         values = jax.tree.map(lambda leaf: leaf[index], memory.values)
-    rows = jax.tree.map(put, _rows(memory), _prepared_rows(memory, patterns, values))
+    new = _prepared_rows(memory, patterns, values)
+    rows = jax.tree.map(put, _rows(memory), new)
+    if memory.cells is not None:
+        order = jnp.arange(len(index), dtype=jnp.int32)
+        last = jnp.zeros(memory.capacity, jnp.int32).at[slot].max(order, mode="drop")
+        left = jnp.ones(memory.capacity, bool).at[slot].set(False, mode="drop")
+        cells = eqx.tree_at(
+            lambda cells: cells.members,
+            memory.cells,
+            jnp.where(left[memory.cells.members], memory.cells.members, -1),
+        )
+        # Of several patterns for one slot the last one stays.
+        once = valid & (last[index] == order)
+        memory = _in_cells(replaced(memory, cells=cells), new, jnp.where(once, index, -1))
     return _nan_unless(valid.all(), _with_rows(memory, rows, memory.log_prior, memory.size))
 
 
@@ -86,7 +112,34 @@ def remove(memory: "Memory", index: Int[Array, " M"]) -> "Memory":
     order = order[jnp.minimum(number, jnp.maximum(size - 1, 0))]
     rows, prior = jax.tree.map(lambda leaf: leaf[order], (_rows(memory), memory.log_prior))
     prior = jnp.where(number < size, prior, -jnp.inf)
+    if memory.cells is not None:
+        memory = replaced(memory, cells=without_patterns(memory.cells, remains))
     return _nan_unless(valid.all() & (size > 0), _with_rows(memory, rows, prior, size))
+
+
+def with_cells(
+    memory: "Memory", cells: Cells | None, first: int, remains: Bool[Array, " N"] | None = None
+) -> "Memory":
+    """Return a memory in the cells of an earlier one: without the patterns that do not remain, and
+    with those from `first` on.
+    """
+    if cells is None:
+        return memory
+    if remains is not None:
+        cells = without_patterns(cells, remains)
+    new = jax.tree.map(lambda leaf: leaf[first:], _rows(memory))
+    index = jnp.arange(first, memory.capacity, dtype=jnp.int32)
+    memory = replaced(memory, cells=widened(cells, memory.capacity))
+    return with_fingerprint(_in_cells(memory, new, index))
+
+
+def _in_cells(memory: "Memory", rows: tuple[Any, ...], index: Int[Array, " M"]) -> "Memory":
+    """Return the memory with its patterns at `index`, of these rows, in cells; −1 for none."""
+    patterns, prepared, *_ = rows
+    embedding = memory.geometry.embed(patterns, prepared)
+    assert memory.cells is not None
+    assert embedding is not None
+    return replaced(memory, cells=with_patterns(memory.cells, embedding, index))
 
 
 def size_of(memory: "Memory") -> Int[Array, ""]:
@@ -119,16 +172,19 @@ def _rows(memory: "Memory") -> tuple[Any, ...]:
 
 
 def _prepared_rows(memory: "Memory", patterns: AnyMeasure, values: Any) -> tuple[Any, ...]:
-    return patterns, *prepare(patterns, memory.geometry), values
+    prepared, marks = prepare(patterns, memory.geometry)
+    if memory.fingerprint is not None and marks is None:
+        marks = fingerprint(patterns, memory.geometry)
+    return patterns, prepared, marks, values
 
 
 def _with_rows(memory: "Memory", rows: tuple[Any, ...], prior: Any, size: Any) -> "Memory":
-    patterns, prepared, fingerprint, values = rows
+    patterns, prepared, marks, values = rows
     return replaced(
         memory,
         patterns=patterns,
         prepared=prepared,
-        fingerprint=fingerprint,
+        fingerprint=marks,
         values=values,
         log_prior=prior,
         size=size,

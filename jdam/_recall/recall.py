@@ -26,9 +26,11 @@ from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure
+from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration, Anderson, TrustRegion
 from jdam._recall.adjoint import Adjoint, Unrolled
+from jdam._recall.mapped import recall_from_file
 from jdam._recall.result import Recall
 from jdam._recall.solver import Solver, run
 from jdam.geometry.protocol import Geometry
@@ -226,7 +228,7 @@ def _checked_acceleration(memory: Memory, acceleration: Any) -> Acceleration | N
 
 
 def recall_batch(
-    memory: Memory,
+    memory: Memory | MappedMemory,
     queries: AnyMeasure,
     beta: ArrayLike,
     *,
@@ -247,6 +249,9 @@ def recall_batch(
     on the device computes one batch, or several short ones, and Ctrl-C stops the call between
     programs: with a smaller `batch_size` it stops sooner and the progress bar has more parts.
 
+    From a memory in a file (`jdam.open`) the cells that a query needs are read, until it is proved
+    that the others do not matter to any of its steps.
+
     **Arguments:**
 
     - `queries`: measures with one batch axis (Q,), which may be empty, or a list of single ones.
@@ -259,6 +264,20 @@ def recall_batch(
 
     **Raises:** as `recall`; `TypeError` for a `progress` that is no bool.
     """
+    if isinstance(memory, MappedMemory):
+        return recall_from_file(
+            memory,
+            queries,
+            beta,
+            recall_batch,
+            search=search,
+            separation=separation,
+            save_trace=save_trace,
+            max_steps=max_steps,
+            step_size=step_size,
+            tol=tol,
+            acceleration=acceleration,
+        )
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)

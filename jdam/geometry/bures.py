@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from jdam._core.batching import map_in_batches
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_principal
-from jdam._core.lapack import cholesky, full_svd, singular_values, solve_lower, svd
+from jdam._core.lapack import cholesky, full_svd, solve_lower, svd
 from jdam._core.linalg import polar, rounding, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
+from jdam._measures.batches import as_row
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam.geometry.euclidean import (
+    embedding_bound,
     fast_squared_distances,
     products_err,
     squared_distances,
@@ -30,6 +31,7 @@ from jdam.geometry.protocol import (
     BatchSizes,
     Bound,
     Comparison,
+    Embedding,
     Geometry,
     Patterns,
     check_batch_ndim,
@@ -95,6 +97,9 @@ class Bures(Gaussians):
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         return _kernel(patterns.measures).bounds()
 
+    def embed(self, measures: AnyMeasure, prepared: Any = None) -> Embedding:
+        return _kernel(measures).embed(measures, prepared)
+
     def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
     ) -> tuple[Geometry, Array] | None:
@@ -153,6 +158,10 @@ class Diagonal:
         return None
 
     @staticmethod
+    def embed(measures: DiagonalGaussian, prepared: None) -> Embedding:
+        return Embedding(_stacked(measures), jnp.zeros_like(measures.mean[:, 0]))
+
+    @staticmethod
     def bounds() -> tuple[Any, ...]:
         def bound(view: DiagonalView, patterns: Patterns) -> Float[Array, " B"]:
             return squared_distances_less_rounding(view.vector, _stacked(patterns.measures))
@@ -188,14 +197,6 @@ class View(NamedTuple):
     axes: Float[Array, "r r"]
 
 
-class Prepared(NamedTuple):
-    """The standard deviations of patterns: `spread` along the coordinate axes, and `spectrum` along
-    the principal axes, in descending order."""
-
-    spread: Float[Array, "N d"]
-    spectrum: Float[Array, "N k"]
-
-
 class Full:
     """The formulas for full covariances: W₂² = |m − μ|² + |L − MR|², R the polar factor of MᵀL."""
 
@@ -214,17 +215,22 @@ class Full:
         return Comparison(shifts + gaps, aligned)
 
     @staticmethod
-    def prepare(patterns: Gaussian) -> Prepared:
-        factor = jax.lax.stop_gradient(patterns.factor)
-        # Batches bound the memory, since decompositions copy their argument.
-        return Prepared(
-            spread=jnp.linalg.norm(factor, axis=-1),
-            spectrum=map_in_batches(singular_values, 1024, factor),
-        )
+    def prepare(patterns: Gaussian) -> Float[Array, "N d"]:
+        """The standard deviations along the coordinate axes."""
+        spread: Array = jnp.linalg.norm(jax.lax.stop_gradient(patterns.factor), axis=-1)
+        return spread
+
+    @staticmethod
+    def embed(measures: Gaussian, prepared: Float[Array, "N d"] | None) -> Embedding:
+        """The vectors (μ, √diag Σ). For any plan and any orthonormal basis
+        E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ."""
+        spread = Full.prepare(measures) if prepared is None else prepared
+        errors = rounding(measures.rank, spread.dtype) * jnp.linalg.norm(spread, axis=-1)
+        return Embedding(jnp.concatenate([measures.mean, spread], axis=-1), errors)
 
     @staticmethod
     def bounds() -> tuple[Any, ...]:
-        return _by_spreads, _by_principal_axes, _by_nuclear_norm
+        return _by_embedding, _by_principal_axes, _by_nuclear_norm
 
     @staticmethod
     def move(view: View, pull: Gaussian, step_size: Array) -> Gaussian:
@@ -237,21 +243,12 @@ class Full:
         return norm(jax.tree.map(jnp.subtract, pull, view.query))
 
 
-def _by_spreads(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """The lower bound on W₂² by standard deviations: |m − μ|² plus the larger of two sums,
-
-    - Σₖ (√Ωₖₖ − √Σₖₖ)² along the coordinate axes. For any plan and any orthonormal basis
-      E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ.
-    - Σₖ (σₖ(L) − σₖ(M))² of the sorted spectra. W₂² = |m−μ|² + |L|² + |M|² − 2|MᵀL|_*, and the
-      nuclear norm is |MᵀL|_* ≤ Σₖ σₖ(M) σₖ(L) (von Neumann).
-    """
-    query, prepared = view.query, patterns.prepared
-    spread = jnp.linalg.norm(query.factor, axis=-1)
-    sizes = jnp.linalg.norm(query.factor, axis=-2)[: query.dim]
-    missing = sizes.size - prepared.spectrum.shape[-1]
-    spectrum = jnp.pad(prepared.spectrum, [(0, 0), (0, missing)])
-    gaps = jnp.maximum(_gaps(spread, prepared.spread), _gaps(sizes, spectrum))
-    return _shifts(query.mean, patterns.measures.mean) + gaps
+def _by_embedding(view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """The lower bound |m − μ|² + Σₖ (√Ωₖₖ − √Σₖₖ)² on W₂², by the means and the standard deviations
+    along the coordinate axes."""
+    query: Gaussian = as_row(view.query)
+    own = Full.embed(query, None)
+    return embedding_bound(own, Full.embed(patterns.measures, patterns.prepared))
 
 
 def _by_principal_axes(view: View, patterns: Patterns) -> Float[Array, " B"]:

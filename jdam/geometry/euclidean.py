@@ -10,9 +10,17 @@ from jaxtyping import Bool, Float
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
-from jdam._core.linalg import PIECE, long_products, long_vecdot, rounding
+from jdam._core.linalg import PIECE, long_products, long_vecdot, rounding, safe_sqrt
 from jdam._measures.base import AnyMeasure, Measure
-from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
+from jdam.geometry.protocol import (
+    AnyView,
+    BatchSizes,
+    Bound,
+    Comparison,
+    Embedding,
+    Geometry,
+    Patterns,
+)
 
 
 def vector_batch_sizes() -> BatchSizes:
@@ -118,6 +126,13 @@ def squared_distances_less_rounding(
     """What |x − yᵢ|² surely is not less than, by one matrix product."""
     squares, crossed = _products(x, ys)
     return jnp.maximum(squares * (1 - rounding(ys.shape[-1], ys.dtype)) - 2 * crossed, 0)
+
+
+def embedding_bound(query: Embedding, patterns: Embedding) -> Float[Array, " B"]:
+    """What |Φ(ξ) − Φ(X)|² surely is not less than, by one matrix product; `query` has one row."""
+    squares = squared_distances_less_rounding(query.vectors[0], patterns.vectors)
+    distances = safe_sqrt(squares) - (query.errors + patterns.errors)
+    return jnp.maximum(distances, 0) ** 2
 
 
 def _products(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> tuple[Array, Array]:

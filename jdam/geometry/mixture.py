@@ -15,13 +15,13 @@ from jdam._measures.gaussian import Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam.geometry._transport import Plan, transport
 from jdam.geometry.bures import Full
-from jdam.geometry.bures import Prepared as PreparedGaussians
 from jdam.geometry.bures import View as GaussianView
 from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
     Bound,
     Comparison,
+    Embedding,
     Geometry,
     Patterns,
     average,
@@ -38,11 +38,10 @@ class View(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """The moments of patterns, and what `Bures` prepares of these and of the components."""
+    """The moments of patterns, and what `Bures` prepares of these."""
 
     moments: Gaussian
-    of_moments: PreparedGaussians
-    of_components: PreparedGaussians
+    of_moments: Float[Array, "N d"]
 
 
 class MixtureWasserstein(Geometry):
@@ -83,14 +82,8 @@ class MixtureWasserstein(Geometry):
         return query.padded(r=patterns.rank)
 
     def prepare(self, patterns: AnyMeasure) -> Any:
-        patterns = jax.lax.stop_gradient(patterns)
-        moments = patterns.moments
-        components = _flat(patterns)
-        prepared = jax.tree.map(
-            lambda leaf: leaf.reshape(*patterns.weights.shape, *leaf.shape[1:]),
-            Full.prepare(components),
-        )
-        return Prepared(moments, Full.prepare(moments), prepared)
+        moments = jax.lax.stop_gradient(patterns).moments
+        return Prepared(moments, Full.prepare(moments))
 
     def view(self, query: AnyMeasure) -> AnyView:
         return View(query, jax.vmap(Full.view)(query.components))
@@ -112,6 +105,12 @@ class MixtureWasserstein(Geometry):
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B K L"]:
         """Between components."""
         return _transported(view, patterns.measures)[2].mass
+
+    def embed(self, measures: AnyMeasure, prepared: Prepared | None = None) -> Embedding:
+        """Those of the moments, whose W₂ is at most that of the mixtures (Gelbrich)."""
+        moments, spread = self.prepare(measures) if prepared is None else prepared
+        vectors, errors = Full.embed(moments, spread)
+        return Embedding(vectors, errors + _rounding(moments, measures.num_components))
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """By the moments, since W₂² ≥ |Δ mean|² + Bures² of the covariances (Gelbrich), which
@@ -186,8 +185,8 @@ def _by_moments(bound: Callable[[Any, Patterns], Array]) -> Bound:
         held = Patterns(prepared.moments, prepared.of_moments)
         found = bound(Full.view(moments), held)
         # The moments are rounded, each by so much in W₂.
-        terms = prepared.moments.dim * prepared.moments.rank + view.query.num_components
-        error = rounding(terms, found.dtype) * (_size(moments) + _size(prepared.moments))
+        num = view.query.num_components
+        error = _rounding(moments, num) + _rounding(prepared.moments, num)
         return jnp.maximum(safe_sqrt(found) - error, 0) ** 2
 
     return of_moments
@@ -205,20 +204,20 @@ def by_spectra(view: View, patterns: Patterns, *, about_means: bool) -> Float[Ar
     if not about_means:
         longer = safe_sqrt(jnp.vecdot(query.mean, query.mean))
         found = found + (longer - safe_sqrt(jnp.vecdot(moments.mean, moments.mean))) ** 2
-    terms = moments.dim * moments.rank + view.query.num_components
-    error = rounding(terms, found.dtype) * (_size(query) + _size(moments))
+    num = view.query.num_components
+    error = _rounding(query, num) + _rounding(moments, num)
     return jnp.maximum(safe_sqrt(found) - error, 0) ** 2
 
 
-def _size(gaussian: Gaussian) -> Array:
-    """W₂ to the point 0."""
-    return safe_sqrt(jnp.vecdot(gaussian.mean, gaussian.mean) + squared_norm(gaussian.factor))
+def _rounding(moments: Gaussian, num_components: int) -> Array:
+    """The rounding error of moments in W₂, relative to their distance W₂ from the point 0."""
+    size = safe_sqrt(jnp.vecdot(moments.mean, moments.mean) + squared_norm(moments.factor))
+    return rounding(moments.dim * moments.rank + num_components, size.dtype) * size
 
 
 def _by_components(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    measures, prepared = patterns.measures, patterns.prepared.of_components
-    flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), prepared)
-    held = Patterns(_flat(measures), flat)
+    measures = patterns.measures
+    held = Patterns(_flat(measures))
     principal = Full.bounds()[1]
     costs = jax.vmap(lambda component: principal(component, held))(view.components)
     costs = _by_pattern(costs, measures)

@@ -51,6 +51,14 @@ class Comparison(NamedTuple):
     pose: Any = None
 
 
+class Embedding(NamedTuple):
+    """Vectors Φ(X) of B measures, with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X)."""
+
+    vectors: Float[Array, "B k"]
+    #: At least |vectors − Φ(X)|, the rounding error.
+    errors: Float[Array, " B"]
+
+
 class BatchSizes(NamedTuple):
     """Numbers of queries and patterns to compare at once.
 
@@ -269,6 +277,24 @@ class Geometry(eqx.Module):
         expensive, for the patterns that the previous ones do not exclude. With bounds, `Certified`
         need not compare all patterns."""
         return ()
+
+    def embed(self, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
+        """Return vectors Φ(X) with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X), or None if there are none.
+
+        `Memory.indexed` makes cells of them, so that a search need not look at all patterns. By
+        default they are √c·(mean of X), c the `cost_scale`; longer vectors bound D more closely.
+
+        **Arguments:**
+
+        - `measures`: B measures, patterns or queries.
+        - `prepared`: of patterns, the result of `prepare`; None for queries."""
+        if self.cost_scale is None:
+            return None
+        means = measures.mean if isinstance(measures, Measure) else measures  # type: ignore[attr-defined]
+        vectors = means if self.cost_scale == 1 else means * self.cost_scale**0.5
+        eps = float(jnp.finfo(vectors.dtype).eps)
+        errors = jnp.linalg.norm(vectors, axis=-1) * (0 if self.cost_scale == 1 else 2 * eps)
+        return Embedding(vectors, errors)
 
     def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]

@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
+from jdam._core.linalg import rounding
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
 from jdam._entropic.ground_cost import GroundCost, checked_cost, mean_within
 from jdam._entropic.problem import Pair, SinkhornOutput
@@ -43,6 +44,7 @@ from jdam.geometry.protocol import (
     BatchSizes,
     Bound,
     Comparison,
+    Embedding,
     Patterns,
     average,
 )
@@ -306,6 +308,15 @@ class Sinkhorn(SHKGeometry):
         values = (dual_after_half_iteration, dual_after_some_iterations)
         duals = (partial(dual, self._solver) for dual in values)
         return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in duals)
+
+    def embed(self, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
+        """Return m/√2 for the means m, features included: S_ε ≥ ½|m_q − m_X|²."""
+        if self.cost_scale is None:
+            return None
+        clouds = self.lifted(measures)
+        squares = without_padding(clouds.points, clouds.weights) ** 2
+        size = jnp.sqrt(jnp.vecdot(clouds.weights, squares.sum(-1)) / 2)
+        return Embedding(clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size)
 
     def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """Return the root mean square distance of atoms to the mean of all, plus eps^0.3 times the

@@ -17,7 +17,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from jdam._core import checks
+from jdam._core.batching import map_in_batches
 from jdam._core.compile import compiled, working_dtype
+from jdam._core.lapack import singular_values
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
 from jdam._memory.memory import Memory, length_or_capacity
@@ -222,7 +224,8 @@ def _contraction_bound(memory: Memory, index: Array, radius: Array, beta: Array)
         return by_weights
     # With dR = RΩ, |Ω|·2s_min(MᵀL) ≤ 2|MᵀdL|. The rotation of the map to pattern i is a gauge of
     # the result, so that only differences of rotations count.
-    sizes = memory.prepared.spectrum
+    # Batches bound the memory, since decompositions copy their argument.
+    sizes = map_in_batches(singular_values, 1024, memory.patterns.factor)
     largest, smallest = sizes[:, 0], sizes[:, -1]
     if sizes.shape[1] < memory.patterns.dim:
         smallest = jnp.zeros_like(smallest)

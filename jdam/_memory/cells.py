@@ -1,0 +1,214 @@
+"""Cells of patterns, so that a search need not look at every pattern.
+
+A cell holds patterns whose embeddings Φ lie in a ball of centre c and radius r. Since
+|Φ(ξ) − Φ(X)|² ≤ D(ξ, X), all its patterns have D ≥ (|Φ(ξ) − c| − r)₊².
+"""
+
+import heapq
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Bool, Float, Int
+
+from jdam._core import checks
+from jdam._core.batching import power_of_two
+from jdam._core.linalg import rounding
+from jdam._core.mesh import Layout, on_host
+from jdam._measures.k_means import k_means
+from jdam._memory.prepared import fingerprint
+from jdam.geometry.euclidean import embedding_bound
+from jdam.geometry.protocol import Embedding
+
+if TYPE_CHECKING:
+    from jdam._memory.memory import Memory
+
+#: Parts into which k-means cuts a large cluster, and points from which it computes their centres.
+BRANCHES, SAMPLE = 32, 2048
+
+
+class Cells(eqx.Module):
+    """C cells of at most B patterns each."""
+
+    members: Int[Array, "C B"]  # indices of the patterns; −1 where there is none
+    centres: Float[Array, "C k"]
+    radii: Float[Array, " C"]  # rounding included
+
+    def lower_bounds(self, query: Embedding) -> Float[Array, " C"]:
+        """Return (|Φ(ξ) − c| − r)₊² of each cell, less rounding, ∞ for empty cells."""
+        bounds = embedding_bound(query, Embedding(self.centres, self.radii))
+        return jnp.where((self.members >= 0).any(1), bounds, jnp.inf)
+
+    def invalid_if(self, stale: Bool[Array, ""]) -> "Cells":
+        """Return the cells, with NaN for radii if they are those of other patterns."""
+        return replace(self, radii=jnp.where(stale, jnp.nan, self.radii))
+
+    def log_prior(self, log_prior: Float[Array, " N"] | None) -> Float[Array, " C"]:
+        """Return log Σ π over the patterns of each cell."""
+        on = self.members >= 0
+        if log_prior is None:
+            return jnp.log(on.sum(1).astype(self.radii.dtype))
+        rows = jnp.where(on, log_prior[self.members], -jnp.inf)
+        return jax.nn.logsumexp(rows, axis=1)
+
+
+def cells_of(embedding: Embedding, num_cells: int) -> Cells:
+    """Return about `num_cells` cells. Until there are as many, k-means cuts the cluster of largest
+    sum of squares: N patterns take N log C distances, where k-means with C centres takes N·C. A
+    cluster that is too large for a cell is cut into several.
+    """
+    vectors, num = np.asarray(embedding.vectors), len(embedding.vectors)
+    clusters = [(-np.inf, 0, np.arange(num, dtype=np.int32))]
+    created = itertools.count(1)  # decides between equal sums
+    while 0 < len(clusters) < num_cells and clusters[0][0] < 0:
+        index = heapq.heappop(clusters)[2]
+        branches = BRANCHES if len(index) * num_cells > 2 * BRANCHES * num else 2
+        labels = _nearest_centres(vectors[index], branches)
+        groups = [index[labels == label] for label in np.unique(labels)]
+        for group in groups:
+            rows = vectors[group]
+            squares = ((rows - rows.mean(0)) ** 2).sum() if len(groups) > 1 else 0.0
+            heapq.heappush(clusters, (-float(squares), next(created), group))
+    width = max(1, -(-3 * num // (2 * num_cells)))
+    groups = [group for *_, group in clusters if num]
+    parts = [part for group in groups for part in np.array_split(group, -(-len(group) // width))]
+    members = np.full((max(1, len(parts)), width), -1, np.int32)
+    for row, part in zip(members, parts, strict=False):
+        row[: len(part)] = part
+    cells: Cells = _with_balls(embedding, jnp.asarray(members))
+    return cells
+
+
+def _nearest_centres(rows: np.ndarray, num: int) -> np.ndarray:
+    """Return the labels of the rows among the k-means centres of a sample of them."""
+    count = min(len(rows), SAMPLE)
+    sample = rows[np.linspace(0, len(rows) - 1, count).astype(np.int64)]
+    weights = np.zeros(SAMPLE, rows.dtype)
+    weights[:count] = 1
+    sample = np.concatenate([sample, np.repeat(sample[:1], SAMPLE - count, 0)])
+    centres = k_means(jax.random.key(0), jnp.asarray(sample), jnp.asarray(weights), num=num)
+    # Few sizes of arrays are few programs to compile.
+    padded = np.zeros((power_of_two(len(rows)), rows.shape[1]), rows.dtype)
+    padded[: len(rows)] = rows
+    return np.asarray(_labels(jnp.asarray(padded), centres))[: len(rows)]
+
+
+@jax.jit
+def _labels(rows: Float[Array, "n k"], centres: Float[Array, "c k"]) -> Int[Array, " n"]:
+    squares = jnp.vecdot(centres, centres)[None] - 2 * rows @ centres.T
+    labels: Array = squares.argmin(1).astype(jnp.int8)
+    return labels
+
+
+@jax.jit
+def _with_balls(embedding: Embedding, members: Int[Array, "C B"]) -> Cells:
+    """Return the cells of these members, with their centres and radii."""
+    vectors, errors = jax.lax.stop_gradient(embedding)
+    on = members >= 0
+    rows, counts = vectors[members], jnp.maximum(on.sum(1), 1).astype(vectors.dtype)
+    centres = jnp.where(on[..., None], rows, 0).sum(1) / counts[:, None]
+    offsets = rows - centres[:, None]
+    error = rounding(vectors.shape[1], vectors.dtype)
+    lengths = jnp.linalg.norm(offsets, axis=-1) * (1 + error) + errors[members]
+    return Cells(members, centres, jnp.where(on, lengths, 0).max(1))
+
+
+def index_of(memory: "Memory", num_cells: int | None) -> "Memory":
+    """Return the memory with cells; of a sharded memory each device has cells of its own."""
+    num = len(memory)
+    num_cells = max(1, round(4 * num**0.5)) if num_cells is None else num_cells
+    num_cells = checks.positive_int("num_cells", num_cells)
+    if num_cells > num:
+        raise ValueError(
+            f"num_cells must be at most the number of patterns, {num}; got {num_cells}"
+        )
+    if not checks.is_concrete(*jax.tree.leaves(memory)):
+        raise TypeError("a memory is indexed outside of jax.jit; inside, its values are unknown")
+    embedding = memory.geometry.embed(memory.patterns, memory.prepared)
+    if embedding is None:
+        raise TypeError(
+            f"cells need a geometry with an embedding, as jdam.Bures(); {memory.geometry} has none"
+        )
+    memory = with_fingerprint(replace(memory, cells=None))
+    if memory.layout is None:
+        cells = cells_of(jax.tree.map(lambda leaf: leaf[:num], embedding), num_cells)
+        cells = cells if memory.size is None else widened(cells, memory.capacity)
+    else:
+        cells = _cells_of_shards(memory.layout, embedding, num_cells)
+    return replace(memory, cells=cells)
+
+
+def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Cells:
+    """Return cells of each shard's patterns, as many on each device."""
+    rows = jax.tree.map(lambda leaf: on_host(leaf)[: layout.length], embedding)
+    size, each = -(-layout.length // layout.parts), max(1, num_cells // layout.parts)
+    shards = []
+    for first in range(0, size * layout.parts, size):
+        local = jax.tree.map(lambda leaf, first=first: leaf[first : first + size], rows)
+        shards.append(cells_of(local, min(each, max(1, len(local.errors)))))
+    count, width = np.max([cells.members.shape for cells in shards], axis=0)
+
+    def padded(cells: Cells) -> Cells:
+        more, columns = count - len(cells.radii), width - cells.members.shape[1]
+        return Cells(
+            jnp.pad(cells.members, ((0, more), (0, columns)), constant_values=-1),
+            jnp.pad(cells.centres, ((0, more), (0, 0))),
+            jnp.pad(cells.radii, (0, more)),
+        )
+
+    sharding = NamedSharding(layout.mesh, PartitionSpec(layout.axis))
+
+    def put(*leaves: np.ndarray) -> Array:
+        whole = np.concatenate(leaves)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    cells: Cells = jax.tree.map(put, *map(padded, shards))
+    return cells
+
+
+def with_fingerprint(memory: "Memory") -> "Memory":
+    """Return the memory with fingerprints, by which changes of the patterns are detected."""
+    if memory.fingerprint is not None:
+        return memory
+    return replace(memory, fingerprint=fingerprint(memory.patterns, memory.geometry))
+
+
+def widened(cells: Cells, num: int) -> Cells:
+    """Return the cells with room for `num` patterns and half as many more: a pattern goes to the
+    nearest cell that has room."""
+    count, width = cells.members.shape
+    missing = max(0, -(-num // count) + -(-num // (2 * count)) - width)
+    members = jnp.pad(cells.members, ((0, 0), (0, missing)), constant_values=-1)
+    return replace(cells, members=members)
+
+
+def with_patterns(cells: Cells, embedding: Embedding, indices: Int[Array, " M"]) -> Cells:
+    """Return the cells with more patterns, each in the cell of nearest centre that has room."""
+
+    def add(cells: Cells, row: tuple[Array, Array, Array]) -> tuple[Cells, None]:
+        vector, error, index = row
+        offsets = vector[None] - cells.centres
+        distances = jnp.linalg.norm(offsets, axis=-1)
+        free = cells.members < 0
+        cell = jnp.where(free.any(1), distances, jnp.inf).argmin()
+        slot = free[cell].argmax()
+        reach = distances[cell] * (1 + rounding(vector.size, vector.dtype)) + error
+        radii = cells.radii.at[cell].max(reach)
+        return Cells(cells.members.at[cell, slot].set(index), cells.centres, radii), None
+
+    rows = (*jax.lax.stop_gradient(embedding), indices)
+    filled: Cells = jax.lax.scan(add, cells, rows)[0]
+    return filled
+
+
+def without_patterns(cells: Cells, remains: Bool[Array, " N"]) -> Cells:
+    """Return the cells without the patterns that do not remain; later ones move up."""
+    place = jnp.cumsum(remains, dtype=jnp.int32) - 1
+    on = (cells.members >= 0) & remains[cells.members]
+    return replace(cells, members=jnp.where(on, place[cells.members], -1))
