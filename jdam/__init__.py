@@ -15,7 +15,7 @@ list:
     _entropic   entropic transport between point clouds
     geometry    divergences and steps: `Bures`, `EntropicBures`, `MixtureWasserstein`, `Sinkhorn`,
                 `Chamfer`, `Aligned`, `Euclidean`, `DotProduct`
-    _memory     `Memory`, `store`, capacity for more patterns, files, `shard`
+    _memory     `Memory`, `store`, capacity for more patterns, cells, files, `shard`
     _energy     Gibbs averages over the patterns; separations and searches; `pairwise`, `match`,
                 `suggest_beta`
     _recall     `step`, `recall`, their results and derivatives; `attend`

@@ -14,7 +14,8 @@ from jdam._measures.base import AnyMeasure, Measure, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.memory import Memory, check_against, check_memory
+from jdam._memory.checked import check_against
+from jdam._memory.memory import Memory, check_memory
 from jdam._recall.result import Recall, Trace
 
 #: The name of each kind of measure in `kind` and in messages.

@@ -19,7 +19,8 @@ from jdam._measures.base import AnyMeasure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.memory import Memory, check_against
+from jdam._memory.checked import check_against
+from jdam._memory.memory import Memory
 from jdam._recall.recall import step
 from jdam._recall.result import Recall, Trace
 

@@ -218,7 +218,7 @@ def _evaluate(
     """Return the evaluation over the candidates, with a bound on the mass neglected, and their
     indices."""
     view = view_of(memory.geometry, query)
-    goal, state = _search(certified, memory, query, view, beta, guess)
+    goal, state = _search(certified, memory, query, view, beta, guess=guess)
     total = LogSumExp().merge(state.result, beta, memory.layout)
     here = replace(goal, others=None).relative_mass(goal.least(state.left), total)
     out = psum(here, memory.layout)
@@ -235,8 +235,8 @@ def _search(
     query: AnyMeasure,
     view: AnyView,
     beta: Array,
-    guess: Any,
     *,
+    guess: Any = None,
     with_pull: bool = True,
 ) -> tuple[Mass, Explored]:
     """Return the goal, and the state when it is proved or its limit is reached."""
@@ -301,7 +301,7 @@ def bound_all(certified: Certified, memory: Memory, query: AnyMeasure, beta: Arr
     """Return lower bounds on all D̃, exact for the patterns that matter to exp(−βD̃)."""
     memory = replace(memory, cells=None)
     view = view_of(memory.geometry, query)
-    _, state = _search(certified, memory, query, view, beta, None, with_pull=False)
+    _, state = _search(certified, memory, query, view, beta, with_pull=False)
     sums = state.result
     energy = sums.lowest - jnp.log(sums.mass) / beta
     return Bounded(sums.nearest.pattern, sums.lowest, energy, state.bounds, state.compared)

@@ -18,7 +18,8 @@ from jdam._core.progress import check_progress, wait
 from jdam._energy.energy import fit_queries
 from jdam._energy.pairs import pairs
 from jdam._measures.base import AnyMeasure
-from jdam._memory.memory import Memory, check_memory, length_or_capacity
+from jdam._memory.checked import length_or_capacity
+from jdam._memory.memory import Memory, check_memory
 
 #: Told apart is a query whose nearest pattern has this weight, and at β this share of queries is.
 WEIGHT, SHARE = 0.99, 0.95

@@ -16,7 +16,8 @@ from jdam._energy.separation import check as check_separation
 from jdam._measures.base import AnyMeasure, any_of
 from jdam._measures.batches import as_batch
 from jdam._memory import slots
-from jdam._memory.memory import Memory, check_against, check_memory
+from jdam._memory.checked import check_against
+from jdam._memory.memory import Memory, check_memory
 
 
 def divergences(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:

@@ -22,8 +22,9 @@ from jdam._energy.mapped import nearest_in_file
 from jdam._energy.search import Search
 from jdam._energy.separation import LogSumExp
 from jdam._measures.base import AnyMeasure
+from jdam._memory.checked import length_or_capacity
 from jdam._memory.mapped import MappedMemory
-from jdam._memory.memory import Memory, length_or_capacity
+from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Comparison, Patterns
 
 

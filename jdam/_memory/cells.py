@@ -122,7 +122,7 @@ def _with_balls(embedding: Embedding, members: Int[Array, "C B"]) -> Cells:
 def index_of(memory: "Memory", num_cells: int | None) -> "Memory":
     """Return the memory with cells; of a sharded memory each device has cells of its own."""
     num = len(memory)
-    num_cells = max(1, round(4 * num**0.5)) if num_cells is None else num_cells
+    num_cells = min(num, round(4 * num**0.5)) if num_cells is None else num_cells
     num_cells = checks.positive_int("num_cells", num_cells)
     if num_cells > num:
         raise ValueError(

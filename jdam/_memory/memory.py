@@ -16,13 +16,14 @@ from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
 from jdam._core.progress import check_progress
-from jdam._measures.base import AnyMeasure, Measure, any_of, check_same_arrays, describe, dim_of
+from jdam._measures.base import AnyMeasure, Measure, any_of, describe
 from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory import filling, slots
 from jdam._memory.cells import Cells, index_of
+from jdam._memory.checked import check_against, length_or_capacity
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam._memory.values import checked_values, values_for
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
@@ -72,9 +73,7 @@ class Memory(eqx.Module):
                 "traced number of patterns, memory.capacity that of slots"
             )
         if self.size.ndim:
-            raise TypeError(
-                f"a batch {self.size.shape} of memories has no length; index its leaves"
-            )
+            raise TypeError(f"a batch {self.size.shape} of memories has no length; index it")
         size = int(self.size)
         if size < 0:
             raise ValueError(
@@ -134,10 +133,8 @@ class Memory(eqx.Module):
     def validated(self) -> "Memory":
         """Return the memory, with NaN where `prepared` or `size` is invalid."""
         if self.size is not None:
-            invalid = self.size < 0
-            self = dataclasses.replace(
-                self, log_prior=jnp.where(invalid, jnp.nan, self.log_weights)
-            )
+            prior = jnp.where(self.size < 0, jnp.nan, self.log_weights)
+            self = dataclasses.replace(self, log_prior=prior)
         if self.fingerprint is None:
             return self
         stale = fingerprint(self.patterns, self.geometry) != self.fingerprint
@@ -151,22 +148,17 @@ class Memory(eqx.Module):
     def indexed(self, num_cells: int | None = None) -> "Memory":
         """Return the memory with its patterns in cells, of which a search opens few.
 
-        `recall`, `recall_batch`, `attend` and `nearest` then bound D from below for whole cells,
-        D ≥ (|Φ(ξ) − c| − r)₊² by the centre c and the radius r of `Geometry.embed`, and open
-        cells in the order of these bounds until what is left is proved negligible, as `Certified`
-        does with patterns. Results and certificates are the same; where patterns cluster, the time
-        of a query grows more slowly than N. It does not pay below some 10⁴ patterns.
-
-        `append`, `replace` and `remove` keep the cells; after many changes index the memory again.
-        `jdam.save` writes them; `jdam.parametrize` drops them.
+        Recalls and `nearest` bound D ≥ (|Φ(ξ) − c| − r)₊² for whole cells, with centre c and radius
+        r of the vectors `Geometry.embed`, and open cells in this order until what is left is proved
+        negligible. Results and certificates are those of `Certified`. It pays from some 10⁵
+        patterns on, if they cluster. Changes keep the cells; after many, index again.
 
         **Arguments:**
 
-        - `num_cells`: rounded up to a power of two, at most N; None for 4√N.
+        - `num_cells`: about the number of cells, at most N; None for 4√N.
 
-        **Raises:** `TypeError` for a geometry whose `embed` returns None, as `DotProduct`,
-        `Chamfer`, `Aligned` and `Sinkhorn` with ρ or a ground cost, and for a `num_cells` that is
-        no int; `ValueError` unless 1 ≤ `num_cells` ≤ N.
+        **Raises:** `TypeError` for a geometry without `embed`, as `Chamfer`, `Aligned` and
+        `Sinkhorn` with ρ, and for a `num_cells` that is no int; `ValueError` unless it is in [1, N].
         """
         return index_of(self, num_cells)
 
@@ -264,8 +256,8 @@ class Memory(eqx.Module):
                 rows = self.patterns, self.log_prior, self.values
                 patterns, prior, values = jax.tree.map(lambda leaf: leaf[remaining], rows)
                 shorter = store(patterns, self.geometry, log_prior=prior, values=values)
-                kept = np.isin(np.arange(len(self)), remaining)
-                return slots.with_cells(shorter, self.cells, len(shorter), jnp.asarray(kept))
+                kept = jnp.asarray(np.isin(np.arange(len(self)), remaining))
+                return slots.with_cells(shorter, self.cells, len(shorter), kept)
         result: Memory = slots.remove(self, drop.reshape(-1))
         return result
 
@@ -405,26 +397,3 @@ def check_memory(memory: object) -> None:
         kind = type(memory).__name__
         how = "jdam.load reads all of it" if hasattr(memory, "path") else "jdam.store makes one"
         raise TypeError(f"memory must be a jdam.Memory; got {kind}: {how}")
-
-
-def length_or_capacity(memory: Memory) -> int:
-    """Return the number of patterns if it is known, else that of slots."""
-    return len(memory) if memory.size_is_known else memory.capacity
-
-
-def check_against(memory: Memory, name: str, measure: AnyMeasure) -> None:
-    """Raise unless the single measure has the memory's type, dtype and dimension."""
-    if type(measure) is not type(memory.patterns) and isinstance(measure, Measure):
-        raise TypeError(
-            f"{name} must be a {type(memory.patterns).__name__} like the memory's patterns; "
-            f"got {type(measure).__name__}"
-        )
-    if float_dtype(measure) != memory.dtype:
-        raise TypeError(
-            f"{name} must have the memory's dtype {memory.dtype}; got {float_dtype(measure)}: "
-            "convert one"
-        )
-    expected, actual = dim_of(memory.patterns), dim_of(measure)
-    if actual != expected:
-        raise ValueError(f"{name} must have the memory's dimension d = {expected}; got {actual}")
-    check_same_arrays(name, measure, memory.patterns, "the patterns have")

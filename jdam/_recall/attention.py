@@ -16,7 +16,8 @@ from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.batches import as_batch
-from jdam._memory.memory import Memory, check_memory, length_or_capacity, store
+from jdam._memory.checked import length_or_capacity
+from jdam._memory.memory import Memory, check_memory, store
 from jdam._memory.values import name_of
 from jdam._recall.recall import recall
 

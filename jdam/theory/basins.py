@@ -22,7 +22,8 @@ from jdam._core.compile import compiled, working_dtype
 from jdam._core.lapack import singular_values
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
-from jdam._memory.memory import Memory, length_or_capacity
+from jdam._memory.checked import length_or_capacity
+from jdam._memory.memory import Memory
 from jdam.theory._neighbourhood import (
     Neighbourhood,
     check_memory,

@@ -21,7 +21,8 @@ from jdam._entropic.c_transform import c_transform
 from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.memory import Memory, length_or_capacity
+from jdam._memory.checked import length_or_capacity
+from jdam._memory.memory import Memory
 from jdam.geometry import Sinkhorn
 from jdam.geometry.protocol import Patterns
 from jdam.theory._neighbourhood import check_memory

@@ -139,9 +139,7 @@ def test_few_cells_are_opened(rng):
     size = branch_and_bound.OPENED
     try:
         branch_and_bound.OPENED = 16
-        _, state = certified._search(
-            jdam.Certified(4), indexed, query, view, jnp.asarray(BETA), None
-        )
+        _, state = certified._search(jdam.Certified(4), indexed, query, view, jnp.asarray(BETA))
     finally:
         branch_and_bound.OPENED = size
     assert int(state.opened.sum()) < len(state.opened) / 2
@@ -228,6 +226,12 @@ def test_wrong_arguments(geometry, num_cells, error, message, rng):
     memory = jdam.store(vectors(rng, 8, DIM), geometry)
     with pytest.raises(error, match=message):
         memory.indexed(num_cells)
+
+
+def test_few_patterns_have_cells_too(rng):
+    memory = jdam.store(vectors(rng, 3, DIM)).indexed()
+    index, _ = jdam.nearest(memory, memory[1])
+    assert index[0] == 1
 
 
 def test_not_inside_jit(rng):
