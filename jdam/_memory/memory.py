@@ -158,7 +158,7 @@ class Memory(eqx.Module):
         - `num_cells`: about the number of cells, at most N; None for 4√N.
 
         **Raises:** `TypeError` for a geometry without `embed`, as `Chamfer`, `Aligned` and
-        `Sinkhorn` with ρ, and for a `num_cells` that is no int; `ValueError` unless it is in [1, N].
+        `Sinkhorn` with ρ, and a `num_cells` that is no int; `ValueError` unless it is in [1, N].
         """
         return index_of(self, num_cells)
 
