@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jaxlib.version
 
-# Compiling takes most of the suite's time, and a third of it like this. A flag that a later
-# version of XLA no longer knew would end the process.
+# Compiling takes most of the suite's time, and a third of it like this: without optimizing, and
+# each program in one piece, where XLA would cut it for threads that two workers have no cores for.
+# A flag that a later version of XLA no longer knew would end the process.
 FLAGS = "--xla_backend_optimization_level=0"
 if jaxlib.version.__version_info__ < (0, 11):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    FLAGS += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 # Programs are compiled once for all workers, processes that tests start, and later runs.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / "build/xla"))

@@ -98,8 +98,14 @@ def padded(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("learn", [("patterns", "beta"), ("patterns", "prior"), ()])
-@pytest.mark.parametrize("kind", ["gaussians", "padded clouds"])
+@pytest.mark.parametrize(
+    ("kind", "learn"),
+    [
+        ("gaussians", ("patterns", "beta")),
+        ("gaussians", ()),
+        ("padded clouds", ("patterns", "prior")),
+    ],
+)
 def test_copies_can_be_averaged_and_stacked_and_compile_nothing(rng, kind, learn):
     memory = padded(rng) if kind == "padded clouds" else setting(rng, kind)[0]
     query = memory[0]

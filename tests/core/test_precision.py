@@ -1,5 +1,7 @@
 """Products in full precision in every program: by default accelerators take TF32 or bfloat16."""
 
+from functools import partial
+
 import jax
 import optax
 import pytest
@@ -22,59 +24,58 @@ def total(tree):
     return sum(leaf.sum() for leaf in jax.tree.leaves(tree))
 
 
+def energy_and_step(memory, query):
+    return jdam.energy(memory, query, 2.0) + total(jdam.step(memory, query, 2.0))
+
+
+def recalled(**settings):
+    def function(memory, query):
+        return total(jdam.recall(memory, query, 2.0, max_steps=2, **settings).measure)
+
+    return function
+
+
 FUNCTIONS = {
-    "energy": lambda memory, query: jdam.energy(memory, query, 2.0),
     "weights": lambda memory, query: jdam.gibbs_weights(memory, query, 2.0)[0],
-    "step": lambda memory, query: total(jdam.step(memory, query, 2.0)),
-    "unrolled": lambda memory, query: total(jdam.recall(memory, query, 2.0, max_steps=2).measure),
-    "implicit": lambda memory, query: total(
-        jdam.recall(memory, query, 2.0, max_steps=2, adjoint=jdam.Implicit()).measure
-    ),
-    "certified": lambda memory, query: total(
-        jdam.recall(memory, query, 2.0, max_steps=2, search=jdam.Certified(2)).measure
-    ),
+    "unrolled": recalled(),
+    "implicit": recalled(adjoint=jdam.Implicit()),
+    "certified": recalled(search=jdam.Certified(2)),
 }
 
 
-#: Of all kinds what they do themselves, of some what is done with it.
-CASES = [(kind, name) for kind in KINDS for name in ("energy", "step")] + [
-    (kind, name)
-    for kind in ("gaussian", "entropic, diagonal")
-    for name in ("weights", "unrolled", "implicit", "certified")
-]
-CASES.append(("clouds", "implicit"))
-
-
-@pytest.mark.parametrize(("kind", "name"), CASES)
-def test_first_derivatives(rng, kind, name):
+def slopes_of(function, geometry):
     """By reverse mode, of a batch, with the patterns stored inside."""
-    memory, query = problem(rng, kind)
 
     def loss(patterns, query):
-        held = jdam.store(patterns, KINDS[kind][1])
+        held = jdam.store(patterns, geometry)
         queries = jax.tree.map(lambda leaf: leaf[None], query)
-        return jax.vmap(FUNCTIONS[name], (None, 0))(held, queries).sum()
+        return jax.vmap(function, (None, 0))(held, queries).sum()
 
-    slopes = jax.value_and_grad(loss, argnums=(0, 1))
+    return jax.value_and_grad(loss, argnums=(0, 1))
+
+
+@every_kind
+def test_first_and_second_derivatives(rng, kind):
+    """In one program, of which nothing may be left out."""
+    memory, query = problem(rng, kind)
+    slopes = slopes_of(energy_and_step, KINDS[kind][1])
+    curvature = partial(jax.jvp, slopes)
+    point = memory.patterns, query
+    assert not of_lower_precision(curvature, point, point)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [*(("gaussian", name) for name in FUNCTIONS), ("clouds", "implicit")]
+)
+def test_first_derivatives(rng, kind, name):
+    memory, query = problem(rng, kind)
+    slopes = slopes_of(FUNCTIONS[name], memory.geometry)
     assert not of_lower_precision(slopes, memory.patterns, query)
 
 
 def test_certified_clouds(rng):
     memory, query = problem(rng, "clouds")
     assert not of_lower_precision(FUNCTIONS["certified"], memory, query)
-
-
-@every_kind
-@pytest.mark.parametrize("name", ["energy", "step"])
-def test_second_derivatives(rng, kind, name):
-    memory, query = problem(rng, kind)
-    function = FUNCTIONS[name]
-
-    def curvature(query, direction):
-        slope = jax.grad(function, argnums=1)
-        return jax.jvp(lambda q: slope(memory, q), (query,), (direction,))[1]
-
-    assert not of_lower_precision(curvature, query, query)
 
 
 def test_learning(rng):

@@ -95,7 +95,7 @@ def test_plans_of_mixtures(rng):
 
 
 @pytest.mark.full
-@every_cloud
+@pytest.mark.parametrize("name", ["one-sided", "balanced"])
 def test_a_batch_is_a_loop(rng, name):
     """Inside `jax.jit`, by indices that are traced and by none."""
     memory, query = problem(rng, GEOMETRIES[name])
@@ -110,7 +110,7 @@ def test_a_batch_is_a_loop(rng, name):
 
 
 @pytest.mark.full
-@every_cloud
+@pytest.mark.parametrize("name", ["one-sided", "unbalanced"])
 def test_derivatives(rng, name):
     """Of everything that is not an index, in both clouds and ε."""
     memory, query = problem(rng, GEOMETRIES[name])

@@ -15,7 +15,7 @@ import pytest
 import jdam
 from jdam._energy import pairs
 from jdam.geometry.protocol import BatchSizes
-from tests.cases import METRIC, every_kind_in_full, problem, some_and_clouds
+from tests.cases import METRIC, every_kind_in_full, problem
 from tests.helpers import gaussians, near, vectors
 
 
@@ -80,8 +80,8 @@ def test_thin_factors_stay_thin(rng):
 def test_gradient_of_pairs(rng):
     memory = jdam.store(gaussians(rng, 3, 2))
     queries = near(rng, memory.patterns, 0.1)
-    slope = jax.grad(lambda q: jdam.pairwise(memory, q).sum())(queries)
-    alone = jax.grad(lambda q: jdam.divergences(memory, q).sum())(queries[1])
+    slope = jax.jit(jax.grad(lambda q: jdam.pairwise(memory, q).sum()))(queries)
+    alone = jax.jit(jax.grad(lambda q: jdam.divergences(memory, q).sum()))(queries[1])
     np.testing.assert_allclose(slope.mean[1], alone.mean, rtol=1e-10)
 
 
@@ -93,7 +93,7 @@ def small_parts(monkeypatch, geometry):
 
 
 @pytest.mark.full
-@some_and_clouds
+@pytest.mark.parametrize("kind", ["gaussian", "clouds", "one-sided"])
 def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     memory, query = problem(rng, kind)
     small_parts(monkeypatch, memory.geometry)

@@ -20,7 +20,6 @@ GEOMETRIES = {
     "one-sided": jdam.Chamfer(0.02),
     "one-sided, rho": jdam.Chamfer(0.02, rho=0.3),
     "balanced": jdam.Sinkhorn(0.02),
-    "unbalanced": jdam.Sinkhorn(0.02, rho=0.5),
 }
 BETA = 40.0
 
@@ -51,7 +50,7 @@ match = jax.jit(jdam.match)
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [("one-sided", 2), *only_full(("one-sided, rho", 3), ("balanced", 3), ("unbalanced", 2))],
+    [("one-sided", 2), *only_full(("one-sided, rho", 3), ("balanced", 3))],
 )
 def test_a_known_pose_is_found(rng, name, dim):
     patterns, turn, shift, cue = problem(rng, dim)
@@ -107,17 +106,12 @@ def test_a_partial_cue_is_completed(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["one-sided, rho", "balanced"])
-def test_derivatives_of_the_energy(rng, name):
+def test_derivatives_of_the_energy(rng):
     patterns, _, _, cue = problem(rng)
     epsilon = jnp.float64(0.1)
 
     def of(epsilon, points, cue):
-        inner = (
-            jdam.Chamfer(epsilon, rho=0.3)
-            if name == "one-sided, rho"
-            else jdam.Sinkhorn(epsilon, tol=1e-12)
-        )
+        inner = jdam.Sinkhorn(epsilon, tol=1e-12)
         memory = jdam.store(jdam.PointCloud(points), jdam.Aligned(inner))
         return jdam.energy(memory, jdam.PointCloud(cue), 3.0)
 
@@ -215,12 +209,11 @@ def test_messages():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("inner", [jdam.Chamfer, jdam.Sinkhorn])
-def test_features_go_with_the_atoms(rng, inner):
+def test_features_go_with_the_atoms(rng):
     """A labelled copy is found in its pose, and keeps its labels."""
     points, labels = rng.normal(size=(4, 6, 2)), rng.integers(0, 3, size=(4, 6))
     patterns = jdam.PointCloud(points, None, np.eye(3)[labels])
-    geometry = jdam.Aligned(inner(0.02, feature_scale=0.5))
+    geometry = jdam.Aligned(jdam.Chamfer(0.02, feature_scale=0.5))
     memory, turn = jdam.store(patterns, geometry), np.array([[0.6, -0.8], [0.8, 0.6]])
     cue = jdam.PointCloud(points[2] @ turn.T + 3, None, np.eye(3)[labels[2]])
     found = jdam.recall(memory, cue, 50.0)
@@ -231,14 +224,11 @@ def test_features_go_with_the_atoms(rng, inner):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("inner", "dim"),
-    [(jdam.Chamfer(0.02), 2), (jdam.Chamfer(0.02, rho=0.3), 3), (jdam.Sinkhorn(0.02), 2)],
-)
-def test_a_scale_is_found(rng, inner, dim):
+def test_a_scale_is_found(rng):
     """Of copies that are turned and larger or smaller."""
-    patterns, turn, shift, _ = problem(rng, dim)
-    memory = jdam.store(patterns, jdam.Aligned(inner, scale=True))
+    patterns, turn, shift, _ = problem(rng, dim=3)
+    geometry = jdam.Aligned(GEOMETRIES["one-sided, rho"], scale=True)
+    memory = jdam.store(patterns, geometry)
     for scale in (0.7, 1.6):
         pose = jdam.Pose(jnp.asarray(turn), jnp.asarray(shift), jnp.asarray(scale))
         found = match(memory, pose(patterns[1]), 1)
@@ -254,17 +244,10 @@ def blurred(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["one-sided", "one-sided, rho", "balanced", "scaled"])
-def test_poses_are_stationary_and_have_derivatives(rng, name):
+def test_poses_are_stationary_and_have_derivatives(rng):
     """The gradient at a held pose is that of D; the pose follows the cue."""
     patterns, cue = blurred(rng)
-    inner = {
-        "one-sided": jdam.Chamfer(0.1),
-        "one-sided, rho": jdam.Chamfer(0.1, rho=0.5),
-        "balanced": jdam.Sinkhorn(0.1, tol=1e-12),
-        "scaled": jdam.Chamfer(0.05, rho=0.5),
-    }[name]
-    memory = jdam.store(patterns, jdam.Aligned(inner, scale=name == "scaled"))
+    memory = jdam.store(patterns, jdam.Aligned(jdam.Chamfer(0.05, rho=0.5), scale=True))
 
     def of(points):
         found = jdam.match(memory, jdam.PointCloud(points), 1)
@@ -302,12 +285,11 @@ def mixtures(rng, dim=2, num=3, components=3):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("dim", "scale"), [(2, False), (3, False), (2, True)])
-def test_mixtures(rng, dim, scale):
-    patterns = mixtures(rng, dim)
-    turn, shift, size = rotation(rng, dim), rng.normal(size=dim), 1.5 if scale else 1.0
+def test_mixtures(rng):
+    patterns = mixtures(rng, dim=3)
+    turn, shift, size = rotation(rng, 3), rng.normal(size=3), 1.5
     pose = jdam.Pose(*map(jnp.asarray, (turn, shift, size)))
-    memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein(), scale=scale))
+    memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein(), scale=True))
     found = match(memory, pose(patterns[1]))
     assert found.index == 1
     np.testing.assert_allclose(found.divergence, 0, atol=1e-8)
@@ -331,16 +313,17 @@ def test_bounds_of_mixtures_are_proved(rng):
     patterns = mixtures(rng, num=6)
     memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein()))
     cue = jdam.Pose(jnp.asarray(rotation(rng, 2)), jnp.ones(2), jnp.ones(()))(patterns[2])
-    all_, some = (
-        jdam.nearest(memory, cue, 2, search=search)
-        for search in (None, jdam.Certified(num_candidates=2))
-    )
-    np.testing.assert_array_equal(all_[0], some[0])
-    geometry = memory.geometry
-    (bound,) = geometry.bounds(None)
-    held = jdam.Patterns(memory.patterns, memory.prepared)
-    below = bound(geometry.view(cue), held)
-    assert (below <= jdam.divergences(memory, cue)).all()
+    order, distances = jdam.nearest(memory, cue, 6)
+    some, _ = jdam.nearest(memory, cue, 2, search=jdam.Certified(num_candidates=2))
+    np.testing.assert_array_equal(order[:2], some)
+
+    @jax.jit
+    def bounded(memory, cue):
+        (bound,) = memory.geometry.bounds(None)
+        return bound(memory.geometry.view(cue), jdam.Patterns(memory.patterns, memory.prepared))
+
+    below = bounded(memory, cue)
+    assert (below[order] <= distances).all()
     assert below.max() > 0.1
 
 

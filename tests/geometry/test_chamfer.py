@@ -288,11 +288,9 @@ def test_single_precision_far_from_zero(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("far", [1e3, 1e10, 1e18])
-def test_strays_in_single_precision(rng, far):
+def test_strays_in_single_precision(rng):
     """Of share 0, finite in value and derivatives; κ takes their mass."""
     points = rng.normal(size=(4, 6, 2)).astype(np.float32)
-    cue = np.concatenate([points[1, :4], [[far, -far]]]).astype(np.float32)
     scalars = jnp.float32(1e-3), jnp.float32(0.2), jnp.float32(20.0)
 
     def energy(cue, points, scalars):
@@ -305,13 +303,15 @@ def test_strays_in_single_precision(rng, far):
         return level + jnp.sum(result.measure.points[:4] ** 2), result
 
     run = jax.jit(jax.value_and_grad(energy, argnums=(0, 1, 2), has_aux=True))
-    (value, result), slopes = run(cue, points, scalars)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, result, slopes)))
-    assert int(result.nearest) == 1
-    assert result.inliers[4] == 0
-    assert (result.inliers[:4] > 0.9).all()
-    assert result.measure.weights[4] < 0.01
-    np.testing.assert_array_equal(result.measure.points[4], cue[4])
+    for far in (1e3, 1e10, 1e18):
+        cue = np.concatenate([points[1, :4], [[far, -far]]]).astype(np.float32)
+        (value, result), slopes = run(cue, points, scalars)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, result, slopes)))
+        assert int(result.nearest) == 1
+        assert result.inliers[4] == 0
+        assert (result.inliers[:4] > 0.9).all()
+        assert result.measure.weights[4] < 0.01
+        np.testing.assert_array_equal(result.measure.points[4], cue[4])
 
 
 @pytest.mark.full

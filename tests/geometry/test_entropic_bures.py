@@ -124,20 +124,19 @@ def pair(rng, case, d, condition, scale):
 def test_accuracy(rng, case, dtype, relative):
     """Relative to D, not to the traces of which it is a difference; and none is negative."""
     for condition in (1e2, 1e6):
-        for ratio in (1e-3, 0.1, 1.0, 100.0):
-            for scale in (1e-3, 1e3):
-                factors = [f.astype(dtype) for f in pair(rng, case, 5, condition, scale)]
-                first, second = (jdam.Gaussian(np.zeros(5, dtype), f) for f in factors)
-                trace = float(np.sum(np.square(factors[0])))
-                epsilon = jnp.asarray(ratio * trace, dtype)
-                for one, other in ((first, second), (second, first)):
-                    found = float(distance(one, other, epsilon))
-                    expected = float(precise(*factors, epsilon))
-                    assert found >= 0
-                    if case == "equal":
-                        assert found <= 1000 * np.finfo(dtype).eps ** 2 * trace
-                    else:
-                        assert abs(found - expected) <= relative * expected
+        for ratio, scale in ((1e-3, 1e3), (0.1, 1e-3), (1.0, 1e3), (100.0, 1e-3)):
+            factors = [f.astype(dtype) for f in pair(rng, case, 5, condition, scale)]
+            first, second = (jdam.Gaussian(np.zeros(5, dtype), f) for f in factors)
+            trace = float(np.sum(np.square(factors[0])))
+            epsilon = jnp.asarray(ratio * trace, dtype)
+            expected = float(precise(*factors, epsilon))
+            for one, other in ((first, second), (second, first)):
+                found = float(distance(one, other, epsilon))
+                assert found >= 0
+                if case == "equal":
+                    assert found <= 1000 * np.finfo(dtype).eps ** 2 * trace
+                else:
+                    assert abs(found - expected) <= relative * expected
 
 
 @pytest.mark.full
@@ -269,14 +268,14 @@ def test_derivatives_are_finite_and_right(kind):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit()])
-def test_derivative_of_recall(rng, adjoint):
-    """Of the fixed point, in patterns, β and ε; rotations of the factor do not disturb it."""
+def test_derivative_of_recall(rng):
+    """Of the fixed point, in patterns, β and ε; rotations of the factor do not disturb it. That
+    unrolled ones are the same is among the tests of adjoints."""
     patterns, query = gaussians(rng, 4, 2, spread=0.3), gaussians(rng, 1, 2, spread=0.3)[0]
 
-    def size(patterns, beta, epsilon, adjoint=adjoint):
+    def size(patterns, beta, epsilon):
         memory = jdam.store(patterns, jdam.EntropicBures(epsilon))
-        found = jdam.recall(memory, query, beta, max_steps=300, tol=1e-12, adjoint=adjoint)
+        found = jdam.recall(memory, query, beta, max_steps=300, tol=1e-12, adjoint=jdam.Implicit())
         return jnp.sum(found.measure.covariance**2) + jnp.sum(found.measure.mean**2)
 
     point = jax.tree.map(jnp.asarray, (patterns, 0.5, 0.2))
@@ -305,8 +304,9 @@ table = jax.jit(jax.vmap(jdam.divergences, (None, 0)))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "diagonal"), [(np.float32, False), (np.float64, False), (np.float32, True)]
+)
 def test_bounds_are_below(rng, dtype, diagonal):
     """Also between Gaussians that nearly are the same, or commute."""
     closeness = []
@@ -336,9 +336,8 @@ def test_bounds_are_below(rng, dtype, diagonal):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("make", [gaussians, diagonals])
-def test_certified_is_exhaustive(rng, make):
-    memory = jdam.store(make(rng, 40, 3), jdam.EntropicBures(0.1))
+def test_certified_is_exhaustive(rng):
+    memory = jdam.store(gaussians(rng, 40, 3), jdam.EntropicBures(0.1))
     queries = near(rng, memory[:6], 0.1)
 
     def recall(search):
@@ -397,16 +396,3 @@ def test_store_and_show(rng):
     assert len(memory.append(memory.patterns).remove([0, 4])) == 4
     with pytest.raises(TypeError, match="patterns must be a jdam.Gaussian or"):
         jdam.store(np.ones((2, 2)), jdam.EntropicBures(0.1))
-
-
-@pytest.mark.full
-def test_learning(rng):
-    import optax
-
-    patterns = gaussians(rng, 6, 2, spread=3.0)
-    queries = near(rng, patterns, 0.2)
-    memory = jdam.store(near(rng, patterns, 0.3), jdam.EntropicBures(0.2))
-    fitted = jdam.fit(
-        memory, 3.0, queries, patterns, optax.adam(0.03), num_steps=30, progress=False
-    )
-    assert fitted.losses[-1] < 0.5 * fitted.losses[0]

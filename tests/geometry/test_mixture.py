@@ -101,7 +101,7 @@ def test_perturbed_shuffled_mixtures_are_recalled(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("components", [1, 2, 5])
+@pytest.mark.parametrize("components", [1, 5])
 def test_the_energy_never_rises(rng, components):
     """Where plans split and tie as well."""
     memory = jdam.store(mixtures(rng, 6, 2))
@@ -114,6 +114,13 @@ def test_the_energy_never_rises(rng, components):
         assert (np.diff(energies, axis=1) <= 1e-12).all()
 
 
+@jax.jit
+def levels_of_bounds(memory, query):
+    held = jdam.Patterns(memory.patterns, memory.prepared)
+    view = memory.geometry.view(memory.geometry.match(query, memory.patterns))
+    return [bound(view, held) for bound in memory.geometry.bounds(held)]
+
+
 @pytest.mark.full
 def test_bounds_are_bounds(rng):
     for seed in range(3):
@@ -121,13 +128,11 @@ def test_bounds_are_bounds(rng):
         for dtype in (np.float32, np.float64):
             memory = jdam.store(mixtures(rng, 12, 3, 4, 2, dtype=dtype, spread=0.5))
             query = near(rng, memory[0], 0.02)
-            held = jdam.Patterns(memory.patterns, memory.prepared)
-            view = memory.geometry.view(memory.geometry.match(query, memory.patterns))
             exact = np.array([mw2_squared(query, pattern) for pattern in memory])
-            *cheap, last = memory.geometry.bounds(held)
-            for bound in (*cheap, last):
-                assert (np.asarray(bound(view, held)) <= exact * (1 + 1e-12)).all()
-            assert np.median(np.asarray(last(view, held)) / exact) > 0.8
+            levels = levels_of_bounds(memory, query)
+            for level in levels:
+                assert (np.asarray(level) <= exact * (1 + 1e-12)).all()
+            assert np.median(np.asarray(levels[-1]) / exact) > 0.8
 
 
 @pytest.mark.full
@@ -167,7 +172,7 @@ def test_derivatives_along_the_simplex(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit(), jdam.OneStep()])
+@pytest.mark.parametrize("adjoint", [jdam.Unrolled(), jdam.Implicit()])
 def test_derivatives_of_recall(rng, adjoint):
     memory = jdam.store(mixtures(rng, 3, 2, 2, spread=2.0))
     query = near(rng, memory[0], 0.1)
@@ -178,7 +183,7 @@ def test_derivatives_of_recall(rng, adjoint):
         )
         return jdam.recall(held, query, 3.0, max_steps=40, adjoint=adjoint).measure.means.sum()
 
-    slope = jax.grad(found)(memory.patterns.means)
+    slope = jax.jit(jax.grad(found))(memory.patterns.means)
     h = 1e-5 * rng.normal(size=slope.shape)
     wanted = found(memory.patterns.means + h) - found(memory.patterns.means - h)
     np.testing.assert_allclose(2 * np.vdot(slope, h), wanted, rtol=1e-2)

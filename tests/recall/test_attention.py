@@ -22,7 +22,7 @@ def test_arrays_are_averaged(rng, kind):
 def test_gaussians_become_their_barycentre(rng):
     """m = Σ wᵢμᵢ and Ω = Σ wᵢ (Ω^½ Σᵢ Ω^½)^½, under keys of another kind."""
     memory, query = problem(rng, "euclidean")
-    values = gaussians(rng, 7, 3)
+    values = gaussians(rng, 7, 5)
     found = jdam.attend(memory, query, 0.2, values, num_steps=60)
     weights = np.asarray(jdam.gibbs_weights(memory, query, 0.2))
     assert weights.max() < 0.6
@@ -83,14 +83,14 @@ def test_derivatives(rng, kind):
             moved = jdam.PointCloud(query.points + shift[None], query.weights)
         return jdam.attend(memory, moved, beta, values), jdam.attend(memory, moved, beta, shapes)
 
-    arguments = jnp.zeros(3), jnp.float64(0.3), values, shapes
+    arguments = jnp.zeros(5), jnp.float64(0.3), values, shapes
     check_derivatives(outputs, arguments, rtol=1e-6)
 
 
 @pytest.mark.full
 def test_batches_and_separations(rng):
     memory, _ = problem(rng, "diagonal")
-    queries, values = diagonals(rng, 4, 3), vectors(rng, 7, 2)
+    queries, values = diagonals(rng, 4, 5), vectors(rng, 7, 2)
     for separation in (jdam.LogSumExp(), jdam.Entmax(2.0), jdam.Epanechnikov()):
 
         def one(query, separation=separation):

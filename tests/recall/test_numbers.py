@@ -40,8 +40,7 @@ def test_a_step_limit_that_is_no_power_of_two_cuts_the_trace(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
+@pytest.mark.parametrize(("dtype", "prior"), [("f4", True), ("f8", False)])
 def test_barycentres_of_clouds_as_beta_vanishes(rng, dtype, prior):
     """The limit is the π-weighted barycentre, which steps with fixed weights reach: 400 of the
     paper's, with divergences and maps of independent code, would take minutes; the energy at a

@@ -10,12 +10,12 @@ import pytest
 
 import jdam
 from jdam._recall import recall as module
-from tests.cases import close, problem, some_and_clouds
+from tests.cases import close, gaussians_and_clouds, problem
 from tests.helpers import near, vectors
 
 
 @pytest.mark.full
-@some_and_clouds
+@gaussians_and_clouds
 def test_parts_are_one_program(rng, monkeypatch, capsys, kind):
     memory, _ = problem(rng, kind)
     queries = near(rng, memory.patterns, 0.05)

@@ -23,8 +23,7 @@ KINDS = {
     "diagonal": diagonals,
 }
 every_kind = pytest.mark.parametrize("kind", ["full", "diagonal", *only_full("low rank")])
-two_kinds = pytest.mark.parametrize("kind", ["full", "diagonal"])
-NUM, DIM, CASES = 6, 3, 150
+NUM, DIM, CASES = 6, 5, 250
 
 
 def pairwise(memory):
@@ -57,7 +56,6 @@ def examine(key, patterns, share, scaled):
     radius, beta = share * separation, scaled / separation**2
     query = jdam.random.perturb(key, first(patterns), radius)
     other = jdam.random.perturb(jax.random.fold_in(key, 1), query, 1e-3 * radius)
-    target = jdam.store(jax.tree.map(lambda leaf: leaf[:1], patterns))
     moved, other_moved = (jdam.step(memory, q, beta) for q in (query, other))
 
     def distance(first, second):
@@ -65,10 +63,11 @@ def examine(key, patterns, share, scaled):
         return jnp.sqrt(jdam.divergences(alone, second)[0])
 
     ends = jdam.recall(memory, query, beta, max_steps=200)
+    levels = jdam.divergences(memory, query)
     certificate = theory.certify(memory, query, beta)
     return {
         "separation": separation,
-        "after": jnp.sqrt(jdam.divergences(target, moved)[0]),
+        "after": jnp.sqrt(jdam.divergences(memory, moved)[0]),
         "bound": theory.one_step_bound(memory, 0, radius, beta),
         "radius": radius,
         "stretch": distance(moved, other_moved) / distance(query, other),
@@ -76,7 +75,7 @@ def examine(key, patterns, share, scaled):
         "basin": theory.basin_radius(memory, beta)[0],
         "fidelity": theory.fidelity(memory, beta)[0],
         "recalled": jnp.sqrt(jdam.divergences(memory, ends.measure)),
-        "margin": jnp.min(jdam.divergences(memory, query)[1:]) - jdam.divergences(memory, query)[0],
+        "margin": jnp.min(levels[1:]) - levels[0],
         "margin bound": theory.margins(memory, radius)[0],
         "index": certificate.index,
         "error": certificate.error,
@@ -115,10 +114,9 @@ def test_one_step_bound(found, kind):
 
 
 @pytest.mark.full
-@two_kinds
-def test_one_step_bound_is_attained(rng, kind):
+def test_one_step_bound_is_attained(rng):
     """On the way to the nearest pattern little but wᵢ < 1 and the other patterns is lost."""
-    memory = jdam.store(KINDS[kind](rng, 20, 3))
+    memory = jdam.store(gaussians(rng, 20, 5))
     separation = np.asarray(theory.separations(memory))
     gaps = pairwise(memory)
 
@@ -171,7 +169,7 @@ def test_certificates_hold(found, kind):
 @pytest.mark.full
 def test_separations_and_interference_are_exact(rng):
     for make in (gaussians, diagonals):
-        memory = jdam.store(make(rng, 40, 4))
+        memory = jdam.store(make(rng, 40, 5))
         exact = pairwise(memory)
         np.testing.assert_allclose(theory.separations(memory), np.sqrt(exact.min(1)), rtol=1e-7)
         for beta in (0.1, 1.0, 10.0):
@@ -224,9 +222,8 @@ def test_many_patterns_in_groups(rng):
 
 
 @pytest.mark.full
-@two_kinds
-def test_minimum_beta(rng, kind):
-    memory = jdam.store(KINDS[kind](rng, 8, 3))
+def test_minimum_beta(rng):
+    memory = jdam.store(diagonals(rng, 8, 3))
     errors = np.array([1e-1, 1e-4])
     betas = [float(theory.minimum_beta(memory, e)) for e in errors]
     assert betas[0] < betas[1]
@@ -239,9 +236,9 @@ def test_minimum_beta(rng, kind):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_temperatures_are_finite_and_fall_with_the_error(dtype):
+def test_temperatures_are_finite_and_fall_with_the_error():
     """Of distinct patterns, however close to rounding the bisection ends."""
+    dtype = np.float32
     errors = np.geomspace(0.01, 0.5, 12).astype(dtype)
     minimum = jax.jit(theory.minimum_beta)
     for seed in range(2):
@@ -330,7 +327,7 @@ def test_clouds_have_no_contraction(rng):
 
 @pytest.mark.full
 def test_float32(rng):
-    memory = jdam.store(gaussians(rng, 30, 4, dtype=np.float32))
+    memory = jdam.store(gaussians(rng, 30, 5, dtype=np.float32))
     for found in (
         theory.separations(memory),
         theory.interference(memory, 1.0),

@@ -31,7 +31,7 @@ def test_stiffness_is_the_curvature_in_weights(memory):
         weights = cloud.weights + root * (tilt - root * jnp.vdot(root, tilt))
         return jdam.divergences(target, jdam.PointCloud(cloud.points, weights))[0]
 
-    hessian = jax.hessian(divergence)(jnp.zeros(5))
+    hessian = jax.jit(jax.hessian(divergence))(jnp.zeros(5))
     most = np.linalg.eigvalsh(hessian).max()
     np.testing.assert_allclose(theory.weight_stiffness(memory)[1], most, rtol=1e-5)
 
