@@ -20,6 +20,7 @@ GEOMETRIES = {
     "one-sided": jdam.Chamfer(0.02),
     "one-sided, rho": jdam.Chamfer(0.02, rho=0.3),
     "balanced": jdam.Sinkhorn(0.02),
+    "unbalanced": jdam.Sinkhorn(0.02, rho=0.5),
 }
 BETA = 40.0
 
@@ -50,7 +51,7 @@ match = jax.jit(jdam.match)
 
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [("one-sided", 2), *only_full(("one-sided, rho", 3), ("balanced", 3))],
+    [("one-sided", 2), *only_full(("one-sided, rho", 3), ("balanced", 3), ("unbalanced", 2))],
 )
 def test_a_known_pose_is_found(rng, name, dim):
     patterns, turn, shift, cue = problem(rng, dim)
@@ -244,10 +245,12 @@ def blurred(rng):
 
 
 @pytest.mark.full
-def test_poses_are_stationary_and_have_derivatives(rng):
+@pytest.mark.parametrize("balanced", [True, False])
+def test_poses_are_stationary_and_have_derivatives(rng, balanced):
     """The gradient at a held pose is that of D; the pose follows the cue."""
     patterns, cue = blurred(rng)
-    memory = jdam.store(patterns, jdam.Aligned(jdam.Chamfer(0.05, rho=0.5), scale=True))
+    inner = jdam.Sinkhorn(0.1, tol=1e-12) if balanced else jdam.Chamfer(0.05, rho=0.5)
+    memory = jdam.store(patterns, jdam.Aligned(inner, scale=not balanced))
 
     def of(points):
         found = jdam.match(memory, jdam.PointCloud(points), 1)

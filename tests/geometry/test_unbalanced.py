@@ -250,6 +250,24 @@ def test_certified_is_exhaustive(rng):
 
 
 @pytest.mark.full
+def test_implicit_is_unrolled(rng):
+    patterns = rng.normal(size=(3, 6, 2))
+    query = jdam.PointCloud(patterns[1, :4] + 0.05 * rng.normal(size=(4, 2)))
+
+    def loss(rho, adjoint):
+        memory = memory_of(jnp.asarray(patterns), epsilon=0.05, rho=rho, tol=TIGHT)
+        result = jdam.recall(memory, query, 3.0, adjoint=adjoint, max_steps=300, tol=1e-9)
+        return jnp.sum(result.measure.points**3), result
+
+    grad = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (implicit, result), (unrolled, _) = (
+        grad(0.5, adjoint) for adjoint in (jdam.Implicit(), jdam.Unrolled())
+    )
+    assert float(result.residual) <= 1e-9
+    np.testing.assert_allclose(implicit, unrolled, rtol=1e-5)
+
+
+@pytest.mark.full
 def test_far_clouds_are_solved(rng):
     """Costs of hundreds of ε: a kernel that leaves atoms out must not give their mass up."""
     for shift in (3.0, 5.0, 12.0):
