@@ -1,6 +1,6 @@
 """What recall costs as memories grow: time, memory, compilation, and what is certified.
 
-    python benchmarks/scale.py [--largest N] [--data DIR] [--out scale.svg]
+    python benchmarks/scale.py [--largest N] [--only clusters] [--data DIR] [--out scale.svg]
 
 prints a Markdown table and draws cost against N. With `--data` it also recalls real data from
 `words_ctx_gauss.npz` (Gaussian words) and `modelnet_clouds.npz` (shapes) in that folder.
@@ -120,7 +120,62 @@ def full(rng: np.random.Generator, num: int) -> Iterator[Row]:
     for other in covariance:
         ot.gaussian.bures_wasserstein_distance(mean[0], mean[0], covariance[0], other)
     seconds = (time.perf_counter() - start) / len(covariance)
-    yield Row(kind, num, 1, "POT's distances, once", 1e3 * seconds * num)
+    yield Row(kind, num, 1, "POT's distances of a query", 1e3 * seconds * num)
+
+
+def products_and_top_k(stored: Any, queries: Any) -> Any:
+    """The nearest vectors (mean, standard deviations), by one matrix product."""
+    squares = jnp.vecdot(stored, stored)[None] - 2 * queries @ stored.T
+    return jax.lax.top_k(-squares, 16)
+
+
+def clusters(rng: np.random.Generator, num: int) -> Iterator[Row]:
+    """Gaussians in clusters of 500, by certified recall with cells and without, beside one matrix
+    product with top-k and the inverted file of faiss on the same vectors, which prove nothing."""
+    dim, kind, count = 16, "clusters, d = 16", 256
+    centres = 8 * rng.standard_normal((max(1, num // 500), dim), np.float32)
+    mean = centres[rng.integers(len(centres), size=num)]
+    mean += rng.standard_normal((num, dim), np.float32)
+    factor = rng.standard_normal((num, dim, dim), np.float32)
+    factor *= np.float32(dim**-0.5)
+    chosen = rng.integers(num, size=count)
+    noise = np.float32(0.1) * rng.standard_normal((count, dim), np.float32)
+    queries = jdam.Gaussian(mean[chosen] + noise, factor[chosen])
+    memory = jax.block_until_ready(jdam.store(jdam.Gaussian(mean, factor)))
+    stored = memory.geometry.embed(memory.patterns, memory.prepared).vectors
+    asked = memory.geometry.embed(queries).vectors
+    name = "one matrix product, top 16"
+    yield measure(kind, num, name, products_and_top_k, stored, asked, rounds=3)
+    yield from inverted_file(kind, np.asarray(stored), np.asarray(asked))
+    start = time.perf_counter()
+    indexed = jax.block_until_ready(memory.indexed())
+    yield Row(kind, num, 1, "`Memory.indexed`, once", 1e3 * (time.perf_counter() - start))
+    search = recalls(jdam.Certified())
+    for name, each in (("`Certified`", memory), ("`Certified`, cells", indexed)):
+        yield measure(kind, num, name, search, each, queries, 1.0, rounds=3)
+
+
+def inverted_file(kind: str, stored: np.ndarray, asked: np.ndarray) -> Iterator[Row]:
+    """The 16 nearest vectors in 8 of 4√N lists."""
+    try:
+        import faiss
+    except ImportError:
+        return
+    lists = round(4 * len(stored) ** 0.5)
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(stored.shape[1]), stored.shape[1], lists)
+    start = time.perf_counter()
+    index.train(stored)
+    index.add(stored)
+    building = 1e3 * (time.perf_counter() - start)
+    yield Row(kind, len(stored), 1, "faiss, inverted file, once", building)
+    index.nprobe = 8
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        index.search(asked, 16)
+        seconds.append(time.perf_counter() - start)
+    milliseconds = 1e3 * float(np.median(seconds[1:])) / len(asked)
+    yield Row(kind, len(stored), len(asked), "faiss, inverted file, top 16", milliseconds)
 
 
 def clouds(rng: np.random.Generator, num: int, beta: float) -> Iterator[Row]:
@@ -167,9 +222,10 @@ def draw(rows: list[Row], path: Path) -> None:
         k for k in dict.fromkeys(row.kind for row in rows) if not k.startswith(("words", "sh"))
     ]
     colours = {"`Certified`": "#0072b2", "`Exhaustive`": "#d55e00"}
-    figure, axes = plt.subplots(1, len(kinds), figsize=(4 * len(kinds), 3.4), layout="constrained")
-    for axis, kind in zip(axes, kinds, strict=True):
-        own = [row for row in rows if row.kind == kind and "store" not in row.contender]
+    size = 4 * len(kinds), 3.4
+    figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        own = [row for row in rows if row.kind == kind and "once" not in row.contender]
         for name in dict.fromkeys(row.contender for row in own):
             line = [(row.num, row.milliseconds) for row in own if row.contender == name]
             axis.loglog(*zip(*line, strict=True), "o-", label=name.strip("`"),
@@ -181,14 +237,22 @@ def draw(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def _name(plan: Any) -> str:
+    return str(getattr(plan, "func", plan).__name__)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--largest", type=int, default=1_000_000, help="the largest N")
+    parser.add_argument("--only", help="the memories whose names begin with this")
     parser.add_argument("--data", type=Path, help="a folder of real data")
     parser.add_argument("--out", type=Path, default=Path("scale.svg"), help="where to draw")
     arguments = parser.parse_args()
     plans = [(diagonal, 10**4), (diagonal, 10**6), *((full, 10**k) for k in range(4, 7))]
     plans += [(partial(clouds, beta=b), num) for b in (20, 100) for num in (1024, 10_000)]
+    plans += [(clusters, num) for num in (10**4, 10**5, 2 * 10**5, 10**6)]
+    if arguments.only:
+        plans = [plan for plan in plans if _name(plan[0]).startswith(arguments.only)]
     print(HEAD + "\n" + "|---" * 8 + "|", flush=True)
     rows = []
     for plan, num in plans:
