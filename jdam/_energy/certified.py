@@ -25,7 +25,7 @@ from jdam._energy.branch_and_bound import (
 )
 from jdam._energy.evaluation import Block, Evaluation
 from jdam._energy.search import Exhaustive, Search
-from jdam._energy.separation import LogSumExp, Separation, Sums, mass, with_prior
+from jdam._energy.separation import LogSumExp, Separation, Sums, with_prior
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Comparison, Patterns
@@ -47,8 +47,8 @@ class Certified(Search):
     """Comparison with few patterns, and a proof that the others do not matter.
 
     An evaluation bounds D from below for all patterns, by the first of `Geometry.bounds`, which is
-    cheap, and compares the query with the `num_candidates` patterns of least bound. The other
-    patterns then have at most the Gibbs mass
+    cheap, or for the cells of a memory that has some (`Memory.indexed`), and compares the query with
+    the `num_candidates` patterns of least bound. The others then have at most the Gibbs mass
 
         neglected ≤ Σ_out πᵢ exp(−β boundᵢ) / (Σ_in πᵢ exp(−βDᵢ) + Σ_out πᵢ exp(−β boundᵢ)).
 
@@ -185,10 +185,9 @@ class Mass(Goal):
 
     def least(self, bounds: Array) -> Array:
         """Return −β⁻¹ log Σ exp(−β bound), a bound that stands for the mass of all."""
-        lowest = bounds.min(-1)
-        shift = jnp.where(lowest == jnp.inf, 0, lowest)
-        total = mass(bounds - shift[..., None], self.beta).sum(-1)
-        bound: Array = jnp.where(lowest == jnp.inf, jnp.inf, shift - jnp.log(total) / self.beta)
+        lowest = jnp.minimum(bounds.min(-1), jnp.finfo(bounds.dtype).max)  # ∞ − ∞ is NaN
+        total = jnp.exp(-self.beta * (bounds - lowest[..., None])).sum(-1)
+        bound: Array = lowest - jnp.log(total) / self.beta
         return bound
 
     def matters(self, bound: Array, result: Sums, share: Any) -> Bool[Array, ""]:
@@ -198,10 +197,11 @@ class Mass(Goal):
     def relative_mass(self, bound: Array, result: Sums) -> Float[Array, ""]:
         """Return the mass of patterns of this bound relative to that of the patterns compared, by
         this device or first by all devices."""
-        here = mass(bound - result.lowest, self.beta) / result.mass
+        here = jnp.exp(-self.beta * (bound - result.lowest)) / result.mass
         if self.others is None:
             return here
-        return jnp.minimum(here, mass(bound - self.others.lowest, self.beta) / self.others.mass)
+        there = jnp.exp(-self.beta * (bound - self.others.lowest)) / self.others.mass
+        return jnp.minimum(here, there)
 
     def refines(self, result: Sums) -> Bool[Array, ""]:
         # If many patterns matter, refining bounds costs more than comparing.

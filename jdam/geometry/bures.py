@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_principal
-from jdam._core.lapack import cholesky, full_svd, solve_lower, svd
+from jdam._core.lapack import full_svd, svd
 from jdam._core.linalg import polar, rounding, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.batches import as_row
@@ -230,7 +230,7 @@ class Full:
 
     @staticmethod
     def bounds() -> tuple[Any, ...]:
-        return _by_embedding, _by_principal_axes, _by_nuclear_norm
+        return _by_embedding, _by_principal_axes
 
     @staticmethod
     def move(view: View, pull: Gaussian, step_size: Array) -> Gaussian:
@@ -278,13 +278,6 @@ def deviations_along_axes(
     return sizes, jnp.linalg.norm(measures.factor.mT @ axes[None], axis=-2)
 
 
-def _by_nuclear_norm(view: View, patterns: Patterns) -> Float[Array, " B"]:
-    """The lower bound |m − μ|² + |L|² + |M|² − tr H − tr(H⁻¹KᵀK) on W₂², K = MᵀL V, for an H ≻ 0
-    near (KᵀK)^½. It holds because 2|K|_* is the minimum of tr H + tr(H⁻¹KᵀK) over all H ≻ 0."""
-    query, measures = view.query, patterns.measures
-    return _shifts(query.mean, measures.mean) + _gap_from_below(query, measures)
-
-
 def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[Array, "r r"]]:
     """The factor L V = U S along principal axes, and Vᵀ, of the singular value decomposition
     L = U S Vᵀ.
@@ -320,27 +313,6 @@ def _aligned_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tup
     gap = factor[None] - factors @ rotations
     dgap = dfactor[None] - dfactors @ rotations
     return squared_norm(gap), 2 * jnp.sum(gap * dgap, axis=(-1, -2))
-
-
-def _gap_from_below(query: Gaussian, patterns: Gaussian) -> Float[Array, " B"]:
-    """|L|² + |M|² − tr H − tr(H⁻¹A) minus its rounding error, where A = KᵀK, nᵢ² = Aᵢᵢ and
-
-        Hᵢⱼ = Aᵢⱼ/(nᵢ + nⱼ) + ½nᵢδᵢⱼ
-
-    is the root of A to first order in the off-diagonal entries of A. H ≻ 0, because the Schur
-    product of A with a Cauchy matrix is ⪰ 0. Scaled to a unit diagonal, the condition number of H
-    is at most twice its number of rows.
-    """
-    cross = patterns.factor.mT @ query.factor[None]
-    sizes = jnp.linalg.norm(cross, axis=-2)
-    cross = cross / jnp.sqrt(jnp.where(sizes > 0, sizes, 1))[:, None]
-    sums = sizes[:, :, None] + sizes[:, None]
-    half = jnp.eye(sizes.shape[-1], dtype=sizes.dtype)[None] / 2
-    scaled = cross.mT @ cross / jnp.where(sums > 0, sums, 1) + half
-    solution = solve_lower(cholesky(scaled), cross.mT)
-    squares = squared_norm(query.factor) + squared_norm(patterns.factor)
-    squares = squares * (1 - rounding(8 * patterns.dim, squares.dtype))
-    return jnp.maximum(squares - sizes.sum(-1) - squared_norm(solution), 0)
 
 
 def _shifts(mean: Float[Array, " d"], means: Float[Array, "B d"]) -> Float[Array, " B"]:

@@ -101,12 +101,12 @@ def test_bounds_at_coincidence_and_of_nothing(rng):
 @pytest.mark.full
 def test_closer_bounds_are_closer(rng):
     memory, queries = problem(KINDS["Gaussians alike"], rng)
-    first, second, third = np.moveaxis(np.asarray(bounds_of_all(memory, queries)), 1, 0)
+    first, second = np.moveaxis(np.asarray(bounds_of_all(memory, queries)), 1, 0)
     truth = np.asarray(divergences(memory, queries))
     others = truth > 0.1
-    ratios = [np.median((bound / truth)[others]) for bound in (first, second, third)]
-    assert ratios[0] < ratios[1] < ratios[2]
-    assert ratios[2] > 0.9
+    ratios = [np.median((bound / truth)[others]) for bound in (first, second)]
+    assert ratios[0] < ratios[1]
+    assert ratios[1] > 0.5
 
 
 def test_commuting_covariances_are_bounded_exactly(rng):
