@@ -47,7 +47,7 @@ class Certified(Search):
     """Comparison with few patterns, and a proof that the others do not matter.
 
     An evaluation bounds D from below for all patterns, by the first of `Geometry.bounds`, which is
-    cheap, or for the cells of a memory that has some (`Memory.indexed`), and compares the query with
+    cheap, or for the cells of a memory that has some (`Memory.indexed`). It compares the query with
     the `num_candidates` patterns of least bound. The others then have at most the Gibbs mass
 
         neglected ≤ Σ_out πᵢ exp(−β boundᵢ) / (Σ_in πᵢ exp(−βDᵢ) + Σ_out πᵢ exp(−β boundᵢ)).
