@@ -37,13 +37,14 @@ class Cells(eqx.Module):
     """C cells of at most B patterns each."""
 
     members: Int[Array, "C B"]  # indices of the patterns; −1 where there is none
+    counts: Int[Array, " C"]  # of the members
     centres: Float[Array, "C k"]
     radii: Float[Array, " C"]  # rounding included
 
     def lower_bounds(self, query: Embedding) -> Float[Array, " C"]:
         """Return (|Φ(ξ) − c| − r)₊² of each cell, less rounding, ∞ for empty cells."""
         bounds = embedding_bound(query, Embedding(self.centres, self.radii))
-        return jnp.where((self.members >= 0).any(1), bounds, jnp.inf)
+        return jnp.where(self.counts > 0, bounds, jnp.inf)
 
     def invalid_if(self, stale: Bool[Array, ""]) -> "Cells":
         """Return the cells, with NaN for radii if they are those of other patterns."""
@@ -51,10 +52,9 @@ class Cells(eqx.Module):
 
     def log_prior(self, log_prior: Float[Array, " N"] | None) -> Float[Array, " C"]:
         """Return log Σ π over the patterns of each cell."""
-        on = self.members >= 0
         if log_prior is None:
-            return jnp.log(on.sum(1).astype(self.radii.dtype))
-        rows = jnp.where(on, log_prior[self.members], -jnp.inf)
+            return jnp.log(self.counts.astype(self.radii.dtype))
+        rows = jnp.where(self.members >= 0, log_prior[self.members], -jnp.inf)
         return jax.nn.logsumexp(rows, axis=1)
 
 
@@ -111,12 +111,13 @@ def _with_balls(embedding: Embedding, members: Int[Array, "C B"]) -> Cells:
     """Return the cells of these members, with their centres and radii."""
     vectors, errors = jax.lax.stop_gradient(embedding)
     on = members >= 0
-    rows, counts = vectors[members], jnp.maximum(on.sum(1), 1).astype(vectors.dtype)
-    centres = jnp.where(on[..., None], rows, 0).sum(1) / counts[:, None]
+    rows, counts = vectors[members], on.sum(1, dtype=jnp.int32)
+    sums = jnp.where(on[..., None], rows, 0).sum(1)
+    centres = sums / jnp.maximum(counts, 1).astype(vectors.dtype)[:, None]
     offsets = rows - centres[:, None]
     error = rounding(vectors.shape[1], vectors.dtype)
     lengths = jnp.linalg.norm(offsets, axis=-1) * (1 + error) + errors[members]
-    return Cells(members, centres, jnp.where(on, lengths, 0).max(1))
+    return Cells(members, counts, centres, jnp.where(on, lengths, 0).max(1))
 
 
 def index_of(memory: "Memory", num_cells: int | None) -> "Memory":
@@ -158,6 +159,7 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
         more, columns = count - len(cells.radii), width - cells.members.shape[1]
         return Cells(
             jnp.pad(cells.members, ((0, more), (0, columns)), constant_values=-1),
+            jnp.pad(cells.counts, (0, more)),
             jnp.pad(cells.centres, ((0, more), (0, 0))),
             jnp.pad(cells.radii, (0, more)),
         )
@@ -195,12 +197,14 @@ def with_patterns(cells: Cells, embedding: Embedding, indices: Int[Array, " M"])
         vector, error, index = row
         offsets = vector[None] - cells.centres
         distances = jnp.linalg.norm(offsets, axis=-1)
-        free = cells.members < 0
-        cell = jnp.where(free.any(1), distances, jnp.inf).argmin()
-        slot = free[cell].argmax()
+        has_room = cells.counts < cells.members.shape[1]
+        cell = jnp.where(has_room, distances, jnp.inf).argmin()
+        slot = (cells.members[cell] < 0).argmax()
         reach = distances[cell] * (1 + rounding(vector.size, vector.dtype)) + error
         radii = cells.radii.at[cell].max(reach)
-        return Cells(cells.members.at[cell, slot].set(index), cells.centres, radii), None
+        members = cells.members.at[cell, slot].set(index)
+        counts = cells.counts.at[cell].add((index >= 0).astype(jnp.int32))
+        return Cells(members, counts, cells.centres, radii), None
 
     rows = (*jax.lax.stop_gradient(embedding), indices)
     filled: Cells = jax.lax.scan(add, cells, rows)[0]
@@ -208,7 +212,14 @@ def with_patterns(cells: Cells, embedding: Embedding, indices: Int[Array, " M"])
 
 
 def without_patterns(cells: Cells, remains: Bool[Array, " N"]) -> Cells:
-    """Return the cells without the patterns that do not remain; later ones move up."""
-    place = jnp.cumsum(remains, dtype=jnp.int32) - 1
+    """Return the cells without the patterns that do not remain."""
     on = (cells.members >= 0) & remains[cells.members]
-    return replace(cells, members=jnp.where(on, place[cells.members], -1))
+    members = jnp.where(on, cells.members, -1)
+    return replace(cells, members=members, counts=on.sum(1, dtype=jnp.int32))
+
+
+def moved_up(cells: Cells, remains: Bool[Array, " N"]) -> Cells:
+    """Return the cells without the patterns that do not remain, for whom later ones move up."""
+    place = jnp.cumsum(remains, dtype=jnp.int32) - 1
+    cells = without_patterns(cells, remains)
+    return replace(cells, members=jnp.where(cells.members >= 0, place[cells.members], -1))

@@ -3,7 +3,6 @@
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from jdam._core.batching import batch_size
 from jdam._measures.base import AnyMeasure
 from jdam._memory.cells import (
     Cells,
+    moved_up,
     widened,
     with_fingerprint,
     with_patterns,
@@ -89,11 +89,7 @@ def replace(
         order = jnp.arange(len(index), dtype=jnp.int32)
         last = jnp.zeros(memory.capacity, jnp.int32).at[slot].max(order, mode="drop")
         left = jnp.ones(memory.capacity, bool).at[slot].set(False, mode="drop")
-        cells = eqx.tree_at(
-            lambda cells: cells.members,
-            memory.cells,
-            jnp.where(left[memory.cells.members], memory.cells.members, -1),
-        )
+        cells = without_patterns(memory.cells, left)
         # Of several patterns for one slot the last one stays.
         once = valid & (last[index] == order)
         memory = _in_cells(replaced(memory, cells=cells), new, jnp.where(once, index, -1))
@@ -113,7 +109,7 @@ def remove(memory: "Memory", index: Int[Array, " M"]) -> "Memory":
     rows, prior = jax.tree.map(lambda leaf: leaf[order], (_rows(memory), memory.log_prior))
     prior = jnp.where(number < size, prior, -jnp.inf)
     if memory.cells is not None:
-        memory = replaced(memory, cells=without_patterns(memory.cells, remains))
+        memory = replaced(memory, cells=moved_up(memory.cells, remains))
     return _nan_unless(valid.all() & (size > 0), _with_rows(memory, rows, prior, size))
 
 
@@ -126,7 +122,7 @@ def with_cells(
     if cells is None:
         return memory
     if remains is not None:
-        cells = without_patterns(cells, remains)
+        cells = moved_up(cells, remains)
     new = jax.tree.map(lambda leaf: leaf[first:], _rows(memory))
     index = jnp.arange(first, memory.capacity, dtype=jnp.int32)
     memory = replaced(memory, cells=widened(cells, memory.capacity))
