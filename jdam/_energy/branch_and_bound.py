@@ -293,10 +293,13 @@ def _compare(
 
 def least(bounds: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool[Array, " B"]]:
     """Return the indices of the least entries, and a mask of those that are not ∞."""
-    # `top_k` is fast in single precision only, and the order need not be exact.
-    shifted = (bounds - jnp.where(jnp.isfinite(bounds), bounds, jnp.inf).min()).astype(jnp.float32)
-    _, index = jax.lax.top_k(-shifted, size)
-    return index, bounds[index] != jnp.inf  # NaN must reach the result
+    # `top_k` is fast in single precision only, and the order need not be exact, but for NaN, which
+    # must reach the result, and ∞, which must not.
+    lowest = jnp.where(jnp.isfinite(bounds), bounds, jnp.inf).min()
+    shifted = jnp.minimum(bounds - lowest, float(jnp.finfo(jnp.float32).max)).astype(jnp.float32)
+    shifted = jnp.where(bounds == jnp.inf, jnp.inf, shifted)
+    _, index = jax.lax.top_k(jnp.where(jnp.isnan(bounds), jnp.inf, -shifted), size)
+    return index, bounds[index] != jnp.inf
 
 
 def some_patterns(memory: Memory, size: int, guess: Any) -> Patterns:

@@ -10,7 +10,9 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from jdam._core import checks
+from jdam._energy.energy import fit_query
 from jdam._measures.base import AnyMeasure
+from jdam._memory.cells import embedded
 from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory
 
@@ -31,7 +33,7 @@ def _cell_bounds(geometry: Any, cells: Any, queries: AnyMeasure) -> Float[Array,
     def one(embedding: Any) -> Any:
         return cells.lower_bounds(jax.tree.map(lambda leaf: leaf[None], embedding))
 
-    bounds: Array = jax.vmap(one)(geometry.embed(queries))
+    bounds: Array = jax.vmap(one)(embedded(geometry, queries))
     return bounds
 
 
@@ -64,7 +66,7 @@ def nearest_in_file(
     memory: MappedMemory, query: AnyMeasure, k: int, nearest: Callable[..., tuple[Array, Array]]
 ) -> tuple[Array, Array]:
     """Return what `jdam.nearest` returns; `nearest` searches patterns that were read."""
-    query = memory.geometry.check("query", query, 0)
+    query = fit_query(memory.rows(np.zeros(1, np.int32)), query)
     k = checks.positive_int("k", k)
     if k > len(memory):
         raise ValueError(f"k must be at most the number of patterns, {len(memory)}; got {k}")

@@ -101,8 +101,9 @@ class Closest(Goal):
         return bound
 
     def matters(self, bound: Array, result: Any, share: Any) -> Bool[Array, ""]:
-        # A NaN bound proves nothing: all patterns are compared then.
-        matters: Array = ~(result[0][-1] <= bound) & (bound != jnp.inf)
+        # A NaN bound proves nothing, and the pattern is compared; of an invalid query nothing is.
+        invalid = jnp.isnan(result[0][0]) & (result[1][0] >= 0)
+        matters: Array = ~(result[0][-1] <= bound) & (bound != jnp.inf) & ~invalid
         return matters
 
 

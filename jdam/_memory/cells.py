@@ -7,7 +7,7 @@ A cell holds patterns whose embeddings Φ lie in a ball of centre c and radius r
 import heapq
 import itertools
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -19,12 +19,14 @@ from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
 from jdam._core.batching import power_of_two
+from jdam._core.compile import working_dtype
 from jdam._core.linalg import rounding
 from jdam._core.mesh import Layout, on_host
+from jdam._measures.base import AnyMeasure
 from jdam._measures.k_means import k_means
 from jdam._memory.prepared import fingerprint
 from jdam.geometry.euclidean import embedding_bound
-from jdam.geometry.protocol import Embedding
+from jdam.geometry.protocol import Embedding, Geometry
 
 if TYPE_CHECKING:
     from jdam._memory.memory import Memory
@@ -64,9 +66,13 @@ def cells_of(embedding: Embedding, num_cells: int) -> Cells:
     cluster that is too large for a cell is cut into several.
     """
     vectors, num = np.asarray(embedding.vectors), len(embedding.vectors)
+    if num == 0:  # the shard of a device that has only padding
+        none, zero = np.zeros(1, np.int32), np.zeros(1, vectors.dtype)
+        members, centre = none[:, None] - 1, np.zeros((1, vectors.shape[1]), vectors.dtype)
+        return Cells(*map(jnp.asarray, (members, none, centre, zero)))
     clusters = [(-np.inf, 0, np.arange(num, dtype=np.int32))]
     created = itertools.count(1)  # decides between equal sums
-    while 0 < len(clusters) < num_cells and clusters[0][0] < 0:
+    while len(clusters) < num_cells and clusters[0][0] < 0:
         index = heapq.heappop(clusters)[2]
         branches = BRANCHES if len(index) * num_cells > 2 * BRANCHES * num else 2
         labels = _nearest_centres(vectors[index], branches)
@@ -75,11 +81,11 @@ def cells_of(embedding: Embedding, num_cells: int) -> Cells:
             rows = vectors[group]
             squares = ((rows - rows.mean(0)) ** 2).sum() if len(groups) > 1 else 0.0
             heapq.heappush(clusters, (-float(squares), next(created), group))
-    width = max(1, -(-3 * num // (2 * num_cells)))
-    groups = [group for *_, group in clusters if num]
+    width = -(-3 * num // (2 * num_cells))
+    groups = [group for *_, group in clusters]
     parts = [part for group in groups for part in np.array_split(group, -(-len(group) // width))]
-    members = np.full((max(1, len(parts)), width), -1, np.int32)
-    for row, part in zip(members, parts, strict=False):
+    members = np.full((len(parts), width), -1, np.int32)
+    for row, part in zip(members, parts, strict=True):
         row[: len(part)] = part
     cells: Cells = _with_balls(embedding, jnp.asarray(members))
     return cells
@@ -131,7 +137,7 @@ def index_of(memory: "Memory", num_cells: int | None) -> "Memory":
         )
     if not checks.is_concrete(*jax.tree.leaves(memory)):
         raise TypeError("a memory is indexed outside of jax.jit; inside, its values are unknown")
-    embedding = memory.geometry.embed(memory.patterns, memory.prepared)
+    embedding = embedded(memory.geometry, memory.patterns, memory.prepared)
     if embedding is None:
         raise TypeError(
             f"cells need a geometry with an embedding, as jdam.Bures(); {memory.geometry} has none"
@@ -160,7 +166,7 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
         return Cells(
             jnp.pad(cells.members, ((0, more), (0, columns)), constant_values=-1),
             jnp.pad(cells.counts, (0, more)),
-            jnp.pad(cells.centres, ((0, more), (0, 0))),
+            jnp.pad(cells.centres, ((0, more), (0, 0)), mode="edge"),
             jnp.pad(cells.radii, (0, more)),
         )
 
@@ -172,6 +178,16 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
 
     cells: Cells = jax.tree.map(put, *map(padded, shards))
     return cells
+
+
+def embedded(geometry: Geometry, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
+    """Return `Geometry.embed`, in float32 at least: half precision over- and underflows."""
+
+    def cast(leaf: Array) -> Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(working_dtype(leaf.dtype)) if floating else leaf
+
+    return geometry.embed(*jax.tree.map(cast, (measures, prepared)))
 
 
 def with_fingerprint(memory: "Memory") -> "Memory":

@@ -53,11 +53,19 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     - `path`: the file.
     - `memory`: the memory.
 
-    **Raises:** `TypeError` for what is no memory, for a geometry with static fields other than
-    None, bools, numbers, strings, and tuples, lists or dicts of them, and for values in containers
-    other than tuples and dicts; `OSError` as `open`.
+    **Raises:** `ValueError` for a memory whose patterns changed since `indexed`; `TypeError` for
+    what is no memory, for a geometry with static fields other than None, bools, numbers, strings,
+    and tuples, lists or dicts of them, and for values in containers other than tuples and dicts;
+    `OSError` as `open`.
     """
     check_memory(memory)
+    if memory.cells is not None and memory.layout is None:
+        cells = memory.validated().cells
+        if cells is None or bool(np.isnan(cells.radii).any()):
+            raise ValueError(
+                "memory must have the patterns that were indexed; they were changed since: "
+                "memory.indexed() again"
+            )
     path = Path(os.path.realpath(path))
     arrays: dict[str, Any] = {}
     length = batch_size(memory.patterns) if memory.layout is None else len(memory)

@@ -43,4 +43,5 @@ def enlarge(memory: "Memory", sizes: dict[str, int]) -> "Memory":
         checks.int_at_least(memory.patterns.sizes[axis], axis, size)
     patterns = memory.patterns.padded(**sizes)
     prepared, fingerprint = prepare(patterns, memory.geometry)
-    return replaced(memory, patterns=patterns, prepared=prepared, fingerprint=fingerprint)
+    valid = memory.validated()  # whose cells are NaN if they are those of other patterns
+    return replaced(valid, patterns=patterns, prepared=prepared, fingerprint=fingerprint)

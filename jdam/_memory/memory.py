@@ -194,7 +194,7 @@ class Memory(eqx.Module):
                 added = jnp.zeros(count, self.dtype) if prior is None else prior
                 prior = jnp.concatenate([self.log_weights, added])
             grown = store(joined, self.geometry, log_prior=prior, values=values)
-            return slots.with_cells(grown, self.cells, len(self))
+            return slots.with_cells(grown, self.validated().cells, len(self))
         room = self.capacity - (len(self) if self.size_is_known else 0)
         if count > room:
             raise ValueError(
@@ -257,7 +257,8 @@ class Memory(eqx.Module):
                 patterns, prior, values = jax.tree.map(lambda leaf: leaf[remaining], rows)
                 shorter = store(patterns, self.geometry, log_prior=prior, values=values)
                 kept = jnp.asarray(np.isin(np.arange(len(self)), remaining))
-                return slots.with_cells(shorter, self.cells, len(shorter), kept)
+                cells = self.validated().cells
+                return slots.with_cells(shorter, cells, len(shorter), kept)
         result: Memory = slots.remove(self, drop.reshape(-1))
         return result
 

@@ -124,6 +124,7 @@ def fingerprint(patterns: AnyMeasure, geometry: Geometry) -> Float[Array, " N"]:
 
 def _digest(numbers: Float[Array, "N k"]) -> UInt[Array, " N"]:
     """Return a hash of the bits of each row; −0 counts as 0, because they are equal numbers."""
+    numbers = numbers.astype(working_dtype(numbers.dtype))  # as memories are computed with
     values = jnp.where(numbers == 0, 0, jax.lax.stop_gradient(numbers))
     words = jax.lax.bitcast_convert_type(values, jnp.uint32).reshape(len(numbers), -1)
     words = (words ^ (words >> 15)) * jnp.uint32(0x85EBCA6B)

@@ -15,6 +15,7 @@ from jdam._core.batching import batch_size
 from jdam._measures.base import AnyMeasure
 from jdam._memory.cells import (
     Cells,
+    embedded,
     moved_up,
     widened,
     with_fingerprint,
@@ -76,7 +77,11 @@ def replace(
     None.
     """
     valid = (index >= 0) & (index < size_of(memory))
-    slot = jnp.where(valid, index, memory.capacity)
+    # Of several patterns for one slot the last one stays.
+    order = jnp.arange(len(index), dtype=jnp.int32)
+    last = jnp.zeros(memory.capacity, jnp.int32).at[index].max(order, mode="drop")
+    once = valid & (last[index] == order)
+    slot = jnp.where(once, index, memory.capacity)
 
     def put(old: Array, new: Array) -> Array:
         return old.at[slot].set(new, mode="drop")
@@ -86,12 +91,8 @@ def replace(
     new = _prepared_rows(memory, patterns, values)
     rows = jax.tree.map(put, _rows(memory), new)
     if memory.cells is not None:
-        order = jnp.arange(len(index), dtype=jnp.int32)
-        last = jnp.zeros(memory.capacity, jnp.int32).at[slot].max(order, mode="drop")
         left = jnp.ones(memory.capacity, bool).at[slot].set(False, mode="drop")
         cells = without_patterns(memory.cells, left)
-        # Of several patterns for one slot the last one stays.
-        once = valid & (last[index] == order)
         memory = _in_cells(replaced(memory, cells=cells), new, jnp.where(once, index, -1))
     return _nan_unless(valid.all(), _with_rows(memory, rows, memory.log_prior, memory.size))
 
@@ -132,7 +133,7 @@ def with_cells(
 def _in_cells(memory: "Memory", rows: tuple[Any, ...], index: Int[Array, " M"]) -> "Memory":
     """Return the memory with its patterns at `index`, of these rows, in cells; −1 for none."""
     patterns, prepared, *_ = rows
-    embedding = memory.geometry.embed(patterns, prepared)
+    embedding = embedded(memory.geometry, patterns, prepared)
     assert memory.cells is not None
     assert embedding is not None
     return replaced(memory, cells=with_patterns(memory.cells, embedding, index))

@@ -9,20 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from jdam._core import checks
+from jdam._core.batching import batch_size as length_of
 from jdam._core.batching import equal_parts
 from jdam._core.compile import float_dtype
 from jdam._energy.certified import Certified
-from jdam._energy.energy import energy
+from jdam._energy.energy import energy, fit_queries, inverse_temperature
 from jdam._energy.mapped import cell_bounds, with_cells
 from jdam._energy.search import Search
 from jdam._energy.separation import LogSumExp
 from jdam._measures.base import AnyMeasure
-from jdam._measures.batches import as_batch
 from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory
 from jdam._recall.result import Recall, Status
 
-#: Queries that share the cells that are read: more need more memory and fewer readings.
+#: Queries, at most, that share the cells that are read: more need more memory.
 QUERIES = 16
 
 
@@ -32,8 +33,8 @@ def recall_from_file(
     beta: Any,
     recall_batch: Any,
     *,
+    batch_size: int,
     search: Search | None,
-    separation: Any,
     save_trace: bool,
     **settings: Any,
 ) -> Recall:
@@ -43,23 +44,34 @@ def recall_from_file(
     search, if at the query and after every step the cells that were not read have no more Gibbs
     mass. Otherwise these are read too, and the recall is repeated.
     """
-    if type(separation) is not LogSumExp:
-        raise ValueError(f"a memory in a file needs separation=LogSumExp(); got {separation}")
+    checks.positive_int("batch_size", batch_size)
+    if type(settings["separation"]) is not LogSumExp:
+        kind = settings["separation"]
+        raise ValueError(f"a memory in a file needs separation=LogSumExp(); got {kind}")
+    if not isinstance(save_trace, bool):
+        raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
     if search is not None and not isinstance(search, Certified):
         raise ValueError(f"a memory in a file needs search=Certified(), or None; got {search}")
-    queries = memory.geometry.check("queries", as_batch(queries), 1)
+    one_row = memory.rows(np.zeros(1, np.int32))
+    queries, beta = fit_queries(one_row, queries), inverse_temperature(one_row, beta)
     double = float_dtype(memory.patterns) == jnp.float64
     search = Certified(tol=1e-12 if double else 1e-8) if search is None else search
     tol, half = search.tol, replace(search, tol=search.tol / 2)
-    prior = np.asarray(memory.cell_log_prior)
+    num = length_of(queries)
+    if num == 0:
+        empty: Recall = recall_batch(
+            one_row, queries, beta, search=search, save_trace=save_trace, **settings
+        )
+        return empty
+    prior = np.asarray(memory.cell_log_prior) / float(beta)
 
     def one_part(queries: AnyMeasure) -> Recall:
-        bounds = np.asarray(cell_bounds(memory, queries)) - prior / beta
+        bounds = np.asarray(cell_bounds(memory, queries)) - prior
 
         def compute(some: Memory) -> tuple[Recall, np.ndarray]:
             result = recall_batch(some, queries, beta, search=half, save_trace=True, **settings)
-            start = jax.vmap(energy, (None, 0, None))(some, queries, beta)
-            return result, _relative_masses(memory, result, bounds, np.asarray(start), beta)
+            start = np.asarray(jax.vmap(energy, (None, 0, None))(some, queries, beta))
+            return result, _relative_masses(memory, result, bounds, start, float(beta))
 
         def may_matter(found: tuple[Recall, np.ndarray], closed: np.ndarray) -> np.ndarray:
             masses = np.where(closed, found[1], 0)
@@ -73,8 +85,7 @@ def recall_from_file(
         unread = np.where(opened, 0, masses).sum(-1).max(1)
         return _reported(result, index, unread, tol, save_trace)
 
-    num = len(jax.tree.leaves(queries)[0])
-    count, size = equal_parts(num, min(num, QUERIES))
+    count, size = equal_parts(num, min(num, batch_size, QUERIES))
     parts = []
     for first in range(0, count * size, size):
         rows = np.minimum(np.arange(first, first + size), num - 1)
@@ -85,7 +96,7 @@ def recall_from_file(
 
 
 def _relative_masses(
-    memory: MappedMemory, result: Recall, bounds: np.ndarray, start: np.ndarray, beta: Any
+    memory: MappedMemory, result: Recall, bounds: np.ndarray, start: np.ndarray, beta: float
 ) -> Float[np.ndarray, "Q T C"]:
     """Return bounds on the mass of each cell, at the query and after each step, relative to that of
     the patterns read."""

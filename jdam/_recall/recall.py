@@ -250,7 +250,8 @@ def recall_batch(
     programs: with a smaller `batch_size` it stops sooner and the progress bar has more parts.
 
     From a memory in a file (`jdam.open`) the cells that a query needs are read, until it is proved
-    that the others do not matter to any of its steps.
+    that the others do not matter at the query and after any of its steps. (Attempts that were
+    rejected saw the cells read so far.)
 
     **Arguments:**
 
@@ -270,13 +271,16 @@ def recall_batch(
             queries,
             beta,
             recall_batch,
+            batch_size=batch_size,
             search=search,
-            separation=separation,
             save_trace=save_trace,
             max_steps=max_steps,
             step_size=step_size,
             tol=tol,
+            adjoint=adjoint,
+            separation=separation,
             acceleration=acceleration,
+            progress=progress,
         )
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)

@@ -291,9 +291,10 @@ class Geometry(eqx.Module):
         if self.cost_scale is None:
             return None
         means = measures.mean if isinstance(measures, Measure) else measures  # type: ignore[attr-defined]
-        vectors = means if self.cost_scale == 1 else means * self.cost_scale**0.5
-        eps = float(jnp.finfo(vectors.dtype).eps)
-        errors = jnp.linalg.norm(vectors, axis=-1) * (0 if self.cost_scale == 1 else 2 * eps)
+        if self.cost_scale == 1:
+            return Embedding(means, jnp.zeros_like(means[:, 0]))
+        vectors = means * self.cost_scale**0.5
+        errors = 2 * float(jnp.finfo(vectors.dtype).eps) * jnp.linalg.norm(vectors, axis=-1)
         return Embedding(vectors, errors)
 
     def approximation(

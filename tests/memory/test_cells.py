@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import jdam
+from jdam._energy import branch_and_bound, certified
+from jdam._energy.average import view_of
 from tests.helpers import clouds, diagonals, gaussians, vectors
 
 NUM, DIM, BETA = 300, 3, 30.0
@@ -130,9 +132,6 @@ def test_recall_and_nearest_are_those_without_cells(name, rng):
 
 @pytest.mark.full
 def test_few_cells_are_opened(rng):
-    from jdam._energy import branch_and_bound, certified
-    from jdam._energy.average import view_of
-
     memory, indexed, queries = problem("Gaussians", rng, 60)
     query = jax.tree.map(lambda leaf: leaf[0], queries)
     view = view_of(memory.geometry, query)
@@ -232,6 +231,40 @@ def test_few_patterns_have_cells_too(rng):
     memory = jdam.store(vectors(rng, 3, DIM)).indexed()
     index, _ = jdam.nearest(memory, memory[1])
     assert index[0] == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 300.0])
+def test_half_precision(scale, rng):
+    patterns = scale * vectors(rng, 100, DIM)
+    for measures in (patterns, jdam.Gaussian(patterns, scale * gaussians(rng, 100, DIM).factor)):
+        memory = jdam.store(jax.tree.map(lambda leaf: leaf.astype(np.float16), measures))
+        indexed = memory.indexed(20)
+        assert np.isfinite(indexed.cells.radii).all()
+        index, _ = jdam.nearest(indexed, memory[7])
+        assert index[0] == 7
+
+
+@pytest.mark.full
+def test_invalid_queries_and_patterns_end(rng, monkeypatch):
+    monkeypatch.setattr(branch_and_bound, "OPENED", 16)
+    jax.clear_caches()
+    _, indexed, queries = problem("vectors", rng)
+    _, distances = jdam.nearest(indexed, jnp.full(DIM, jnp.nan), 2)
+    assert np.isnan(distances).all()
+    other = eqx.tree_at(lambda m: m.patterns, indexed, indexed.patterns[::-1])
+    index, distances = jdam.nearest(other, other.patterns[5], 1)
+    assert index[0] == 5
+    assert (recalled(other, queries, BETA).status == jdam.Status.NONFINITE).all()
+    jax.clear_caches()
+
+
+@pytest.mark.full
+def test_a_device_of_padding_alone(rng):
+    memory = jdam.store(vectors(rng, 1, DIM))
+    mesh = jax.make_mesh((2,), ("patterns",))
+    index, _ = jdam.nearest(jdam.shard(memory, mesh, "patterns").indexed(), memory[0])
+    assert index[0] == 0
 
 
 def test_not_inside_jit(rng):

@@ -1,5 +1,6 @@
 """A memory in a file that is not read: the same results, of few of its patterns."""
 
+import equinox as eqx
 import jax
 import numpy as np
 import pytest
@@ -89,3 +90,29 @@ def test_cells_are_needed(rng, tmp_path):
     jdam.save(tmp_path / "memory", jdam.store(vectors(rng, 5, DIM)))
     with pytest.raises(ValueError, match=r"has no cells.*jdam.load\(path\).indexed"):
         jdam.open(tmp_path / "memory")
+
+
+def test_wrong_arguments(stored):
+    memory, opened = stored
+    wrong = jdam.Gaussian(np.zeros((2, 2)), np.zeros((2, 2, 2)))
+    with pytest.raises(ValueError, match="queries must have the memory's dimension d = 3; got 2"):
+        jdam.recall_batch(opened, wrong, 1.0)
+    with pytest.raises(ValueError, match="query must have the memory's dimension d = 3; got 2"):
+        jdam.nearest(opened, jdam.Gaussian(np.zeros(2), np.zeros((2, 2))))
+    with pytest.raises(ValueError, match="beta must be"):
+        jdam.recall_batch(opened, head(memory), 0.0)
+    with pytest.raises(ValueError, match="batch_size must be ≥ 1"):
+        jdam.recall_batch(opened, head(memory), 1.0, batch_size=0)
+
+
+@pytest.mark.full
+def test_no_queries(stored):
+    memory, opened = stored
+    assert jdam.recall_batch(opened, head(memory, 0), 1.0).nearest.shape == (0,)
+
+
+def test_changed_patterns_are_not_saved(rng, tmp_path):
+    memory = jdam.store(vectors(rng, 50, DIM)).indexed()
+    changed = eqx.tree_at(lambda m: m.patterns, memory, memory.patterns + 1)
+    with pytest.raises(ValueError, match="they were changed since"):
+        jdam.save(tmp_path / "memory", changed)
