@@ -52,11 +52,11 @@ def compiled(
             inside = working_dtype(dtype)
             values = varying((first, *args))
             if inside != dtype:
-                values = _cast(values, inside)
+                values = cast_floats(values, inside)
             if batch_size is not None:
                 call = functools.partial(in_batches, body, batch_size(first, **kwargs))
             result = on_parts(call, *values) if is_whole(first) else call(*values)
-            return _cast(result, dtype) if rounded and inside != dtype else result
+            return cast_floats(result, dtype) if rounded and inside != dtype else result
 
         @functools.wraps(function)
         def in_one_context(*args: Any, **kwargs: Any) -> Any:
@@ -88,7 +88,9 @@ def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def _cast(tree: Any, dtype: jnp.dtype) -> Any:
+def cast_floats(tree: Any, dtype: jnp.dtype) -> Any:
+    """Return the tree with its floating arrays in this dtype."""
+
     def cast(leaf: Any) -> Any:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 

@@ -42,8 +42,9 @@ def with_cells(
     bounds: np.ndarray,
     compute: Callable[[Memory], T],
     may_matter: Callable[[T, Bool[np.ndarray, " C"]], Bool[np.ndarray, " C"]],
-) -> tuple[T, np.ndarray]:
-    """Return `compute(memory of some cells)` and the indices of their patterns, in ascending order.
+) -> tuple[T, np.ndarray, Bool[np.ndarray, " C"]]:
+    """Return `compute(memory of some cells)`, the indices of their patterns, in ascending order, and
+    which cells were not read.
 
     The first cells are those of least bounds, (Q, C). `may_matter(result, closed)` marks the closed
     cells that have to be read for the result; the computation is repeated until there are none.
@@ -59,7 +60,7 @@ def with_cells(
         result = compute(memory.rows(index))
         first = np.flatnonzero(may_matter(result, closed) & closed)
         if first.size == 0:
-            return result, index
+            return result, index, closed
 
 
 def nearest_in_file(
@@ -81,7 +82,7 @@ def nearest_in_file(
         matters: np.ndarray = ~(bounds[0] > farthest) & (bounds[0] < np.inf)
         return matters
 
-    (order, divergences), index = with_cells(memory, bounds, compute, may_matter)
+    (order, divergences), index, _ = with_cells(memory, bounds, compute, may_matter)
     return jnp.asarray(index)[order], divergences
 
 

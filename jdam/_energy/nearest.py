@@ -109,15 +109,12 @@ class Closest(Goal):
 
 @compiled(static=("k", "size"))
 def _certified(memory: Memory, query: AnyMeasure, *, k: int, size: int) -> tuple[Array, Array]:
-    constant, view = jax.lax.stop_gradient((memory, query)), view_of(memory.geometry, query)
-    prior = None
+    view, prior = view_of(memory.geometry, query), None
     if memory.occupied is not None:
         prior = jnp.where(memory.occupied, jnp.zeros((), memory.dtype), -jnp.inf)
-    constant = replace(constant[0], log_prior=prior), constant[1]
+    args = jax.lax.stop_gradient((replace(memory, log_prior=prior), query, view))
     rounds = -(-memory.capacity // size)
-    state = branch_and_bound(
-        Closest(k), *constant, jax.lax.stop_gradient(view), None, size=size, rounds=rounds
-    )
+    state = branch_and_bound(Closest(k), *args, None, size=size, rounds=rounds)
     # With fewer patterns than k, the last ones are free slots.
     index = jnp.where(state.result[1] < 0, memory.capacity - 1, state.result[1])
     exact = compare(memory.geometry, view, rows_of(memory, index, index >= 0).patterns).divergence

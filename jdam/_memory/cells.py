@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
 from jdam._core.batching import power_of_two
-from jdam._core.compile import working_dtype
+from jdam._core.compile import cast_floats, float_dtype, working_dtype
 from jdam._core.linalg import rounding
 from jdam._core.mesh import Layout, on_host
 from jdam._measures.base import AnyMeasure
@@ -182,12 +182,8 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
 
 def embedded(geometry: Geometry, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
     """Return `Geometry.embed`, in float32 at least: half precision over- and underflows."""
-
-    def cast(leaf: Array) -> Array:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(working_dtype(leaf.dtype)) if floating else leaf
-
-    return geometry.embed(*jax.tree.map(cast, (measures, prepared)))
+    dtype = working_dtype(float_dtype(measures))
+    return geometry.embed(*cast_floats((measures, prepared), dtype))
 
 
 def with_fingerprint(memory: "Memory") -> "Memory":

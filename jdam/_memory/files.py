@@ -270,6 +270,7 @@ def _assemble(
 
 
 def whole_array(file: Any, name: str) -> Array:
+    """Return the array of this name; raise `ValueError` if JAX would change its dtype."""
     value = file.get_tensor(name)
     _check_dtype(name, value)
     array: Array = jax.device_put(value)

@@ -80,9 +80,8 @@ def recall_from_file(
             matters: np.ndarray = (masses[too_many] > tol / (4 * len(closed))).any((0, 1))
             return matters
 
-        (result, masses), index = with_cells(memory, bounds, compute, may_matter)
-        opened = np.isin(np.asarray(memory.cells.members), index).any(1)
-        unread = np.where(opened, 0, masses).sum(-1).max(1)
+        (result, masses), index, closed = with_cells(memory, bounds, compute, may_matter)
+        unread = np.where(closed, masses, 0).sum(-1).max(1)
         return _reported(result, index, unread, tol, save_trace)
 
     count, size = equal_parts(num, min(num, batch_size, QUERIES))
