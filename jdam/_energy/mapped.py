@@ -43,8 +43,8 @@ def with_cells(
     compute: Callable[[Memory], T],
     may_matter: Callable[[T, Bool[np.ndarray, " C"]], Bool[np.ndarray, " C"]],
 ) -> tuple[T, np.ndarray, Bool[np.ndarray, " C"]]:
-    """Return `compute(memory of some cells)`, the indices of their patterns, in ascending order, and
-    which cells were not read.
+    """Return `compute(memory of some cells)`, the indices of their patterns in ascending order, and
+    a mask of the cells that were not read.
 
     The first cells are those of least bounds, (Q, C). `may_matter(result, closed)` marks the closed
     cells that have to be read for the result; the computation is repeated until there are none.
