@@ -66,7 +66,7 @@ def largest_pieces(function, *args):
 @pytest.mark.skipif(not _lapack.WAITS, reason="this jaxlib's LAPACK calls do not wait")
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="LAPACK is for CPUs")
 @pytest.mark.parametrize(
-    "name", ["step", "recall", "gradient", "certified", "theory", "store", "samples", "random"]
+    "name", ["step", "recall", "gradient", "certified", "theory", "samples", "random"]
 )
 def test_no_call_is_split_among_threads(rng, name):
     """Two that are, at a time, wait for ever where there are two threads."""
@@ -78,7 +78,6 @@ def test_no_call_is_split_among_threads(rng, name):
         "gradient": jax.vmap(jax.grad(lambda q: jdam.step(memory, q, 1.0).factor.sum())),
         "certified": jax.vmap(lambda q: jdam.recall(memory, q, 1.0, search=jdam.Certified())),
         "theory": lambda q: theory.minimum_beta(jdam.store(q), 0.1),
-        "store": lambda q: jdam.store(q),
         "samples": lambda q: jax.grad(lambda x: jdam.Gaussian.from_samples(x).factor.sum())(
             jnp.concatenate([q.factor, q.factor + 1], axis=1)
         ),
@@ -86,7 +85,7 @@ def test_no_call_is_split_among_threads(rng, name):
             jax.random.key(0), 500, 16, commuting=False
         ),
     }[name]
-    pieces = largest_pieces(run, patterns if name in ("theory", "store", "samples") else queries)
+    pieces = largest_pieces(run, patterns if name in ("theory", "samples") else queries)
     work = {"gesdd": 2e4, "syevd": 4e4, "potrf": 6e5, "trsm": 2e5, "geqrf": 1.5e5, "orgqr": 1.5e5}
     assert pieces
     for call, many, (rows, columns) in pieces:
