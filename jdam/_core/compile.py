@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from jdam._core.batching import in_batches
-from jdam._core.derivatives import full_precision
 from jdam._core.loops import varying
 from jdam._core.mesh import is_whole, on_parts
 
@@ -43,7 +42,6 @@ def compiled(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.partial(jax.jit, static_argnames=static)
         @functools.wraps(function)
-        @full_precision
         def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             def body(first: Any, *args: Any) -> Any:
                 return cast(Any, function)(_validated(first), *args, **kwargs)
@@ -62,7 +60,8 @@ def compiled(
         def in_one_context(*args: Any, **kwargs: Any) -> Any:
             # Rules of a `custom_vmap` are traced with a mesh set, possibly an empty one. Setting it
             # here too gives both the same cache key, so that nothing is traced twice.
-            with jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh()):
+            mesh = jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
+            with mesh, jax.default_matmul_precision("highest"):
                 return run(*args, **kwargs)
 
         return cast(Callable[P, R], in_one_context)

@@ -38,7 +38,7 @@ from jdam.geometry.protocol import Geometry
 #: Delay of the default acceleration: short recalls are then sequences of `step`.
 PLAIN = 8
 #: Value of `tol` for the tolerances of the geometry; None would compile another program.
-DEFAULT = -1.0
+DEFAULT = float("inf")
 
 
 def step(
@@ -155,36 +155,6 @@ def recall(
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
     tol = check_tolerance(memory, tol)
-    return _recall_checked(
-        memory,
-        query,
-        beta,
-        step_size,
-        tol,
-        max_steps=max_steps,
-        search=search,
-        adjoint=adjoint,
-        separation=separation,
-        acceleration=acceleration,
-        save_trace=save_trace,
-    )
-
-
-def _recall_checked(
-    memory: Memory,
-    query: AnyMeasure,
-    beta: Array,
-    step_size: Array,
-    tol: Array,
-    *,
-    max_steps: int | None,
-    search: Search | None,
-    adjoint: Adjoint,
-    separation: Separation,
-    acceleration: Acceleration | str | None,
-    save_trace: bool,
-) -> Recall:
-    """Check the remaining arguments of `recall`, and return its result."""
     max_steps = memory.geometry.default_steps if max_steps is None else max_steps
     max_steps = checks.positive_int("max_steps", max_steps)
     check_separation(separation)
@@ -337,7 +307,7 @@ def _recall_batch(
         beta, step_size, tol = others
 
         def one(query: AnyMeasure) -> Recall:
-            return _recall_checked(memory, query, beta, step_size, tol, **dict(settings))
+            return recall(memory, query, beta, step_size=step_size, tol=tol, **dict(settings))
 
         # With `checkpoint` derivatives are computed one batch at a time too.
         results: Recall = map_in_batches(jax.checkpoint(one), batch_size, queries)
