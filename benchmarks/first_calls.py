@@ -1,10 +1,16 @@
-"""What first calls cost: lines and loops of programs, and seconds to trace and to compile them.
+"""Cost of first calls: CPU seconds to trace, compile and run, and lines of optimized HLO.
 
-    python benchmarks/first_calls.py
+    python benchmarks/first_calls.py [--repeat N]
 
-prints a Markdown table, beside a vmapped Sinkhorn of ott-jax and its gradient, in one process.
+prints a Markdown table. Each row is the median of N processes of its own, after imports and a first
+small program. Gaussians are compared with the plainest program that does the same, and clouds with
+a vmapped Sinkhorn of ott-jax, which computes OT_ε of 20 pairs, and its gradient.
 """
 
+import argparse
+import statistics
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -16,66 +22,173 @@ import numpy as np
 
 import jdam
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
-    from ott.geometry.pointcloud import PointCloud
-    from ott.problems.linear.linear_problem import LinearProblem
-    from ott.solvers.linear.sinkhorn import Sinkhorn
-
-EVERY = (None, 0, None)
+BATCH = (None, 0, None)
 
 
-def row(name: str, function: Callable[..., Any], *args: Any, unit: float | None = None) -> float:
-    """Prints a row of the table, with the time as a multiple of a unit; the time."""
-    start = time.perf_counter()
-    lowered = jax.jit(function).lower(*args)
-    tracing = time.perf_counter() - start
-    text = lowered.compile().as_text()
-    total = time.perf_counter() - start
-    lines, loops = len(text.splitlines()), text.count(" while(")
-    ratio = "" if unit is None else f"{total / unit:.1f}"
-    print(f"| {name} | {lines} | {loops} | {tracing:.1f} | {total - tracing:.1f} | {ratio} |")
-    return total
+def gaussians() -> tuple[Any, ...]:
+    """Return 20 Gaussians of d = 8 as arrays and as a memory, and queries near to them."""
+    rng = np.random.default_rng(0)
+    centres = 2 * rng.normal(size=(20, 1, 8))
+    samples = (centres + rng.normal(size=(20, 40, 8))).astype("float32")
+    memory = jdam.store(jdam.Gaussian.from_samples(samples))
+    return memory, jdam.Gaussian.from_samples(samples[:, :20]), jnp.float32(1)
 
 
-def cost(x: jax.Array, y: jax.Array) -> jax.Array:
-    """OT_ε by ott-jax."""
-    solver = Sinkhorn(threshold=1e-4, max_iterations=2000)
-    found: jax.Array = solver(LinearProblem(PointCloud(x, y, epsilon=0.2))).reg_ot_cost
-    return found
+def plain_recall(memory: jdam.Memory, query: jdam.Gaussian, beta: jax.Array) -> tuple[Any, ...]:
+    """Return mean, factor and number of steps of a recall, without what jdam adds to it."""
+    means, factors = memory.patterns.mean, memory.patterns.factor
+
+    def step(mean: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
+        left, _, right = jnp.linalg.svd(factors.mT @ factor[None], full_matrices=False)
+        aligned = factors @ (left @ right)
+        gaps = jnp.sum((factor[None] - aligned) ** 2, (1, 2))
+        shifts = jnp.sum((mean[None] - means) ** 2, 1)
+        weights = jax.nn.softmax(-beta * (gaps + shifts))
+        return weights @ means, jnp.tensordot(weights, aligned, 1)
+
+    def going(state: tuple[Any, ...]) -> jax.Array:
+        _, _, residual, steps = state
+        return (residual > 1e-5) & (steps < 50)
+
+    def body(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        mean, factor, _, steps = state
+        next_mean, next_factor = step(mean, factor)
+        change = jnp.sum((next_mean - mean) ** 2) + jnp.sum((next_factor - factor) ** 2)
+        return next_mean, next_factor, jnp.sqrt(change), steps + 1
+
+    start = query.mean, query.factor, jnp.float32(jnp.inf), jnp.int32(0)
+    mean, factor, _, steps = jax.lax.while_loop(going, body, start)
+    return mean, factor, steps
 
 
-def energy(memory: jdam.Memory, query: jdam.PointCloud, beta: jax.Array) -> jax.Array:
-    return jdam.recall(memory, query, beta).energy
+def clouds() -> tuple[Any, ...]:
+    """Return a memory of 20 clouds of 32 atoms in the plane, cues near to them, and β."""
+    points, moved = _points()
+    return jdam.store(jdam.PointCloud(points), jdam.Sinkhorn(0.1)), jdam.PointCloud(moved), 20.0
+
+
+def _points() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    points = rng.normal(size=(20, 32, 2)).astype("float32")
+    return points, (points + 0.05 * rng.normal(size=points.shape)).astype("float32")
+
+
+def by_ott() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return OT_ε by ott-jax of two batches of clouds, and these."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # ott-jax imports packages that announce their end
+        from ott.geometry.pointcloud import PointCloud
+        from ott.problems.linear.linear_problem import LinearProblem
+        from ott.solvers.linear.sinkhorn import Sinkhorn
+
+    def cost(x: jax.Array, y: jax.Array) -> jax.Array:
+        solver = Sinkhorn(threshold=1e-4, max_iterations=2000)
+        result: jax.Array = solver(LinearProblem(PointCloud(x, y, epsilon=0.2))).reg_ot_cost
+        return result
+
+    return jax.vmap(cost), _points()
+
+
+def single(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the function, and the arguments with the first query alone."""
+    memory, queries, beta = args
+    return function, (memory, queries[0], jnp.float32(beta))
+
+
+def batch(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the function of a batch of queries, and the arguments."""
+    memory, queries, beta = args
+    return jax.vmap(function, BATCH), (memory, queries, jnp.float32(beta))
+
+
+def certified(*args: Any) -> jdam.Recall:
+    return jdam.recall(*args, search=jdam.Certified())
+
+
+def anderson(*args: Any) -> jdam.Recall:
+    return jdam.recall(*args, acceleration=jdam.Anderson())
+
+
+def gradient(*args: Any) -> Any:
+    """Return the derivative of the energy of a recall in the query."""
+    return jax.grad(lambda query: jdam.recall(args[0], query, args[2]).energy)(args[1])
+
+
+def ott_gradient() -> tuple[Any, tuple[Any, ...]]:
+    """Return the gradient of the sum of `by_ott`, and its arguments."""
+    cost, args = by_ott()
+    return jax.grad(lambda x, y: cost(x, y).sum()), args
+
+
+#: The program of each row and its arguments, and the row with which it is compared.
+ROWS: dict[str, tuple[Callable[[], tuple[Any, tuple[Any, ...]]], str | None]] = {
+    "Gaussians: the plainest program": (lambda: single(plain_recall, gaussians()), None),
+    "`recall`": (lambda: single(jdam.recall, gaussians()), "Gaussians: the plainest program"),
+    "Gaussians: the plainest, vmapped": (lambda: batch(plain_recall, gaussians()), None),
+    "`recall`, vmapped": (
+        lambda: batch(jdam.recall, gaussians()),
+        "Gaussians: the plainest, vmapped",
+    ),
+    "`suggest_beta`": (lambda: (jdam.suggest_beta, gaussians()[:1]), "`recall`"),
+    "Clouds: ott-jax, vmapped": (by_ott, None),
+    "Clouds: `energy`": (lambda: single(jdam.energy, clouds()), "Clouds: ott-jax, vmapped"),
+    "Clouds: `step`": (lambda: single(jdam.step, clouds()), "Clouds: ott-jax, vmapped"),
+    "Clouds: `recall`": (lambda: single(jdam.recall, clouds()), "Clouds: ott-jax, vmapped"),
+    "Clouds: `recall`, vmapped": (
+        lambda: batch(jdam.recall, clouds()),
+        "Clouds: ott-jax, vmapped",
+    ),
+    "Clouds: `Certified()`, vmapped": (
+        lambda: batch(certified, clouds()),
+        "Clouds: ott-jax, vmapped",
+    ),
+    "Clouds: `Anderson()`, vmapped": (
+        lambda: batch(anderson, clouds()),
+        "Clouds: ott-jax, vmapped",
+    ),
+    "Clouds: gradient of ott-jax": (ott_gradient, None),
+    "Clouds: gradient of `recall`": (
+        lambda: single(gradient, clouds()),
+        "Clouds: gradient of ott-jax",
+    ),
+}
+
+
+def measure(name: str) -> tuple[float, int]:
+    """Return the CPU seconds of the first call of a row, and the lines of its optimized HLO."""
+    function, args = ROWS[name][0]()
+    jax.block_until_ready(args)
+    start = time.process_time()
+    # `suggest_beta` reads values, so that it cannot be a part of a compiled program.
+    run = function if function is jdam.suggest_beta else jax.jit(function)
+    jax.block_until_ready(run(*args))
+    seconds = time.process_time() - start
+    lowered = None if function is jdam.suggest_beta else jax.jit(function).lower(*args)
+    lines = 0 if lowered is None else len(lowered.compile().as_text().splitlines())
+    return seconds, lines
 
 
 def main() -> None:
-    rng = np.random.default_rng(0)
-    points = rng.normal(size=(20, 32, 2)).astype("float32")
-    moved = (points + 0.05 * rng.normal(size=points.shape)).astype("float32")
-    memory = jax.block_until_ready(jdam.store(jdam.PointCloud(points), jdam.Sinkhorn(0.1)))
-    queries, beta = jdam.PointCloud(moved), jnp.float32(20)
-    total = lambda x, y: jax.vmap(cost)(x, y).sum()  # noqa: E731
-    certified = lambda *args: jdam.recall(*args, search=jdam.Certified())  # noqa: E731
-    accelerated = lambda *args: jdam.recall(*args, acceleration=jdam.Anderson())  # noqa: E731
-    jax.jit(jnp.sin).lower(points).compile()
-    print("| 20 clouds, n = 32, d = 2 | lines of HLO | loops | trace, s | compile, s | × |")
-    print("|---|---|---|---|---|---|")
-    unit = row("ott-jax, vmapped", jax.vmap(cost), moved, points)
-    slope = row("its gradient", jax.grad(total), moved, points)
-    row("`jdam.energy`", jdam.energy, memory, queries[0], beta, unit=unit)
-    row("`jdam.recall`", jdam.recall, memory, queries[0], beta, unit=unit)
-    row("vmapped", jax.vmap(jdam.recall, EVERY), memory, queries, beta, unit=unit)
-    row("with `Certified()`", jax.vmap(certified, EVERY), memory, queries, beta, unit=unit)
-    row("with `Anderson()`", jax.vmap(accelerated, EVERY), memory, queries, beta, unit=unit)
-    row(
-        "its gradient (× that of ott-jax)",
-        jax.grad(energy, 1),
-        memory,
-        queries[0],
-        beta,
-        unit=slope,
-    )
+    parser = argparse.ArgumentParser(description="Cost of first calls, as a Markdown table.")
+    parser.add_argument("--repeat", type=int, default=3, help="processes of each row (default 3)")
+    parser.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(*measure(options.row))
+        return
+    print("| first call | CPU, s | × | lines of HLO |")
+    print("|---|---|---|---|")
+    seconds: dict[str, float] = {}
+    for name, (_, unit) in ROWS.items():
+        command = [sys.executable, __file__, "--row", name]
+        runs = [
+            subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+            for _ in range(options.repeat)
+        ]
+        seconds[name] = statistics.median(float(run[0]) for run in runs)
+        ratio = "" if unit is None else f"{seconds[name] / seconds[unit]:.1f}"
+        lines = "" if runs[0][1] == "0" else runs[0][1]
+        print(f"| {name} | {seconds[name]:.2f} | {ratio} | {lines} |", flush=True)
 
 
 if __name__ == "__main__":
