@@ -15,10 +15,7 @@ import jax
 import numpy as np
 
 import jdam
-from jdam.demo.molecules import STRAYS, cloud, load_molecules
-from jdam.demo.poses import CHAMFER, turned
-
-DAMAGES = {"all atoms": (1.0, 0), "75 %": (0.75, 0), "60 %": (0.6, 0), "3 strays": (1.0, STRAYS)}
+from jdam.demo import CHAMFER, DAMAGES, STRAYS, clouds_of, damage, load_molecules
 
 
 def main() -> None:
@@ -26,11 +23,11 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2)
     options = parser.parse_args()
     molecules = load_molecules()
-    stored = cloud(molecules, elements=True)
+    stored = clouds_of(molecules)
     padded = stored.num_atoms + STRAYS
     problems = {
         name: [
-            cloud(turned(molecules, kind, np.random.default_rng(seed)), elements=True).pad(padded)
+            clouds_of(damage(molecules, kind, np.random.default_rng(seed))).pad(padded)
             for seed in range(options.draws)
         ]
         for name, kind in DAMAGES.items()
