@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdam._energy.energy import divergences, fit_query
-from jdam._energy.match import places as places_of
+from jdam._energy.match import positions
 from jdam._measures.base import AnyMeasure, Measure, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -185,7 +185,7 @@ def links(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The lines (L, 2, 2) between atoms or components, and their masses (L,) in the transport plan.
     Masses below 1 % of the largest are omitted, since they would be invisible."""
-    x, y, mass = numpy(places_of(query))[:, pair], numpy(places_of(pattern))[:, pair], numpy(plan)
+    x, y, mass = numpy(positions(query))[:, pair], numpy(positions(pattern))[:, pair], numpy(plan)
     rows, columns = np.nonzero(mass > 0.01 * mass.max())
     return np.stack([x[rows], y[columns]], 1), mass[rows, columns]
 
