@@ -20,7 +20,7 @@ from sklearn.utils import get_tags
 import jdam
 import jdam.sklearn
 from jdam._core.batching import power_of_two
-from jdam.sklearn import MemoryClassifier, MemoryTransformer, _rounded_up
+from jdam.sklearn import MemoryClassifier, MemoryTransformer, _padded_size
 from tests.cases import only_full
 
 
@@ -190,9 +190,9 @@ def test_what_is_stored(rng):
 
 def test_sizes_are_few():
     sizes = range(1, 1000)
-    assert all(n <= _rounded_up(n) <= 1.25 * n for n in sizes if n > 3)
+    assert all(n <= _padded_size(n) <= 1.25 * n for n in sizes if n > 3)
     assert all(n <= power_of_two(n) < 2 * n for n in sizes)
-    assert len({_rounded_up(n) for n in sizes}) < 40
+    assert len({_padded_size(n) for n in sizes}) < 40
 
 
 def test_later_calls_and_other_parameters_compile_nothing(rng, caplog):
