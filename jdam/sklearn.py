@@ -145,9 +145,8 @@ class _MemoryEstimator(BaseEstimator):  # type: ignore[misc]
             name = "Sinkhorn"
         if isinstance(name, str):
             if name not in GEOMETRIES:
-                raise ValueError(
-                    f"geometry must be one of {tuple(GEOMETRIES)}, a jdam geometry or None; got {name!r}"
-                )
+                kinds = f"one of {tuple(GEOMETRIES)}, a jdam geometry or None"
+                raise ValueError(f"geometry must be {kinds}; got {name!r}")
             epsilon = EPSILON if self.epsilon is None else self.epsilon
             geometry: Geometry = GEOMETRIES[name].relative(patterns, epsilon, rho=self.rho)
             return geometry

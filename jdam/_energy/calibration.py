@@ -69,9 +69,9 @@ class Calibration(eqx.Module):
         where the sum on the left is over the pattern or its class, and the sum on the right over
         any part of it. The calibration uses the right side for patterns that were compared,
         including the target or one of its class, so that q is at least the exhaustive one. The set
-        uses the left side, so that it contains every pattern whose score is ≤ q. If neglected =
-        U/(Z_C + U) ≤ tol, both sides are within −log(1 − tol) of the score of a pattern that was
-        compared, and other patterns are in the set only if q ≥ log(1/tol − 1).
+        uses the left side, so that it contains every pattern whose score is ≤ q. If
+        neglected = U/(Z_C + U) ≤ tol, both sides are within −log(1 − tol) of the score of a pattern
+        that was compared, and other patterns are in the set only if q ≥ log(1/tol − 1).
 
         **Arguments:**
 

@@ -103,7 +103,7 @@ class SHKGeometry(Geometry):
         return query.with_atoms(self._boxed(view, pull, points), weights)
 
     def _boxed(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
-        """With ρ, clip light atoms to the box of all atoms and their targets. Their own cloud
+        """Clip light atoms, with ρ, to the box of all atoms and their targets. Their own cloud
         repels them, and the energy hardly depends on them."""
         if self.rho is None:
             return points

@@ -66,8 +66,8 @@ class Chamfer(Geometry):
         D = Σⱼ pⱼ(ρ+ε)(1 − aⱼ)                      aⱼ = exp(−sⱼ/(ρ+ε))
 
     with the transported fractions aⱼ, and D = Σⱼ pⱼsⱼ without ρ, where all aⱼ are 1. It is the
-    minimum over π ≥ 0 of ∫ ½|x−y|² dπ + ε KL(π | q⊗X) + ρ KL(π1 | q), up to the constant S⁰. For ε
-    → 0 without ρ it is the one-sided Chamfer distance Σⱼ pⱼ minₖ ½|xⱼ−yₖ|². D is about 0 for the
+    minimum over π ≥ 0 of ∫ ½|x−y|² dπ + ε KL(π | q⊗X) + ρ KL(π1 | q), up to the constant S⁰. For
+    ε → 0 without ρ it is the one-sided Chamfer distance Σⱼ pⱼ minₖ ½|xⱼ−yₖ|². D is about 0 for the
     pattern itself and for every part of it, and at most ρ+ε. It is slightly negative for a query
     between atoms of a pattern that are closer than √ε. D is not symmetric, and `jdam.theory` does
     not apply.
