@@ -236,7 +236,7 @@ class Full(NamedTuple):
         """Return the lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)) on D, where
         nₖ = |Mᵀuₖ| are the standard deviations of the pattern along the principal axes uₖ of the
         query, L = U diag(α) Vᵀ. It holds because φ(√x) is concave, so that
-        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|), and is exact where the covariances commute.
+        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). The bound is exact where the covariances commute.
         """
         query, measures = view.query, patterns.measures
         sizes, along = map(self._scaled, deviations_along_axes(query, measures))
