@@ -78,10 +78,10 @@ def faded(colours: Any, weights: np.ndarray) -> np.ndarray:
     """
     from matplotlib.colors import to_rgba_array
 
-    shares = np.sqrt(weights / weights.max(-1, keepdims=True)).reshape(-1, weights.shape[-1])
-    result: np.ndarray = np.resize(to_rgba_array(colours), (len(shares), 4))
-    result = result.repeat(shares.shape[1], axis=0)
-    result[:, 3] *= shares.ravel()
+    opacities = np.sqrt(weights / weights.max(-1, keepdims=True)).reshape(-1, weights.shape[-1])
+    result: np.ndarray = np.resize(to_rgba_array(colours), (len(opacities), 4))
+    result = result.repeat(opacities.shape[1], axis=0)
+    result[:, 3] *= opacities.ravel()
     return result
 
 

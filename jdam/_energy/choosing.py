@@ -125,7 +125,7 @@ def suggest_beta(
         reason = f"is the likeliest for the classes of {len(sampled)} patterns, each left out"
     elif targets is None:
         beta = _separating_beta(divergences, log_prior)
-        reason = f"tells 95 % of {len(divergences)} {name} apart"
+        reason = f"separates 95 % of {len(divergences)} {name} from the other patterns"
     else:
         target_indices, classes = resolve_targets(memory, targets, pattern_labels, len(divergences))
         beta = _most_likely_beta(divergences, log_prior[None], target_indices, classes)

@@ -92,7 +92,7 @@ class EntropicBures(Gaussians):
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """Compute |v| = √(|Σ wᵢμᵢ − m|² + |Σ wᵢMᵢRᵢ − LR₀|²)."""
-        return norm(jax.tree.map(jnp.subtract, pull, view.own))
+        return norm(jax.tree.map(jnp.subtract, pull, view.self_pull))
 
     def __repr__(self) -> str:
         shown = checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
@@ -104,9 +104,9 @@ class EntropicBures(Gaussians):
         return Diagonal(self.epsilon) if diagonal else Full(self.epsilon)
 
 
-def _toward(query: Any, pull: Any, own: Any, step_size: Array) -> Any:
-    """Return the query after a step, ξ + τ(pull − own)."""
-    return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, own)
+def _toward(query: Any, pull: Any, self_pull: Any, step_size: Array) -> Any:
+    """Return the query after a step, ξ + τ(pull − self_pull)."""
+    return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, self_pull)
 
 
 def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Float[Array, " B"]:
@@ -119,10 +119,10 @@ def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Floa
 
 
 class DiagonalView(NamedTuple):
-    """A query and `own`, the pull of its self transport."""
+    """A query, and the pull of its self transport."""
 
     query: DiagonalGaussian
-    own: DiagonalGaussian
+    self_pull: DiagonalGaussian
 
 
 class Diagonal(NamedTuple):
@@ -132,8 +132,8 @@ class Diagonal(NamedTuple):
     epsilon: Float[Array, ""]
 
     def view(self, query: DiagonalGaussian) -> DiagonalView:
-        own = query.scale * shrink(query.scale**2 / self.epsilon)
-        return DiagonalView(query, with_leaves(query, query.mean, own))
+        scale = query.scale * shrink(query.scale**2 / self.epsilon)
+        return DiagonalView(query, with_leaves(query, query.mean, scale))
 
     def compare(self, view: DiagonalView, patterns: Patterns) -> Comparison:
         query, measures = view.query, patterns.measures
@@ -157,7 +157,7 @@ class Diagonal(NamedTuple):
         return _with_shifts(view.query.mean, patterns.measures.mean, self.epsilon, gaps)
 
     def move(self, view: DiagonalView, pull: Any, step_size: Array) -> DiagonalGaussian:
-        moved = _toward(view.query, pull, view.own, step_size)
+        moved = _toward(view.query, pull, view.self_pull, step_size)
         return upright(moved.mean, moved.scale)
 
     def _scales(self, view: DiagonalView, measures: DiagonalGaussian) -> tuple[Array, Array]:
@@ -174,7 +174,7 @@ class View(NamedTuple):
     transport."""
 
     query: Gaussian
-    own: Gaussian  # the pull (m, LR₀) of the self transport
+    self_pull: Gaussian  # the pull (m, LR₀) of the self transport
     shrunk: Float[Array, "r r"]  # R₀
     axes: Float[Array, "r r"]  # Vᵀ
 
@@ -250,7 +250,7 @@ class Full(NamedTuple):
         return _with_shifts(query.mean, measures.mean, self.epsilon, gaps + rest / 2)
 
     def move(self, view: View, pull: Any, step_size: Array) -> Gaussian:
-        moved = _toward(view.query, pull, view.own, step_size)
+        moved = _toward(view.query, pull, view.self_pull, step_size)
         result: Gaussian = with_leaves(moved, moved.mean, moved.factor @ view.axes)
         return result
 
@@ -315,9 +315,9 @@ def _gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     if moves(dfactor):
         change += 2 * jnp.sum(((factor @ shrunk)[None] - aligned) * dfactor[None], axis=(-1, -2))
     if moves(dfactors):
-        own = factors @ shrunk_polar(factors.mT @ factors).factor
+        self_pull = factors @ shrunk_polar(factors.mT @ factors).factor
         back = factor[None] @ polar.factor.mT
-        change += 2 * jnp.sum((own - back) * dfactors, axis=(-1, -2))
+        change += 2 * jnp.sum((self_pull - back) * dfactors, axis=(-1, -2))
     return _gap(*primals), change
 
 

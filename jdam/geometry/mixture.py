@@ -132,8 +132,8 @@ class MixtureWasserstein(Geometry):
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """Compute √Σ pₖ(|Δmₖ|² + |ΔLₖ|²), which is at least MW₂ of the step."""
-        own = view.components.query
-        means, factors = pull.mean - own.mean, pull.factor - own.factor
+        components = view.components.query
+        means, factors = pull.mean - components.mean, pull.factor - components.factor
         squares = jnp.vecdot(means, means) + squared_norm(factors)
         return safe_sqrt(jnp.vdot(view.query.weights, squares))
 

@@ -67,12 +67,12 @@ def neighbourhood(
     If `triangle` is True and D is not a squared metric, the distances are those of the means, for
     which the triangle inequality holds.
     """
-    own = jnp.arange(memory.capacity, dtype=jnp.int32) == index
+    is_self = jnp.arange(memory.capacity, dtype=jnp.int32) == index
     measure = memory[index]
     if triangle and not memory.geometry.is_squared_metric:
         distance = distances_of_means(memory, measure)
     else:
-        off = own if memory.occupied is None else own | ~memory.occupied
+        off = is_self if memory.occupied is None else is_self | ~memory.occupied
         prior = jnp.zeros(memory.capacity, memory.dtype)
         others = replace(memory, log_prior=jnp.where(off, -jnp.inf, prior))
         measure = memory.geometry.match(measure, memory.patterns)
@@ -85,7 +85,7 @@ def neighbourhood(
         log_odds = memory.log_prior - memory.log_prior[index]
         largest = float(jnp.finfo(log_odds.dtype).max) / 4
         log_odds = jnp.where(memory.log_prior[index] == -jnp.inf, largest, log_odds)
-    off = own | (log_odds == -jnp.inf)
+    off = is_self | (log_odds == -jnp.inf)
     if memory.occupied is not None:
         off |= ~memory.occupied[index]  # a free slot has no neighbours
     return Neighbourhood(jnp.where(off, jnp.inf, distance), jnp.where(off, -jnp.inf, log_odds))

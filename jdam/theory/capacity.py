@@ -100,13 +100,13 @@ def general_beta(
         raise ValueError(f"num must be ≥ 2; got {num.min()}")
     if not 0 < mean_radius < np.inf:
         raise ValueError(f"mean_radius must be finite and > 0; got {mean_radius}")
-    share = _fraction("basin", basin)
-    if share >= 0.5:
+    zeta = _fraction("basin", basin)
+    if zeta >= 0.5:
         raise ValueError(f"basin must be in (0, 1/2); got {basin}")
     squared = 2 * mean_radius**2 * (1 - _fraction("overlap", overlap))
     # Where βD² is less than 1/(2(1−ζ)), terms of the step bound increase with the distance, so that
     # distances D are not the worst case.
-    return np.maximum(np.log((num - 1) / share) / (1 - 2 * share), 0.5 / (1 - share)) / squared
+    return np.maximum(np.log((num - 1) / zeta) / (1 - 2 * zeta), 0.5 / (1 - zeta)) / squared
 
 
 def _exponential(dim: ArrayLike, factor: float, rate: float) -> np.ndarray:

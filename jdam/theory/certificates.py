@@ -119,8 +119,8 @@ def _by_means(
 ) -> tuple[Array, Array]:
     """Return the proof by means and the energy: whether it succeeds, and the bound on √(D/c)."""
     nearest, b = memory[bounded.nearest], beta * cost_scale(memory)
-    own = jnp.arange(memory.capacity, dtype=jnp.int32) == bounded.nearest
-    distances = jnp.where(own, jnp.inf, distances_of_means(memory, nearest))
+    is_self = jnp.arange(memory.capacity, dtype=jnp.int32) == bounded.nearest
+    distances = jnp.where(is_self, jnp.inf, distances_of_means(memory, nearest))
     shift = query.mean - nearest.mean
     tol = _margin(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
@@ -131,12 +131,12 @@ def _by_means(
 
     def logs(a: Array) -> Array:
         """Return upper bounds on the log-weights of the other patterns while |m − mᵢ| ≤ a."""
-        gap = jnp.where(own, 0, jnp.maximum(distances - a, 0))
-        return jnp.where(own, -jnp.inf, prior + beta * highest - b * gap**2)
+        gap = jnp.where(is_self, 0, jnp.maximum(distances - a, 0))
+        return jnp.where(is_self, -jnp.inf, prior + beta * highest - b * gap**2)
 
     def drift(a: Array) -> Array:
         """Return an upper bound on |Σ wₖmₖ − mᵢ| while |m − mᵢ| ≤ a."""
-        lengths = jnp.where(own, 0, distances)
+        lengths = jnp.where(is_self, 0, distances)
         return (lengths * jnp.exp(jnp.minimum(logs(a), 0))).sum() + tol
 
     a = jax.lax.fori_loop(0, 8, lambda _, a: jnp.maximum(a, drift(a)), start)
