@@ -116,11 +116,8 @@ def suggest_beta(
         target_indices, classes = resolve_targets(
             memory, np.asarray(pattern_labels)[sampled], pattern_labels, len(sampled)
         )
-        log_priors = (
-            jnp.tile(log_prior, (len(sampled), 1))
-            .at[jnp.arange(len(sampled)), sampled]
-            .set(-jnp.inf)
-        )
+        log_priors = jnp.tile(log_prior, (len(sampled), 1))
+        log_priors = log_priors.at[jnp.arange(len(sampled)), sampled].set(-jnp.inf)
         beta = _most_likely_beta(divergences, log_priors, target_indices, classes)
         reason = f"is the likeliest for the classes of {len(sampled)} patterns, each left out"
     elif targets is None:
@@ -231,12 +228,8 @@ def _sample_with_companions(
     if checks.is_concrete(log_prior):
         active = np.flatnonzero(np.asarray(log_prior)[: len(labels)] != -np.inf)
     _, classes, counts = np.unique(labels[active], return_inverse=True, return_counts=True)
-    with_companions = active[counts[classes] > 1]
-    return (
-        _subsample(with_companions, MAX_PATTERNS)
-        if len(with_companions) and len(counts) > 1
-        else None
-    )
+    eligible = active[counts[classes] > 1]
+    return _subsample(eligible, MAX_PATTERNS) if len(eligible) and len(counts) > 1 else None
 
 
 def _checked_labels(memory: Memory, pattern_labels: ArrayLike) -> np.ndarray:

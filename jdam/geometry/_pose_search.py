@@ -25,7 +25,7 @@ from jdam.geometry._poses import Pose, rotations, where_rows
 #: The number of levels of ε for each start, from the size of a query to the ε of the geometry.
 LEVELS = 6
 #: The number of parallel lanes of the search; each refines the best pose of its starts.
-NUM_LANES = 4
+LANES = 4
 #: The largest number of refinements of a pose.
 MAX_REFINEMENTS = 64
 #: The default number of starts for each dimension, and for all higher ones.
@@ -43,7 +43,7 @@ class SearchState(NamedTuple):
     best_score: Float[Array, "B W"]
 
 
-class PlanSettings(NamedTuple):
+class Settings(NamedTuple):
     """Settings of the plans of a search: the final ε and ρ, the largest number of refinements, and
     the growth of the self cost as a function of the scale (B, W), see `best_pose`.
     """
@@ -54,7 +54,7 @@ class PlanSettings(NamedTuple):
 
 
 def search(
-    group: Group, problem: Problem, previous: Pose, candidates: Pose, plans: PlanSettings
+    group: Group, problem: Problem, previous: Pose, candidates: Pose, plans: Settings
 ) -> SearchState:
     """Search for poses from the `candidates` (B, rounds, W).
 
@@ -100,8 +100,8 @@ def search(
             best_score=best_score,
         )
 
-    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], NUM_LANES, 1), previous)
-    unbounded = jnp.full((len(is_known), NUM_LANES), jnp.inf, ratio.dtype)
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], LANES, 1), previous)
+    unbounded = jnp.full((len(is_known), LANES), jnp.inf, ratio.dtype)
     iteration = jnp.where(is_known.all(), search_end, 0).astype(jnp.int32)
     return while_loop(
         cond_fun,
@@ -135,15 +135,15 @@ def starts(group: Group, problem: Problem, count: int | None) -> Pose:
     if group.rotations and dim > 3:
         axes = _principal_rotations(group, problem)[:, : -(-grid.shape[1] // 2)]
         grid = jnp.concatenate([axes, grid[:, : grid.shape[1] - axes.shape[1]]], 1)
-    rounds = -(-grid.shape[1] // NUM_LANES)
-    grid = grid[:, jnp.arange(rounds * NUM_LANES) % grid.shape[1]]
+    rounds = -(-grid.shape[1] // LANES)
+    grid = grid[:, jnp.arange(rounds * LANES) % grid.shape[1]]
     scale = jnp.broadcast_to(problem.ratio[:, None], grid.shape[:2])
     scale = scale if group.scale else jnp.ones_like(scale)
     means = scale[..., None] * jnp.matvec(grid, problem.centres[:, None])
     shift = problem.centre[None, None] - means
     pose = Pose(grid, shift if group.translations else jnp.zeros_like(shift), scale)
     result: Pose = jax.tree.map(
-        lambda leaf: leaf.reshape(num_patterns, rounds, NUM_LANES, *leaf.shape[2:]), pose
+        lambda leaf: leaf.reshape(num_patterns, rounds, LANES, *leaf.shape[2:]), pose
     )
     return result
 

@@ -27,14 +27,7 @@ from jdam.geometry._alignment import (
     plan_moments,
 )
 from jdam.geometry._pose_derivatives import with_derivative
-from jdam.geometry._pose_search import (
-    MAX_REFINEMENTS,
-    NUM_LANES,
-    PlanSettings,
-    search,
-    starts,
-    tolerance,
-)
+from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
 from jdam.geometry._poses import Pose, transform_points, where_rows
 from jdam.geometry.chamfer import Chamfer, self_cost_growth
 from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
@@ -133,8 +126,7 @@ class Aligned(Geometry):
     apply.
 
     **Raises:** `TypeError` for another geometry or arguments of other types; `ValueError` for a
-    geometry with another cost, for an empty group, and for `reflections` without `rotations`.
-    """
+    geometry with another cost, for an empty group, and for `reflections` without `rotations`."""
 
     geometry: Chamfer | Sinkhorn | MixtureWasserstein
     rotations: bool = eqx.field(static=True)
@@ -194,8 +186,7 @@ class Aligned(Geometry):
     def posed(self, patterns: Patterns, pose: Pose) -> Patterns:
         """Return patterns of the wrapped geometry in the given poses.
 
-        Prepared arrays are transformed, and computed anew only if scales change.
-        """
+        Prepared arrays are transformed, and computed anew only if scales change."""
         moved, prepared = pose(patterns.measures), patterns.prepared.inner
         if isinstance(self.geometry, MixtureWasserstein):
             return Patterns(moved, prepared, patterns.guess.inner)
@@ -209,13 +200,11 @@ class Aligned(Geometry):
         return Patterns(moved, prepared, patterns.guess.inner)
 
     def _with_best_poses(self, view: AnyView, patterns: Patterns) -> Patterns:
-        """Return the patterns with the best poses and the warm start of the comparison there, as
-        constants.
-        """
+        """Return the patterns with a warm start of the best poses, as constants."""
         if patterns.guess is None:
             patterns = patterns._replace(guess=self.first_guess(patterns.prepared))
-        geometry, fixed, rows = jax.lax.stop_gradient((self, view, patterns))
-        warm_start: WarmStart = checkpoint_name(geometry._best_poses(fixed, rows), ITERATED)
+        fixed, query, rows = jax.lax.stop_gradient((self, view, patterns))
+        warm_start: WarmStart = checkpoint_name(fixed._best_poses(query, rows), ITERATED)
         return patterns._replace(guess=warm_start)
 
     def _best_poses(self, view: AnyView, patterns: Patterns) -> WarmStart:
@@ -241,36 +230,33 @@ class Aligned(Geometry):
                 where_rows(better, WarmStart(pose, comparison.guess), best.warm_start),
             )
 
-        count = jnp.where(jnp.isfinite(previous.scale).all(), 1, NUM_LANES)
+        count = jnp.where(jnp.isfinite(previous.scale).all(), 1, LANES)
         unbounded = jnp.full_like(problem.sizes, jnp.inf)
         start = BestPoses(jnp.array(0, jnp.int32), unbounded, patterns.guess)
-        end = while_loop(
-            lambda best: best.rank < count, body_fun, start, result, view, patterns, self
-        )
-        return end.warm_start
+        closure = result, view, patterns, self
+        return while_loop(lambda best: best.rank < count, body_fun, start, *closure).warm_start
 
-    def _plan_settings(self, problem: Problem, patterns: Patterns) -> PlanSettings:
+    def _plan_settings(self, problem: Problem, patterns: Patterns) -> Settings:
         """Return the settings of the search."""
         geometry = self.geometry
         if isinstance(geometry, MixtureWasserstein):
-            return PlanSettings(Regularisation(COARSE_EPSILON * problem.size, None), 0)
+            return Settings(Regularisation(COARSE_EPSILON * problem.size, None), 0)
         regularisation = Regularisation(geometry.epsilon, geometry.rho)
         if isinstance(geometry, Sinkhorn):
-            return PlanSettings(regularisation, 0)
+            return Settings(regularisation, 0)
         if not self.scaled:
-            return PlanSettings(regularisation, MAX_REFINEMENTS)
+            return Settings(regularisation, MAX_REFINEMENTS)
 
         def growth(scale: Float[Array, "B W"]) -> Float[Array, "B W"]:
             over_scales = jax.vmap(self_cost_growth, (None, None, 0))
             result: Array = jax.vmap(over_scales, (None, 0, 0))(geometry, patterns.measures, scale)
             return result
 
-        return PlanSettings(regularisation, MAX_REFINEMENTS, growth)
+        return Settings(regularisation, MAX_REFINEMENTS, growth)
 
     def _refine(self, problem: Problem, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
         """Alternate plans of the wrapped geometry and motions until the displacement is within the
-        tolerance.
-        """
+        tolerance."""
         tol = tolerance(problem)
 
         def cond_fun(state: Refinement) -> Bool[Array, ""]:
@@ -288,8 +274,7 @@ class Aligned(Geometry):
 
     def _moments(self, view: AnyView, patterns: Patterns, pose: Pose) -> tuple[Moments, Array]:
         """Return the moments of the plans between the query and patterns in the given poses, and
-        the growth of the patterns' self cost with the scale, see `best_pose`.
-        """
+        the growth of the patterns' self cost with the scale, see `best_pose`."""
         query, measures, posed = _query(view), patterns.measures, self.posed(patterns, pose)
         if isinstance(self.geometry, MixtureWasserstein):
             plans, factors = aligned_plan(view, posed.measures)
@@ -299,22 +284,20 @@ class Aligned(Geometry):
             # Factors are transformed from the frame of the query to that of the patterns.
             factors = jnp.einsum("bij,bklir->bkljr", pose.rotation, factors)
             factors = factors / pose.scale[:, None, None, None, None]
-            moments = jax.vmap(mixture_plan_moments, (0, None, 0, 0))(
-                plans, query, measures, factors
-            )
-            return moments, jnp.zeros_like(pose.scale)
+            over_patterns = jax.vmap(mixture_plan_moments, (0, None, 0, 0))
+            result = over_patterns(plans, query, measures, factors)
+            return result, jnp.zeros_like(pose.scale)
         plans = self.geometry.plan(view, posed)
-        moments = jax.vmap(plan_moments, (0, None, 0))(plans, query, measures)
+        result = jax.vmap(plan_moments, (0, None, 0))(plans, query, measures)
         if not self.scaled:
-            return moments, jnp.zeros_like(pose.scale)
+            return result, jnp.zeros_like(pose.scale)
         clouds = posed.measures
         force = jax.vmap(self.geometry.view)(clouds).force
         centred = clouds.points - clouds.mean[:, None]
-        growth = jnp.vecdot(
-            clouds.weights, jnp.where(clouds.weights > 0, jnp.vecdot(centred, force), 0)
-        )
-        mass = jnp.where(moments.mass > 0, moments.mass, 1)
-        return moments, growth / (mass * pose.scale**2)
+        forces = jnp.where(clouds.weights > 0, jnp.vecdot(centred, force), 0)
+        growth = jnp.vecdot(clouds.weights, forces)
+        mass = jnp.where(result.mass > 0, result.mass, 1)
+        return result, growth / (mass * pose.scale**2)
 
     @property
     def group(self) -> Group:
@@ -323,8 +306,7 @@ class Aligned(Geometry):
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """Return the bound by spectra for mixtures. One-sided and entropic divergences may be
-        smaller than bounds by spectra and radii.
-        """
+        smaller than bounds by spectra and radii."""
         if self.scaled or not isinstance(self.geometry, MixtureWasserstein):
             return ()
 
@@ -383,7 +365,7 @@ class Aligned(Geometry):
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         """Return smaller sizes than the wrapped geometry, since the search has several lanes."""
         atoms = jax.eval_shape(atoms_of, patterns)
-        pairs = NUM_LANES * atoms.num_atoms**2
+        pairs = LANES * atoms.num_atoms**2
         budget = max(1, by_platform(2**18, 2**24) // pairs)
         inner = self.geometry.batch_sizes(patterns)
         at_once = min(inner.patterns, budget, len(patterns))
