@@ -174,7 +174,7 @@ def test_geometries(rng):
 def test_what_is_stored(rng):
     X, _ = shapes(rng, 6)
     ragged = jdam.PointCloud.from_ragged(X)
-    make = MemoryClassifier()._measures
+    make = MemoryClassifier()._to_measures
     for same in (X, np.array([*X, None], object)[:6], ragged, [ragged[i] for i in range(6)]):
         cloud = make(jdam.sklearn._batch_of(same), 8)
         assert cloud.num_atoms == 8
@@ -183,7 +183,7 @@ def test_what_is_stored(rng):
             np.testing.assert_allclose(cloud.points[i][on], X[i])
     gaussians = MemoryClassifier("gaussian")._measures(ragged, 8)
     np.testing.assert_allclose(gaussians.covariance[4], np.cov(X[4].T, bias=True), atol=1e-12)
-    assert MemoryClassifier()._measures(gaussians, 0) is gaussians
+    assert MemoryClassifier()._to_measures(gaussians, 0) is gaussians
     whole = jdam.sklearn._batch_of(np.arange(12).reshape(2, 3, 2))
     assert whole.points.dtype == "float64"
 
