@@ -44,10 +44,10 @@ class OfRows(MemoryClassifier):
         checks_rows(X)
         super()._store(dirac(X), labels)
 
-    def _weights(self, X):
+    def _gibbs_weights(self, X):
         if hasattr(self, "memory_"):
             checks_rows(X)
-        return super()._weights(dirac(X))
+        return super()._gibbs_weights(dirac(X))
 
 
 def checks_rows(X):
@@ -176,15 +176,15 @@ def test_what_is_stored(rng):
     ragged = jdam.PointCloud.from_ragged(X)
     make = MemoryClassifier()._to_measures
     for same in (X, np.array([*X, None], object)[:6], ragged, [ragged[i] for i in range(6)]):
-        cloud = make(jdam.sklearn._batch_of(same), 8)
+        cloud = make(jdam.sklearn._as_batch(same), 8)
         assert cloud.num_atoms == 8
         for i in range(6):
             on = np.asarray(cloud.weights[i]) > 0
             np.testing.assert_allclose(cloud.points[i][on], X[i])
-    gaussians = MemoryClassifier("gaussian")._measures(ragged, 8)
+    gaussians = MemoryClassifier("gaussian")._to_measures(ragged, 8)
     np.testing.assert_allclose(gaussians.covariance[4], np.cov(X[4].T, bias=True), atol=1e-12)
     assert MemoryClassifier()._to_measures(gaussians, 0) is gaussians
-    whole = jdam.sklearn._batch_of(np.arange(12).reshape(2, 3, 2))
+    whole = jdam.sklearn._as_batch(np.arange(12).reshape(2, 3, 2))
     assert whole.points.dtype == "float64"
 
 
