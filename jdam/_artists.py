@@ -16,7 +16,7 @@ COLOURS = 60
 
 
 def axes(ax: "Axes | None") -> "Axes":
-    """`ax`, or the current axes if None."""
+    """Return `ax`, or the current axes if None."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -34,7 +34,7 @@ def labelled(ax: "Axes", names: tuple[str, str]) -> "Axes":
 
 
 def next_colours(ax: "Axes", num: int, *, filled: bool = False) -> np.ndarray:
-    """The next colours (num, 4) of the property cycle of lines, or of filled patches."""
+    """Return the next colours (num, 4) of the property cycle of lines, or of filled patches."""
     from matplotlib.colors import to_rgba_array
 
     artists: list[Any] = []
@@ -48,9 +48,10 @@ def next_colours(ax: "Axes", num: int, *, filled: bool = False) -> np.ndarray:
 
 
 def colours_of(ax: "Axes", features: np.ndarray) -> np.ndarray:
-    """Colours (M, 4) of atoms by their features (…, k). For k > 1 the index of the largest feature,
-    as of a one-hot label, selects a colour of the property cycle; a single feature selects one of
-    the colour map."""
+    """Return colours (M, 4) of atoms by their features (…, k). For k > 1 the index of the largest
+    feature, as of a one-hot label, selects a colour of the property cycle; a single feature selects
+    one of the colour map.
+    """
     from matplotlib import colormaps, rcParams
     from matplotlib.colors import Normalize
 
@@ -63,21 +64,24 @@ def colours_of(ax: "Axes", features: np.ndarray) -> np.ndarray:
 
 
 def styled(style: dict[str, Any], artist: type, **default: Any) -> dict[str, Any]:
-    """The `default` style with the entries of `style`, whose aliases, as lw, are spelled out."""
+    """Return the `default` style with the entries of `style`, whose aliases, as lw, are spelled
+    out.
+    """
     from matplotlib.cbook import normalize_kwargs
 
     return default | normalize_kwargs(style, artist)
 
 
 def faded(colours: Any, weights: np.ndarray) -> np.ndarray:
-    """The colours (N·K, 4) of components: those of their mixtures, more transparent for smaller
-    weights (…, K)."""
+    """Return the colours (N·K, 4) of components: those of their mixtures, more transparent for
+    smaller weights (…, K).
+    """
     from matplotlib.colors import to_rgba_array
 
-    shares = np.sqrt(weights / weights.max(-1, keepdims=True)).reshape(-1, weights.shape[-1])
-    result: np.ndarray = np.resize(to_rgba_array(colours), (len(shares), 4))
-    result = result.repeat(shares.shape[1], axis=0)
-    result[:, 3] *= shares.ravel()
+    opacities = np.sqrt(weights / weights.max(-1, keepdims=True)).reshape(-1, weights.shape[-1])
+    result: np.ndarray = np.resize(to_rgba_array(colours), (len(opacities), 4))
+    result = result.repeat(opacities.shape[1], axis=0)
+    result[:, 3] *= opacities.ravel()
     return result
 
 

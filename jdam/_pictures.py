@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdam._energy.energy import divergences, fit_query
-from jdam._energy.match import places as places_of
+from jdam._energy.match import positions
 from jdam._measures.base import AnyMeasure, Measure, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
@@ -31,12 +31,12 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 def numpy(array: Any) -> np.ndarray:
-    """The values as a NumPy array of float64."""
+    """Return the values as a NumPy array of float64."""
     return np.asarray(array, np.float64)
 
 
 def coordinates(name: str, dim: int, axes: Any) -> list[int]:
-    """`axes`, checked to be two different coordinates below `dim`, as a list."""
+    """Return `axes`, checked to be two different coordinates below `dim`, as a list."""
     if dim < 2:
         raise ValueError(f"{name} must have dimension d ≥ 2; got {dim}")
     pair = tuple(axes)
@@ -49,11 +49,12 @@ def coordinates(name: str, dim: int, axes: Any) -> list[int]:
 def frame(
     name: str, measures: AnyMeasure, axes: Any, *, of: str = "", line: bool = False
 ) -> tuple[list[int], tuple[str, str]]:
-    """The coordinates that are drawn, and the labels of both axes.
+    """Return the coordinates that are drawn, and the labels of both axes.
 
     For Gaussians in one dimension these are the mean and the standard deviation. If `line` is True,
     measures in one dimension have one coordinate, and the second axis is the energy. `of` is
-    appended to the names of coordinates."""
+    appended to the names of coordinates.
+    """
     if on_half_plane(measures):
         return [0, 1], ("mean", "standard deviation")
     dim = dim_of(measures)
@@ -66,7 +67,7 @@ def frame(
 
 
 def labels(pair: list[int], dim: int, of: str = "") -> tuple[str, str]:
-    """The labels x₁, x₂, … of two of `dim` coordinates."""
+    """Return the labels x₁, x₂, … of two of `dim` coordinates."""
     among = f" (of {dim} coordinates)" if dim > 2 else ""
     first, second = (f"x{i + 1}".translate(SUBSCRIPTS) + of + among for i in pair)
     return first, second
@@ -75,8 +76,9 @@ def labels(pair: list[int], dim: int, of: str = "") -> tuple[str, str]:
 def outlines(
     gaussian: Gaussian | DiagonalGaussian, pair: list[int], num_std: float, num_points: int = 120
 ) -> np.ndarray:
-    """Points (N, num_points, 2) on the contours m + num_std·Σ^½u, |u| = 1, of the marginals on two
-    coordinates."""
+    """Return points (N, num_points, 2) on the contours m + num_std·Σ^½u, |u| = 1, of the marginals
+    on two coordinates.
+    """
     if isinstance(gaussian, DiagonalGaussian):
         factor = numpy(gaussian.scale)[..., pair, None] * np.eye(2)
     else:
@@ -93,7 +95,7 @@ def outlines(
 
 
 def deviations(gaussian: Gaussian | DiagonalGaussian) -> np.ndarray:
-    """The standard deviation (…, d) of each coordinate."""
+    """Return the standard deviation (…, d) of each coordinate."""
     if isinstance(gaussian, DiagonalGaussian):
         return numpy(gaussian.scale)
     result: np.ndarray = np.linalg.norm(numpy(gaussian.factor), axis=-1)
@@ -101,14 +103,16 @@ def deviations(gaussian: Gaussian | DiagonalGaussian) -> np.ndarray:
 
 
 def on_half_plane(measures: AnyMeasure) -> bool:
-    """Whether the measures are Gaussians in one dimension, which are drawn as points (mean,
-    standard deviation)."""
+    """Return whether the measures are Gaussians in one dimension, which are drawn as points (mean,
+    standard deviation).
+    """
     return isinstance(measures, Gaussian | DiagonalGaussian) and measures.dim == 1
 
 
 def places(measures: AnyMeasure) -> np.ndarray:
-    """The points that represent measures: vectors themselves, (mean, standard deviation) of
-    Gaussians in one dimension, and the means of other measures."""
+    """Return the points that represent measures: vectors themselves, (mean, standard deviation) of
+    Gaussians in one dimension, and the means of other measures.
+    """
     if on_half_plane(measures):
         return np.concatenate([numpy(measures.mean), deviations(measures)], -1)
     has_mean = isinstance(measures, Gaussian | DiagonalGaussian | GaussianMixture | PointCloud)
@@ -116,8 +120,9 @@ def places(measures: AnyMeasure) -> np.ndarray:
 
 
 def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
-    """The measures of one recall in order, as a batch that ends with the last change. `start`, if
-    given, is the first of them."""
+    """Return the measures of one recall in order, as a batch that ends with the last change.
+    `start`, if given, is the first of them.
+    """
     steps = trace.trace if isinstance(trace, Recall) else trace
     if steps is None:
         raise ValueError("trace must be that of a recall with save_trace=True; got None")
@@ -149,8 +154,9 @@ def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
 
 
 def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasure:
-    """The pattern that was recalled: `Recall.nearest`, or for a `Trace` the pattern of least
-    divergence from its last measure `last`."""
+    """Return the pattern that was recalled: `Recall.nearest`, or for a `Trace` the pattern of least
+    divergence from its last measure `last`.
+    """
     check_memory(memory)
     last = memory.geometry.check("trace.measure", last, 0)
     check_against(memory, "trace.measure", last)
@@ -160,8 +166,9 @@ def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasu
 
 
 def kind(memory: Memory, allowed: tuple[str, ...]) -> str:
-    """The kind and dimension of the patterns, as "2-D vectors", checked to be one of the names
-    `allowed`, which may be without dimension."""
+    """Return the kind and dimension of the patterns, as "2-D vectors", checked to be one of the
+    names `allowed`, which may be without dimension.
+    """
     check_memory(memory)
     patterns = memory.patterns
     name = KINDS.get(type(patterns), type(patterns).__name__)
@@ -183,9 +190,10 @@ def check_type(name: str, measure: Any, *allowed: type) -> None:
 def links(
     query: AnyMeasure, pattern: AnyMeasure, plan: Any, pair: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The lines (L, 2, 2) between atoms or components, and their masses (L,) in the transport plan.
-    Masses below 1 % of the largest are omitted, since they would be invisible."""
-    x, y, mass = numpy(places_of(query))[:, pair], numpy(places_of(pattern))[:, pair], numpy(plan)
+    """Return the lines (L, 2, 2) between atoms or components, and their masses (L,) in the
+    transport plan. Masses below 1 % of the largest are omitted, since they would be invisible.
+    """
+    x, y, mass = numpy(positions(query))[:, pair], numpy(positions(pattern))[:, pair], numpy(plan)
     rows, columns = np.nonzero(mass > 0.01 * mass.max())
     return np.stack([x[rows], y[columns]], 1), mass[rows, columns]
 
@@ -193,8 +201,9 @@ def links(
 def grid(
     memory: Memory, pair: list[int], given: tuple[Any, Any], sizes: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The coordinates xs and ys of a grid, or xs and None for a line: the arrays `given`, checked,
-    or, where they are None, `sizes` points that enclose the patterns."""
+    """Return the coordinates xs and ys of a grid, or xs and None for a line: the arrays `given`,
+    checked, or, where they are None, `sizes` points that enclose the patterns.
+    """
     ends = extent(memory[: len(memory)], pair)
     arrays = []
     for name, span, array, size in zip(("xs", "ys"), ends, given, sizes, strict=False):
@@ -209,8 +218,9 @@ def grid(
 
 
 def extent(patterns: AnyMeasure, pair: list[int]) -> list[tuple[float, float]]:
-    """The intervals of the coordinates `pair` that contain the patterns; for Gaussians in one
-    dimension those of (mean, standard deviation)."""
+    """Return the intervals of the coordinates `pair` that contain the patterns; for Gaussians in
+    one dimension those of (mean, standard deviation).
+    """
     if on_half_plane(patterns):
         where, widest = places(patterns), deviations(patterns).max()
         low = np.array([where[:, 0].min() - widest, 0])
@@ -222,8 +232,9 @@ def extent(patterns: AnyMeasure, pair: list[int]) -> list[tuple[float, float]]:
 
 
 def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
-    """Points (M, d) of patterns, and the margin that is shown around them: two standard deviations
-    for Gaussians and components, 0 for atoms, and 30 % of the range for vectors."""
+    """Return points (M, d) of patterns, and the margin that is shown around them: two standard
+    deviations for Gaussians and components, 0 for atoms, and 30 % of the range for vectors.
+    """
     if isinstance(patterns, PointCloud):
         return numpy(patterns.points)[numpy(patterns.weights) > 0], np.zeros(1)
     if isinstance(patterns, GaussianMixture):
@@ -236,17 +247,18 @@ def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
 
 
 def points(xs: np.ndarray, ys: np.ndarray | None) -> np.ndarray:
-    """The points (M, 2) of a grid, row by row, or (M, 1) of a line if `ys` is None."""
+    """Return the points (M, 2) of a grid, row by row, or (M, 1) of a line if `ys` is None."""
     return np.stack([a.ravel() for a in np.meshgrid(*([xs] if ys is None else [xs, ys]))], -1)
 
 
 def queries(
     memory: Memory, query: AnyMeasure | None, pair: list[int], xs: Any, ys: Any
 ) -> AnyMeasure:
-    """A batch of measures, one for each point of the grid, row by row.
+    """Return a batch of measures, one for each point of the grid, row by row.
 
     For Gaussians in one dimension a point is the mean and the standard deviation. Otherwise the
-    measures are translations of `query`, or of the first pattern if it is None."""
+    measures are translations of `query`, or of the first pattern if it is None.
+    """
     where = points(xs, ys)
     if on_half_plane(memory.patterns):
         x, y = (jnp.asarray(where[:, i : i + 1], memory.dtype) for i in (0, 1))
@@ -259,7 +271,7 @@ def queries(
 
 
 def translated(query: AnyMeasure, shifts: np.ndarray) -> AnyMeasure:
-    """The batch (M,) of translations of a single measure by `shifts` (M, d)."""
+    """Return the batch (M,) of translations of a single measure by `shifts` (M, d)."""
     name = MOVED.get(type(query), "mean")
     array = getattr(query, name) if isinstance(query, Measure) else query
     by = shifts.reshape(len(shifts), *[1] * (array.ndim - 1), -1)
@@ -273,8 +285,9 @@ def translated(query: AnyMeasure, shifts: np.ndarray) -> AnyMeasure:
 def transported(
     query: Gaussian | DiagonalGaussian, moved: Gaussian | DiagonalGaussian, points: np.ndarray
 ) -> np.ndarray:
-    """The images of points under the map x ↦ m⁺ + L⁺L⁻¹(x − m) of the step from `query` to
-    `moved`."""
+    """Return the images of points under the map x ↦ m⁺ + L⁺L⁻¹(x − m) of the step from `query` to
+    `moved`.
+    """
     if isinstance(query, Gaussian) and isinstance(moved, Gaussian):
         before, after = numpy(query.pad(moved.rank).factor), numpy(moved.factor)
     else:
@@ -287,7 +300,7 @@ def transported(
 
 
 def measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, Any]:
-    """The dimensions, log counts, and standard errors of log counts (or None), checked."""
+    """Return the dimensions, log counts, and standard errors of log counts (or None), checked."""
     d, n = numpy(dims), numpy(counts)
     given = {"dims": d, "counts": n} | ({} if errors is None else {"errors": numpy(errors)})
     for name, array in given.items():
@@ -305,8 +318,9 @@ def measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarra
 def fitted_line(
     d: np.ndarray, log_counts: np.ndarray, log_errors: np.ndarray | None
 ) -> tuple[float, float, float]:
-    """The slope, its standard error and the intercept of a least squares fit of log counts to
-    dimensions, weighted by the errors unless they are None."""
+    """Return the slope, its standard error and the intercept of a least squares fit of log counts
+    to dimensions, weighted by the errors unless they are None.
+    """
     weights = np.ones_like(d) if log_errors is None else log_errors**-2
     centre = np.average(d, weights=weights)
     inertia = np.sum(weights * (d - centre) ** 2)

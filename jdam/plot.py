@@ -274,11 +274,11 @@ def landscape(
     beta = inverse_temperature(memory, beta)
     points_only = kind == "1-D Gaussians" or kind.endswith("vectors")
     if points_only and query is not None:
-        raise ValueError(f"query must be None for {kind}, of which no shape is held; got {query!r}")
+        raise ValueError(f"query must be None for {kind}, not translations; got {query!r}")
     of = "" if points_only else " of the mean"
     pair, names = pictures.frame("memory", memory.patterns, axes, of=of, line=True)
     if len(pair) == 1 and ys is not None:
-        raise ValueError(f"ys must be None for {kind}, of which a curve is drawn; got {ys!r}")
+        raise ValueError(f"ys must be None for {kind}, drawn as a curve; got {ys!r}")
     is_fast = len(pair) == 1 or points_only or kind.endswith("Gaussians")
     xs, ys = pictures.grid(memory, pair, (xs, ys), (101, 81) if is_fast else (41, 33))
     queries = pictures.queries(memory, query, pair, xs, ys)

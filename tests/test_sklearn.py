@@ -20,7 +20,7 @@ from sklearn.utils import get_tags
 import jdam
 import jdam.sklearn
 from jdam._core.batching import power_of_two
-from jdam.sklearn import MemoryClassifier, MemoryTransformer, _rounded_up
+from jdam.sklearn import MemoryClassifier, MemoryTransformer, _padded_size
 from tests.cases import only_full
 
 
@@ -44,10 +44,10 @@ class OfRows(MemoryClassifier):
         checks_rows(X)
         super()._store(dirac(X), labels)
 
-    def _weights(self, X):
+    def _gibbs_weights(self, X):
         if hasattr(self, "memory_"):
             checks_rows(X)
-        return super()._weights(dirac(X))
+        return super()._gibbs_weights(dirac(X))
 
 
 def checks_rows(X):
@@ -174,25 +174,25 @@ def test_geometries(rng):
 def test_what_is_stored(rng):
     X, _ = shapes(rng, 6)
     ragged = jdam.PointCloud.from_ragged(X)
-    make = MemoryClassifier()._measures
+    make = MemoryClassifier()._to_measures
     for same in (X, np.array([*X, None], object)[:6], ragged, [ragged[i] for i in range(6)]):
-        cloud = make(jdam.sklearn._batch_of(same), 8)
+        cloud = make(jdam.sklearn._as_batch(same), 8)
         assert cloud.num_atoms == 8
         for i in range(6):
             on = np.asarray(cloud.weights[i]) > 0
             np.testing.assert_allclose(cloud.points[i][on], X[i])
-    gaussians = MemoryClassifier("gaussian")._measures(ragged, 8)
+    gaussians = MemoryClassifier("gaussian")._to_measures(ragged, 8)
     np.testing.assert_allclose(gaussians.covariance[4], np.cov(X[4].T, bias=True), atol=1e-12)
-    assert MemoryClassifier()._measures(gaussians, 0) is gaussians
-    whole = jdam.sklearn._batch_of(np.arange(12).reshape(2, 3, 2))
+    assert MemoryClassifier()._to_measures(gaussians, 0) is gaussians
+    whole = jdam.sklearn._as_batch(np.arange(12).reshape(2, 3, 2))
     assert whole.points.dtype == "float64"
 
 
 def test_sizes_are_few():
     sizes = range(1, 1000)
-    assert all(n <= _rounded_up(n) <= 1.25 * n for n in sizes if n > 3)
+    assert all(n <= _padded_size(n) <= 1.25 * n for n in sizes if n > 3)
     assert all(n <= power_of_two(n) < 2 * n for n in sizes)
-    assert len({_rounded_up(n) for n in sizes}) < 40
+    assert len({_padded_size(n) for n in sizes}) < 40
 
 
 def test_later_calls_and_other_parameters_compile_nothing(rng, caplog):

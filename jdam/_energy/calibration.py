@@ -1,4 +1,4 @@
-"""Prediction sets with a promised coverage, by split conformal prediction."""
+"""Prediction sets of guaranteed coverage, by split conformal prediction."""
 
 import math
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jdam._core.mesh import all_rows
 from jdam._energy.average import compare, view_of
 from jdam._energy.branch_and_bound import bounds_of, rows_of
 from jdam._energy.certified import Certified, bound_all, choose
-from jdam._energy.choosing import owners
+from jdam._energy.choosing import resolve_targets
 from jdam._energy.energy import (
     divergences_of,
     fit_queries,
@@ -32,14 +32,15 @@ from jdam._memory.memory import Memory
 
 
 class Calibration(eqx.Module):
-    """What `jdam.calibrate` learns of n queries whose patterns are known.
+    """Scores of n queries whose patterns are known; the result of `jdam.calibrate`.
 
     memory:    the memory.
     beta:      the β of the Gibbs weights.
-    scores:    (n,), −log w of the pattern (or class) that each query belongs to, in rising order.
-    distances: (n,), the least divergence of each query to any pattern, in rising order.
-    classes:   (N,), the class of each pattern, where sets are of classes; else None.
-    search:    how patterns are found.
+    scores:    (n,), −log w of the pattern (or class) that each query belongs to, in ascending
+               order.
+    distances: (n,), the least divergence of each query to any pattern, in ascending order.
+    classes:   (N,), the class of each pattern if prediction sets consist of classes; else None.
+    search:    the search for patterns.
     """
 
     memory: Memory
@@ -50,28 +51,34 @@ class Calibration(eqx.Module):
     search: Search = eqx.field(static=True, default=Exhaustive())
 
     def prediction_set(self, query: AnyMeasure, alpha: ArrayLike) -> Bool[Array, " N"]:
-        """Which patterns the query may belong to: {i : −log wᵢ(ξ) ≤ q}, q being the
-        ⌈(n+1)(1−α)⌉-th least score, or ∞ where that is more than n.
+        """Return the set of patterns that the query may belong to: {i : −log wᵢ(ξ) ≤ q}, where q is
+        the ⌈(n+1)(1−α)⌉-th smallest score, or ∞ if this rank exceeds n.
 
-        If the query is exchangeable with those of the calibration, the set holds its pattern with
-        probability ≥ 1−α, however wrong the memory's weights are (split conformal prediction; Vovk,
+        If the query is exchangeable with those of the calibration, the set contains its pattern
+        with probability ≥ 1−α, however wrong the weights are (split conformal prediction; Vovk,
         Gammerman and Shafer, Algorithmic Learning in a Random World, 2005). With classes, w is
-        summed over a class, and the set holds all patterns of its classes.
+        summed over a class, and the set contains all patterns of its classes.
 
-        With `Certified` the promise is the same, since the set holds that of `Exhaustive`. Let C be
-        the patterns that were compared, lᵢ ≤ D̃ᵢ = Dᵢ − β⁻¹ log πᵢ the bounds on all, equal on C,
-        Z_C = Σ_{i∈C} exp(−βD̃ᵢ) and U = Σ_{i∉C} exp(−βlᵢ). As Z_C ≤ Σᵢ exp(−βD̃ᵢ) ≤ Z_C + U,
+        `Certified` has the same coverage, because its set contains that of `Exhaustive`. Let C be
+        the patterns that were compared, lᵢ ≤ D̃ᵢ = Dᵢ − β⁻¹ log πᵢ the lower bounds for all
+        patterns, which are equalities on C, Z_C = Σ_{i∈C} exp(−βD̃ᵢ) and U = Σ_{i∉C} exp(−βlᵢ). As
+        Z_C ≤ Σᵢ exp(−βD̃ᵢ) ≤ Z_C + U,
 
             log Z_C − log Σ exp(−βlᵢ)  ≤  −log w  ≤  log(Z_C + U) − log Σ exp(−βD̃ᵢ),
 
-        with sums over the pattern or its class on the left, over any part of it on the right.
-        Calibration takes the right side over what was compared, the owner or one of its class
-        among them, so that q is at least the exhaustive one. A set takes the left side, so that it
-        holds every pattern whose score is ≤ q. Where neglected = U/(Z_C + U) ≤ tol, both sides are
-        within −log(1 − tol) of the score of a pattern that was compared, and others enter the set
-        only if q ≥ log(1/tol − 1).
+        where the sum on the left is over the pattern or its class, and the sum on the right over
+        any part of it. The calibration uses the right side for patterns that were compared,
+        including the target or one of its class, so that q is at least the exhaustive one. The set
+        uses the left side, so that it contains every pattern whose score is ≤ q. If
+        neglected = U/(Z_C + U) ≤ tol, both sides are within −log(1 − tol) of the score of a pattern
+        that was compared, and other patterns are in the set only if q ≥ log(1/tol − 1).
 
-        **Arguments:** one `query`; `alpha` in (0, 1), a scalar. `jax.vmap` takes batches.
+        **Arguments:**
+
+        - `query`: one measure; `jax.vmap` takes batches.
+        - `alpha`: a scalar in (0, 1), the allowed probability of missing the pattern.
+
+        **Returns:** (N,), bool.
 
         **Raises:** as `jdam.divergences`; `ValueError` for an `alpha` outside (0, 1).
         """
@@ -81,25 +88,32 @@ class Calibration(eqx.Module):
             raise ValueError(f"alpha must be in (0, 1); got {alpha}")
         scores = _score(self.memory, query, self.beta, self.classes, search=self.search)
         num = len(self.scores)
-        # Rounding of 1 − α must not cost a rank.
-        wanted = (num + 1) * (1 - level) - 1e-3
-        rank = jnp.ceil(wanted).astype(jnp.int32)
+        # The margin keeps the rounding of 1 − α from raising the rank.
+        rank = jnp.ceil((num + 1) * (1 - level) - 1e-3).astype(jnp.int32)
         limit = jnp.where(rank > num, jnp.inf, self.scores[jnp.clip(rank - 1, 0, num - 1)])
         members: Array = ~(scores > limit)  # NaN proves nothing
         return members
 
     def p_value(self, query: AnyMeasure) -> Float[Array, ""]:
-        """How unusual the query is as one that belongs to any of the patterns:
-        (1 + #{c : minᵢ D(ξ_c, Xᵢ) ≥ minᵢ D(ξ, Xᵢ)})/(n + 1).
+        """Return the p-value of the hypothesis that the query belongs to one of the patterns:
 
-        Of queries exchangeable with those of the calibration at most a share α has p ≤ α: small
-        values say that the query belongs to none. The least divergence is exact with every search.
+            (1 + #{c : minᵢ D(ξ_c, Xᵢ) ≥ minᵢ D(ξ, Xᵢ)})/(n + 1).
+
+        Among queries that are exchangeable with those of the calibration, a fraction of at most α
+        has p ≤ α, so that a small value is evidence that the query belongs to no pattern. The least
+        divergence is exact for every search.
+
+        **Arguments:**
+
+        - `query`: one measure; `jax.vmap` takes batches.
+
+        **Returns:** a scalar in (0, 1].
 
         **Raises:** as `jdam.divergences`.
         """
         _, least = nearest(self.memory, query, search=self.search)
-        farther = (self.distances >= least[0]).sum()
-        return (1 + farther.astype(self.distances.dtype)) / (len(self.distances) + 1)
+        num_farther = (self.distances >= least[0]).sum()
+        return (1 + num_farther.astype(self.distances.dtype)) / (len(self.distances) + 1)
 
 
 def calibrate(
@@ -111,40 +125,40 @@ def calibrate(
     pattern_labels: ArrayLike | None = None,
     search: Search | None = None,
 ) -> Calibration:
-    """Scores of queries whose patterns are known, by which later queries get prediction sets and
-    p-values that keep their promise.
+    """Compute scores of queries whose patterns are known, from which later queries get prediction
+    sets and p-values of guaranteed coverage.
 
-    The queries must be exchangeable with those that will be asked, and must not have chosen β or
-    taught the memory. n of them promise coverages up to n/(n+1).
+    The queries must be exchangeable with later ones, and must not have been used to choose β or to
+    learn the memory. n queries suffice for coverages up to n/(n+1).
 
     **Arguments:**
 
-    - `memory`, `beta` as in `energy`.
+    - `memory`, `beta`: as in `energy`.
     - `queries`: measures with one batch axis (n,), or a list.
-    - `targets` (n,): the indices of the patterns that they belong to, or their classes.
-    - `pattern_labels` (N,): the class of each pattern, where `targets` are classes.
-    - `search`: `Exhaustive()` compares each query with all patterns, `Certified()` with as many as
-      it needs to bound what the others weigh: sets then hold those of `Exhaustive`, and keep the
-      promise (`Calibration.prediction_set` has the proof). None chooses as `recall` does. A sharded
-      memory and a geometry without bounds are searched exhaustively in any case.
+    - `targets`: (n,), the indices of the patterns that the queries belong to, or their classes.
+    - `pattern_labels`: (N,), the class of each pattern, if `targets` are classes.
+    - `search`: `Exhaustive()` compares each query with all patterns; `Certified()` compares as many
+      as it needs to bound the weight of the others, and its sets contain those of `Exhaustive`
+      (`Calibration.prediction_set` has the proof). None chooses as `recall` does. Sharded memories
+      and geometries without bounds are always searched exhaustively.
 
     **Returns:** a `Calibration`.
 
     **Raises:** as `pairwise`; `TypeError`, `ValueError` or `IndexError` for targets that are no
-    indices of patterns, or labels of none; `TypeError` for another `search`.
+    indices of patterns, or labels that no pattern has; `TypeError` for another `search`.
     """
     queries = fit_queries(memory, queries)
-    search = _able(search, memory)
+    search = _available_search(search, memory)
     beta = inverse_temperature(memory, beta)
     if batch_size(queries) == 0:
         raise ValueError("queries must hold at least one query; got 0")
-    owner, classes = owners(memory, targets, pattern_labels, batch_size(queries))
-    scores, distances = _scores(memory, queries, beta, owner, classes, search=search)
+    target_indices, classes = resolve_targets(memory, targets, pattern_labels, batch_size(queries))
+    scores, distances = _scores(memory, queries, beta, target_indices, classes, search=search)
     return Calibration(memory, beta, jnp.sort(scores), jnp.sort(distances), classes, search)
 
 
-def _able(search: Search | None, memory: Memory) -> Search:
-    """That search, or an exhaustive one where bounds are not to be had."""
+def _available_search(search: Search | None, memory: Memory) -> Search:
+    """Return the search, or an exhaustive one if the memory has no bounds."""
     search = choose(search, memory, LogSumExp())
     if not isinstance(search, Exhaustive | Certified):
         kinds = "jdam.Exhaustive() or jdam.Certified()"
@@ -152,11 +166,11 @@ def _able(search: Search | None, memory: Memory) -> Search:
     return search if memory.layout is None and bounds_of(memory) else Exhaustive()
 
 
-class _Bounded(NamedTuple):
-    """Of one query, −log w of every pattern or its class from below; and from above of its own."""
+class _ScoreBounds(NamedTuple):
+    """Bounds on the scores −log w of one query."""
 
-    least: Float[Array, " N"]
-    most: Float[Array, ""]
+    lower: Float[Array, " N"]  # for each pattern or its class
+    upper: Float[Array, ""]  # for the target or its class
 
 
 @compiled(static=("search",))
@@ -164,23 +178,23 @@ def _scores(
     memory: Memory,
     queries: AnyMeasure,
     beta: Array,
-    owner: Int[Array, " n"],
+    target_indices: Int[Array, " n"],
     classes: Int[Array, " N"] | None,
     *,
     search: Search,
 ) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
     def one(row: tuple[AnyMeasure, Array]) -> tuple[Array, Array]:
-        query, own = row
+        query, target = row
         if not isinstance(search, Certified):
             divergences = divergences_of(memory, query)
-            return _exactly(divergences, memory, beta, classes)[own], divergences.min()
-        score = _bounded(search, own, (memory, query, beta, classes)).most
+            return _exact_scores(divergences, memory, beta, classes)[target], divergences.min()
+        score = _score_bounds(search, target, (memory, query, beta, classes)).upper
         return score, nearest(memory, query, search=search)[1][0]
 
-    rows = queries, owner
+    rows = queries, target_indices
     at_once = search.query_batch_size(memory)
-    found: tuple[Array, Array] = map_in_batches(one, at_once, rows)
-    return found
+    result: tuple[Array, Array] = map_in_batches(one, at_once, rows)
+    return result
 
 
 def _query_batch_size(memory: Memory, *, search: Search) -> int:
@@ -197,63 +211,78 @@ def _score(
     search: Search,
 ) -> Float[Array, " N"]:
     if not isinstance(search, Certified):
-        return _exactly(divergences_of(memory, query), memory, beta, classes)
-    return _bounded(search, jnp.int32(0), (memory, query, beta, classes)).least
+        return _exact_scores(divergences_of(memory, query), memory, beta, classes)
+    return _score_bounds(search, jnp.int32(0), (memory, query, beta, classes)).lower
 
 
-def _bounded(
-    search: Certified, own: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]
-) -> _Bounded:
-    """By the patterns that the search compares, and bounds on the others."""
+def _score_bounds(
+    search: Certified, target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]
+) -> _ScoreBounds:
+    """Compute the bounds from the patterns that the search compares, and lower bounds on D for the
+    others.
+    """
     memory, query, beta, classes = args
-    seen = bound_all(search, memory, query, beta)
-    logits = -beta * seen.lower
-    inside, outside = -beta * seen.energy, _sum(jnp.where(seen.compared, -jnp.inf, logits))
-    # Where its own patterns were not compared, the nearest of them by its bound is.
-    owned = (
-        jnp.arange(len(logits), dtype=jnp.int32) == own
-        if classes is None
-        else classes == classes[own]
+    bounded = bound_all(search, memory, query, beta)
+    logits = -beta * bounded.lower
+    log_compared, log_neglected = (
+        -beta * bounded.energy,
+        _log_sum(jnp.where(bounded.compared, -jnp.inf, logits)),
     )
-    other = jnp.where(owned & ~seen.compared, logits, -jnp.inf).argmax().astype(jnp.int32)
-    block = rows_of(memory, other[None], jnp.ones(1, bool))
-    compared = compare(memory.geometry, view_of(memory.geometry, query), block.patterns)
-    exact = -beta * with_prior(compared.divergence, block.log_prior, beta)[0]
-    exact = jnp.where((owned & ~seen.compared)[other], exact, -jnp.inf)
-    mass = jnp.logaddexp(exact, _sum(jnp.where(owned & seen.compared, logits, -jnp.inf)))
-    found = _Bounded(inside - _of_classes(logits, classes), jnp.logaddexp(inside, outside) - mass)
+    # If the class of the target has patterns that were not compared, the one of the lowest bound is
+    # compared too.
+    in_class = (
+        jnp.arange(len(logits), dtype=jnp.int32) == target
+        if classes is None
+        else classes == classes[target]
+    )
+    nearest_other = (
+        jnp.where(in_class & ~bounded.compared, logits, -jnp.inf).argmax().astype(jnp.int32)
+    )
+    block = rows_of(memory, nearest_other[None], jnp.ones(1, bool))
+    comparison = compare(memory.geometry, view_of(memory.geometry, query), block.patterns)
+    logit = -beta * with_prior(comparison.divergence, block.log_prior, beta)[0]
+    logit = jnp.where((in_class & ~bounded.compared)[nearest_other], logit, -jnp.inf)
+    log_class_mass = jnp.logaddexp(
+        logit, _log_sum(jnp.where(in_class & bounded.compared, logits, -jnp.inf))
+    )
+    bounds = _ScoreBounds(
+        log_compared - _by_class(logits, classes),
+        jnp.logaddexp(log_compared, log_neglected) - log_class_mass,
+    )
     if not search.falls_back(memory):
-        return found
+        return bounds
     at_once = memory.geometry.batch_sizes(memory.patterns).queries
-    unproved = ~(outside - jnp.logaddexp(inside, outside) <= math.log(search.tol))
-    return masked_cond(unproved, _by_all, found, own, args, at_once=at_once)
+    unproved = ~(log_neglected - jnp.logaddexp(log_compared, log_neglected) <= math.log(search.tol))
+    return masked_cond(unproved, _exact_bounds, bounds, target, args, at_once=at_once)
 
 
-def _by_all(own: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]) -> _Bounded:
-    """Both bounds as the scores themselves."""
+def _exact_bounds(
+    target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]
+) -> _ScoreBounds:
+    """Return the exact scores in place of both bounds."""
     memory, query, beta, classes = args
-    scores = _exactly(divergences_of(memory, query), memory, beta, classes)
-    return _Bounded(scores, scores[own])
+    scores = _exact_scores(divergences_of(memory, query), memory, beta, classes)
+    return _ScoreBounds(scores, scores[target])
 
 
-def _exactly(
+def _exact_scores(
     divergences: Float[Array, " N"], memory: Memory, beta: Array, classes: Int[Array, " N"] | None
 ) -> Float[Array, " N"]:
-    """−log w of every pattern, or of its class."""
+    """Return −log w of each pattern, or of its class."""
     logits = -beta * with_prior(divergences, all_rows(memory.log_prior, memory.layout), beta)
-    return _sum(logits) - _of_classes(logits, classes)
+    return _log_sum(logits) - _by_class(logits, classes)
 
 
-def _sum(logits: Float[Array, " N"]) -> Float[Array, ""]:
-    found: Array = jax.nn.logsumexp(logits)
-    return found
+def _log_sum(logits: Float[Array, " N"]) -> Float[Array, ""]:
+    result: Array = jax.nn.logsumexp(logits)
+    return result
 
 
-def _of_classes(logits: Float[Array, " N"], classes: Int[Array, " N"] | None) -> Float[Array, " N"]:
-    """log Σ exp(logits) over the class of each pattern."""
+def _by_class(logits: Float[Array, " N"], classes: Int[Array, " N"] | None) -> Float[Array, " N"]:
+    """Return log Σ exp(logits) over the class of each pattern."""
     if classes is None:
         return logits
-    tops = jax.ops.segment_max(logits, classes, len(logits))[classes]
-    tops = jnp.where(tops == -jnp.inf, 0, tops)
-    sums = jax.ops.segment_sum(jnp.exp(logits - tops), classes, len(logits))[classes]
-    return tops + jnp.log(sums)
+    maxima = jax.ops.segment_max(logits, classes, len(logits))[classes]
+    maxima = jnp.where(maxima == -jnp.inf, 0, maxima)
+    sums = jax.ops.segment_sum(jnp.exp(logits - maxima), classes, len(logits))[classes]
+    return maxima + jnp.log(sums)

@@ -1,4 +1,4 @@
-"""Choosing β from data."""
+"""Choice of β from data."""
 
 import logging
 
@@ -21,15 +21,16 @@ from jdam._measures.base import AnyMeasure
 from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory, check_memory
 
-#: Told apart is a query whose nearest pattern has this weight, and at β this share of queries is.
-WEIGHT, SHARE = 0.99, 0.95
-#: Of more patterns than this, how many stand for all of them.
-ALL, SAMPLE = 256, 24
-#: A mean of −log w below which a larger β is not likelier in any way that matters.
-CERTAIN = 1e-4
-HALVINGS = 50
-#: In which range to look for log β, in units of the median gap.
-SPAN = -16, 40
+#: A query is told apart if its nearest pattern has the weight `WEIGHT`; at the suggested β, this
+#: fraction of the queries is.
+WEIGHT, QUANTILE = 0.99, 0.95
+#: The largest number of patterns that are all compared, and the size of the sample of more.
+MAX_PATTERNS, SAMPLE_SIZE = 256, 24
+#: The mean of −log w below which a larger β is not likelier in a relevant way.
+MAX_LOSS = 1e-4
+BISECTIONS = 50
+#: The range of the search for log β, with β in inverse units of the median gap.
+LOG_BETA_RANGE = -16, 40
 
 logger = logging.getLogger("jdam")
 
@@ -43,81 +44,91 @@ def suggest_beta(
     pattern_labels: ArrayLike | None = None,
     progress: bool | None = None,
 ) -> Float[Array, ""]:
-    """A β to recall with, in the inverse units of D: it follows the unit of length.
+    """Return a β for recall, in inverse units of D, so that it scales with the unit of length.
 
-    - **From the patterns alone** one at which they are told apart: 95 % of them have 99 % of the
-      Gibbs weight at themselves. Of more than 256 patterns 24 are asked, the same each time, one of
-      each 24th of them, and compared with all, so that 95 % is 92 % of all, with a standard error
-      of 5 %. That of β depends on how much the distances between neighbours vary: it is 2 % for
-      normal vectors in 256 dimensions, 9 % in 16 and 19 % in 2; 5 % for Gaussians in 8 dimensions
-      and 30 % in 2; 70 % for vectors whose lengths are log-normal with σ = 1. Where that matters,
-      more patterns can be asked: `jdam.suggest_beta(memory, memory[:1000])`.
-    - **With queries**, better, if they are as those to come: one at which 95 % of these are told
-      apart, so that their nearest pattern has 99 % of the weight, right or wrong. Recall then
-      ends at the nearest pattern about as often, and need not pass by others.
-    - **With queries and targets**, the indices of the patterns that they belong to, the likeliest:
-      it maximises Σⱼ log w_targetⱼ(ξⱼ), which is concave in β, so that weights are calibrated
-      probabilities. Where a larger β is always likelier, as all queries are nearest to their
-      targets, the first at which the mean of −log w is 10⁻⁴. Where targets are often not the
-      nearest it is small, and recall may mix patterns: the second way makes it decide.
-    - **With queries and labels**, the classes that they belong to, the likeliest for classes: the
-      same with w summed over all patterns of a class.
-    - **With `pattern_labels` alone**, the likeliest for the classes of the patterns, each asked of
-      all others (leave-one-out, as in neighbourhood components analysis, Goldberger et al. 2004).
-      Of more than 256 patterns 256 are asked. Patterns alone in their class are not; where none is
-      left, or all are of one class, the result is that from the patterns alone.
+    - **From the patterns alone**: a β at which 95 % of the patterns are told apart, that is, have
+      99 % of the Gibbs weight at themselves. Of more than 256 patterns a sample of 24, one of each
+      24th of them and the same in each call, is compared with all. The fraction of all patterns is
+      then 92 %, with a standard error of 5 %. The standard error of β depends on how much the
+      distances between neighbours vary: it is 2 % for normal vectors in 256 dimensions, 9 % in 16
+      and 19 % in 2; 5 % for Gaussians in 8 dimensions and 30 % in 2; 70 % for vectors whose lengths
+      are log-normal with σ = 1. `jdam.suggest_beta(memory, memory[:1000])` uses a larger sample.
+    - **With queries**, better if they are distributed like those to come: a β at which 95 % of the
+      queries are told apart, so that their nearest pattern, right or wrong, has 99 % of the weight.
+      Recall then ends at the nearest pattern about as often.
+    - **With queries and targets**, the indices of the patterns that the queries belong to: the most
+      likely β. It maximises Σⱼ log w_targetⱼ(ξⱼ), which is concave in β, so that weights are
+      calibrated probabilities. If a larger β is always likelier, because all queries are nearest to
+      their targets, it is the smallest β at which the mean of −log w is 10⁻⁴. If targets are often
+      not the nearest, it is small, and recall may mix patterns; the β from queries alone does not.
+    - **With queries and labels**, the classes that the queries belong to: the most likely β for
+      classes, the same with w summed over all patterns of a class.
+    - **With `pattern_labels` alone**: the most likely β for the classes of the patterns, where each
+      pattern is a query to all others (leave-one-out, as in neighbourhood components analysis,
+      Goldberger et al. 2004). Of more than 256 patterns a sample of 256 is used. Patterns that are
+      alone in their class are not used; if none is left, or all are of one class, the result is the
+      one from the patterns alone.
 
-    The reason of the value is logged at level DEBUG by the logger "jdam". Patterns that coincide
-    are not told apart at any β, and count as one. All queries are compared with all patterns:
-    outside of `jax.jit` part by part, and Ctrl-C stops that.
+    The logger "jdam" logs the criterion of the value at level DEBUG. Patterns that coincide cannot
+    be told apart at any β, and count as one. All queries are compared with all patterns. Outside of
+    `jax.jit` this is computed part by part, and Ctrl-C stops it.
 
-    **Arguments:** a `memory`; `queries` with one batch axis (Q,), or a list; `targets` (Q,), ints;
-    `labels` (Q,), ints or strings; `pattern_labels` (N,), the class of each pattern, those of
-    `memory.values` if None; `progress`: a bar, as of `pairwise`.
+    **Arguments:**
 
-    **Returns:** a scalar > 0; where all patterns are the same, 1 over the mean square of their
-    size.
+    - `memory`: N patterns.
+    - `queries`: measures with one batch axis (Q,), or a list of single ones.
+    - `targets`: (Q,), ints, the index of the pattern of each query.
+    - `labels`: (Q,), ints or strings, the class of each query.
+    - `pattern_labels`: (N,), the class of each pattern; None for `memory.values` if `labels` are
+      given.
+    - `progress`: as in `pairwise`.
+
+    **Returns:** a scalar > 0; if all patterns are the same, 1 over their mean square norm.
 
     **Raises:** as `pairwise`; `TypeError`, `ValueError` or `IndexError` for targets that are no
-    indices of patterns, labels of no pattern, both, or either without queries.
+    indices of patterns, for labels that no pattern has, for both targets and labels, and for either
+    without queries.
     """
     check_memory(memory)
     if labels is not None:
         if targets is not None:
-            raise ValueError("targets and labels say the same in two ways: give one of them")
-        targets, pattern_labels = labels, _labels_of(memory, pattern_labels)
+            raise ValueError("targets and labels are alternatives: give one of them")
+        targets, pattern_labels = labels, _pattern_labels(memory, pattern_labels)
     progress = check_progress(progress)
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
-    labelled: np.ndarray | None = None
+    label_sample: np.ndarray | None = None
     if queries is None:
         if targets is not None:
-            raise ValueError("targets or labels need queries, whose they are; got none")
-        own = _sample(len(memory), log_prior)
+            raise ValueError("targets or labels need queries, one for each; got none")
+        sampled = _sample(len(memory), log_prior)
         if pattern_labels is not None:
-            labelled = _with_others(memory, log_prior, pattern_labels)
-            own = own if labelled is None else labelled
-        whole = len(own) == memory.capacity and memory.layout is None
-        asked, who = memory.patterns if whole else memory[own], "patterns"
+            label_sample = _sample_with_companions(memory, log_prior, pattern_labels)
+            sampled = sampled if label_sample is None else label_sample
+        takes_all = len(sampled) == memory.capacity and memory.layout is None
+        measures, name = memory.patterns if takes_all else memory[sampled], "patterns"
     else:
-        asked, who = fit_queries(memory, queries), "queries"
-        if length_of(asked) == 0:
+        measures, name = fit_queries(memory, queries), "queries"
+        if length_of(measures) == 0:
             raise ValueError("queries must hold at least one query; got 0")
-    divergences = in_one_piece(pairs(memory, asked, "suggest_beta", progress))
-    _check_divergences(divergences, who)
-    if labelled is not None:
-        owner, classes = owners(memory, np.asarray(pattern_labels)[own], pattern_labels, len(own))
-        others = jnp.tile(log_prior, (len(own), 1)).at[jnp.arange(len(own)), own].set(-jnp.inf)
-        beta = _likeliest(divergences, others, owner, classes)
-        reason = f"is the likeliest for the classes of {len(own)} patterns, each left out"
+    divergences = in_one_piece(pairs(memory, measures, "suggest_beta", progress))
+    _check_divergences(divergences, name)
+    if label_sample is not None:
+        target_indices, classes = resolve_targets(
+            memory, np.asarray(pattern_labels)[sampled], pattern_labels, len(sampled)
+        )
+        log_priors = jnp.tile(log_prior, (len(sampled), 1))
+        log_priors = log_priors.at[jnp.arange(len(sampled)), sampled].set(-jnp.inf)
+        beta = _most_likely_beta(divergences, log_priors, target_indices, classes)
+        reason = f"is the likeliest for the classes of {len(sampled)} patterns, each left out"
     elif targets is None:
-        beta = _apart(divergences, log_prior)
-        reason = f"tells 95 % of {len(divergences)} {who} apart"
+        beta = _separating_beta(divergences, log_prior)
+        reason = f"separates 95 % of {len(divergences)} {name} from the other patterns"
     else:
-        owner, classes = owners(memory, targets, pattern_labels, len(divergences))
-        beta = _likeliest(divergences, log_prior[None], owner, classes)
+        target_indices, classes = resolve_targets(memory, targets, pattern_labels, len(divergences))
+        beta = _most_likely_beta(divergences, log_prior[None], target_indices, classes)
         reason = "is the likeliest for " + ("targets" if classes is None else "labels")
     scale, _ = memory.magnitudes()
-    beta = _positive(beta, in_one_piece(scale), divergences)
+    beta = _within_range(beta, in_one_piece(scale), divergences)
     if checks.is_concrete(beta):
         wait(beta)
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
@@ -125,50 +136,56 @@ def suggest_beta(
 
 
 def neighbour_divergence(memory: Memory) -> Float[Array, ""]:
-    """The median over patterns of the divergence to the nearest other pattern, a unit for β:
+    """Return the median over patterns of the divergence to the nearest other pattern, a unit for β:
 
-        u = medianᵢ minⱼ (D(Xᵢ, Xⱼ) − minₖ D(Xᵢ, Xₖ)), over j at which the difference is not 0,
+        u = medianᵢ minⱼ (D(Xᵢ, Xⱼ) − minₖ D(Xᵢ, Xₖ)), over j with a nonzero difference,
 
-    which is medianᵢ min_{j≠i} D(Xᵢ, Xⱼ) where D(Xᵢ, Xᵢ) = 0. β·u is a number without unit:
-    e^(−βu) is the weight of a pattern's nearest neighbour at the pattern, in units of its own.
-    Patterns that coincide count as one. Of more than 256 patterns 24 are asked, as by
-    `suggest_beta`, the same each time; the standard error then is about that of β there.
+    which is medianᵢ min_{j≠i} D(Xᵢ, Xⱼ) if D(Xᵢ, Xᵢ) = 0. β·u is dimensionless: at a pattern,
+    e^(−βu) is the ratio of the weight of its nearest neighbour to its own. Patterns that coincide
+    count as one. Of more than 256 patterns a sample of 24 is used, the same in each call, as by
+    `suggest_beta`; the standard error is then about that of β there.
 
-    **Arguments:** a `memory`. Patterns that its prior switches off play no part.
+    **Arguments:**
 
-    **Returns:** a scalar > 0, in units of D; where all patterns are the same, the mean square of
-    their size, as 1/`suggest_beta`.
+    - `memory`: the patterns; those of prior 0 are ignored.
+
+    **Returns:** a scalar > 0, in units of D; if all patterns are the same, their mean square norm,
+    which is 1/`suggest_beta`.
 
     **Raises:** as `pairwise`; `ValueError` for divergences that are NaN.
     """
     check_memory(memory)
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
-    asked = memory[_sample(len(memory), log_prior)]
-    divergences = in_one_piece(pairs(memory, asked, "neighbour_divergence", None))
+    sample = memory[_sample(len(memory), log_prior)]
+    divergences = in_one_piece(pairs(memory, sample, "neighbour_divergence", None))
     _check_divergences(divergences, "patterns")
     scale, _ = memory.magnitudes()
-    unit = _neighbour(divergences, log_prior)
-    return 1 / _positive(1 / unit, in_one_piece(scale), divergences)
+    unit = _neighbour_median(divergences, log_prior)
+    return 1 / _within_range(1 / unit, in_one_piece(scale), divergences)
 
 
-def _check_divergences(divergences: Float[Array, "Q N"], who: str) -> None:
+def _check_divergences(divergences: Float[Array, "Q N"], name: str) -> None:
     """Raise `ValueError` for concrete divergences that are NaN."""
     if checks.is_concrete(divergences):
         xp, values = checks.within_reach(divergences)
         if xp.isnan(values).any():
-            raise ValueError(f"{who} must be at finite divergences from all patterns; got NaN")
+            raise ValueError(f"{name} must be at finite divergences from all patterns; got NaN")
 
 
 @compiled()
-def _neighbour(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> Float[Array, ""]:
-    """NaN where no two patterns can be told apart."""
-    gaps, _, rivals = _gaps(divergences, log_prior[None])
-    least = jnp.where(rivals, gaps, jnp.inf).min(1)
-    return jnp.nanmedian(jnp.where(least < jnp.inf, least, jnp.nan))
+def _neighbour_median(
+    divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]
+) -> Float[Array, ""]:
+    """Return the median gap to the nearest distinct pattern; NaN if all patterns coincide."""
+    gaps, _, distinct = _gaps_and_odds(divergences, log_prior[None])
+    nearest_gap = jnp.where(distinct, gaps, jnp.inf).min(1)
+    return jnp.nanmedian(jnp.where(nearest_gap < jnp.inf, nearest_gap, jnp.nan))
 
 
-def _labels_of(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
-    """The classes of the patterns: those given, or the values of the memory, one array (N,)."""
+def _pattern_labels(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
+    """Return the class of each pattern: `pattern_labels`, or the values of the memory, one array
+    (N,).
+    """
     if pattern_labels is not None:
         return pattern_labels
     values = jax.tree.leaves(memory.values)
@@ -177,39 +194,42 @@ def _labels_of(memory: Memory, pattern_labels: ArrayLike | None) -> ArrayLike:
             "labels need pattern_labels, the class of each pattern, or a memory whose values are "
             "one array (N,); got neither"
         )
-    found: np.ndarray = np.asarray(values[0])[: len(memory)]
-    return found
+    labels: np.ndarray = np.asarray(values[0])[: len(memory)]
+    return labels
 
 
 def _sample(num: int, log_prior: Float[Array, " N"]) -> np.ndarray:
-    """Which patterns to ask, of those that are on."""
-    on = np.arange(num)
+    """Return the indices of the patterns to compare, without those of prior 0."""
+    active = np.arange(num)
     if checks.is_concrete(log_prior):
-        on = np.flatnonzero(np.asarray(log_prior)[:num] != -np.inf)
-    return _some(on, SAMPLE)
+        active = np.flatnonzero(np.asarray(log_prior)[:num] != -np.inf)
+    return _subsample(active, SAMPLE_SIZE)
 
 
-def _some(on: np.ndarray, size: int) -> np.ndarray:
-    """All if they are few, else one at random of each of equal parts, the same ones each time."""
-    if len(on) <= ALL:
-        return on
-    parts = np.arange(size) + np.random.default_rng(0).random(size)
-    chosen: np.ndarray = on[(parts * len(on) / size).astype(int)]
-    return chosen
+def _subsample(active: np.ndarray, size: int) -> np.ndarray:
+    """Return all indices if they are few, else one of each of `size` equal parts, drawn with a
+    fixed seed.
+    """
+    if len(active) <= MAX_PATTERNS:
+        return active
+    positions = np.arange(size) + np.random.default_rng(0).random(size)
+    sample: np.ndarray = active[(positions * len(active) / size).astype(int)]
+    return sample
 
 
-def _with_others(
+def _sample_with_companions(
     memory: Memory, log_prior: Float[Array, " N"], pattern_labels: ArrayLike
 ) -> np.ndarray | None:
-    """Which patterns to ask of the others, of those that are on and not alone in their class; None
-    where there is none, or one class."""
+    """Return the indices of patterns to compare with the others, without those of prior 0 or alone
+    in their class; None if there are none, or only one class.
+    """
     labels = _checked_labels(memory, pattern_labels)
-    on = np.arange(len(labels))
+    active = np.arange(len(labels))
     if checks.is_concrete(log_prior):
-        on = np.flatnonzero(np.asarray(log_prior)[: len(labels)] != -np.inf)
-    _, classes, counts = np.unique(labels[on], return_inverse=True, return_counts=True)
-    several = on[counts[classes] > 1]
-    return _some(several, ALL) if len(several) and len(counts) > 1 else None
+        active = np.flatnonzero(np.asarray(log_prior)[: len(labels)] != -np.inf)
+    _, classes, counts = np.unique(labels[active], return_inverse=True, return_counts=True)
+    eligible = active[counts[classes] > 1]
+    return _subsample(eligible, MAX_PATTERNS) if len(eligible) and len(counts) > 1 else None
 
 
 def _checked_labels(memory: Memory, pattern_labels: ArrayLike) -> np.ndarray:
@@ -221,27 +241,30 @@ def _checked_labels(memory: Memory, pattern_labels: ArrayLike) -> np.ndarray:
     return labels
 
 
-def owners(
+def resolve_targets(
     memory: Memory, targets: ArrayLike, pattern_labels: ArrayLike | None, num: int
 ) -> tuple[Int[Array, " Q"], Int[Array, " N"] | None]:
-    """The pattern that each of `num` queries belongs to, and no classes; or where `pattern_labels`
-    are given and targets are labels, a pattern of its class, and the classes by number."""
+    """Return the index of a pattern for each query, and the class of each pattern as a number.
+
+    Without `pattern_labels`, `targets` are the indices, and the classes are None. With them,
+    `targets` are labels, and the index is that of a pattern of the class.
+    """
     if pattern_labels is None:
-        return _indices(memory, targets, num), None
-    labels, wanted = _checked_labels(memory, pattern_labels), np.asarray(targets)
-    if wanted.shape != (num,):
-        raise ValueError(f"labels must have shape (Q,) = ({num},); got {wanted.shape}")
-    names, first, classes = np.unique(labels, return_index=True, return_inverse=True)
-    place = np.searchsorted(names, wanted).clip(max=len(names) - 1)
-    unknown = wanted[names[place] != wanted]
+        return _checked_targets(memory, targets, num), None
+    labels, target_labels = _checked_labels(memory, pattern_labels), np.asarray(targets)
+    if target_labels.shape != (num,):
+        raise ValueError(f"labels must have shape (Q,) = ({num},); got {target_labels.shape}")
+    names, first_index, classes = np.unique(labels, return_index=True, return_inverse=True)
+    position = np.searchsorted(names, target_labels).clip(max=len(names) - 1)
+    unknown = target_labels[names[position] != target_labels]
     if unknown.size:
         raise ValueError(f"labels must be among those of the patterns; got {unknown[0]}")
-    free = memory.capacity - len(memory)
-    classes = np.concatenate([classes, np.full(free, classes[-1])])
-    return jnp.asarray(first[place], jnp.int32), jnp.asarray(classes, jnp.int32)
+    num_free = memory.capacity - len(memory)
+    classes = np.concatenate([classes, np.full(num_free, classes[-1])])
+    return jnp.asarray(first_index[position], jnp.int32), jnp.asarray(classes, jnp.int32)
 
 
-def _indices(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
+def _checked_targets(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
     indices = jnp.asarray(targets)
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"targets must be integers; got {indices.dtype}")
@@ -249,112 +272,126 @@ def _indices(memory: Memory, targets: ArrayLike, num: int) -> Int[Array, " Q"]:
         raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if checks.is_concrete(indices, log_prior):
-        found, num = np.unique(np.asarray(indices)), length_or_capacity(memory)
-        for i in found[[0, -1]]:
+        distinct, num = np.unique(np.asarray(indices)), length_or_capacity(memory)
+        for i in distinct[[0, -1]]:
             checks.index(i, num, "a memory")
-        off = found[np.asarray(log_prior)[found % num] == -np.inf]
-        if off.size:
-            raise ValueError(f"targets must be switched on by the prior; pattern {off[0]} is off")
+        excluded = distinct[np.asarray(log_prior)[distinct % num] == -np.inf]
+        if excluded.size:
+            raise ValueError(
+                f"targets must be switched on by the prior; pattern {excluded[0]} is off"
+            )
     return memory.from_start(indices)
 
 
 @compiled()
-def _apart(divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]) -> Float[Array, ""]:
-    """NaN where no two patterns can be told apart."""
-    gaps, odds, rivals = _gaps(divergences, log_prior[None])
-    odds = jnp.where(rivals, odds, 0)
-    least = jnp.where(rivals, gaps, jnp.inf).min(1)
-    unit = jnp.where(least < jnp.inf, least, 1)
-    wanted = WEIGHT / (1 - WEIGHT)
-    # Of βD, D the gap to the nearest rival: Σ oddsₖ exp(−βgapₖ) is surely small enough at the top.
-    top = jnp.maximum(jnp.log(odds.sum(1) * wanted), 0)
+def _separating_beta(
+    divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]
+) -> Float[Array, ""]:
+    """Return the β at which `QUANTILE` of the queries have the weight `WEIGHT` at their nearest
+    pattern; NaN if all patterns coincide.
+    """
+    gaps, odds, distinct = _gaps_and_odds(divergences, log_prior[None])
+    odds = jnp.where(distinct, odds, 0)
+    nearest_gap = jnp.where(distinct, gaps, jnp.inf).min(1)
+    unit = jnp.where(nearest_gap < jnp.inf, nearest_gap, 1)
+    weight_ratio = WEIGHT / (1 - WEIGHT)
+    # In units of 1/`unit`: at this β, Σ oddsₖ exp(−βgapₖ) is certainly small enough.
+    upper = jnp.maximum(jnp.log(odds.sum(1) * weight_ratio), 0)
 
-    def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
+    def body_fun(interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
         middle = (low + high) / 2
-        rest = (odds * jnp.exp(-(middle / unit)[:, None] * gaps)).sum(1)
-        enough = rest * wanted <= 1
-        return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
+        mass_of_others = (odds * jnp.exp(-(middle / unit)[:, None] * gaps)).sum(1)
+        is_enough = mass_of_others * weight_ratio <= 1
+        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
 
-    _, found = repeat(HALVINGS, halve, (jnp.zeros_like(top), top), gaps)
-    betas = jnp.where(least < jnp.inf, found / unit, jnp.nan)
-    return jnp.nanquantile(betas, SHARE)
+    _, roots = repeat(BISECTIONS, body_fun, (jnp.zeros_like(upper), upper), gaps)
+    betas = jnp.where(nearest_gap < jnp.inf, roots / unit, jnp.nan)
+    return jnp.nanquantile(betas, QUANTILE)
 
 
 @compiled()
-def _likeliest(
+def _most_likely_beta(
     divergences: Float[Array, "Q N"],
     log_prior: Float[Array, "#Q N"],
     targets: Int[Array, " Q"],
     classes: Int[Array, " N"] | None,
 ) -> Float[Array, ""]:
-    """NaN likewise."""
-    gaps, odds, rivals = _gaps(divergences, log_prior)
-    unit = jnp.nanmedian(jnp.where(rivals, gaps, jnp.nan))
+    """Return the β that maximises the mean log weight of the targets, or of their classes; NaN if
+    all patterns coincide.
+    """
+    gaps, odds, distinct = _gaps_and_odds(divergences, log_prior)
+    unit = jnp.nanmedian(jnp.where(distinct, gaps, jnp.nan))
     gaps, rows = gaps / jnp.where(unit > 0, unit, 1), jnp.arange(len(gaps), dtype=jnp.int32)
-    if classes is None:  # what coincides with the target is it
-        own = jnp.abs(gaps - gaps[rows, targets][:, None]) <= _tie(gaps)
+    if classes is None:  # patterns that coincide with the target count as it
+        in_class = jnp.abs(gaps - gaps[rows, targets][:, None]) <= _gap_tolerance(gaps)
     else:
-        own = classes[None] == classes[targets][:, None]
+        in_class = classes[None] == classes[targets][:, None]
     log_odds = jnp.where(odds > 0, jnp.log(jnp.where(odds > 0, odds, 1)), -jnp.inf)
 
     def loss_and_slope(log_beta: Array) -> tuple[Array, Array]:
-        """The mean of −log Σ w over the class, and its derivative in β."""
+        """Return the mean of −log Σ w over the class, and its derivative in β."""
         logits = log_odds - jnp.exp(log_beta) * gaps
-        total, part = (jax.nn.logsumexp(logits, 1, where=where) for where in (odds > 0, own))
-        mean, of_class = (
-            (jax.nn.softmax(logits, 1, where=where) * gaps).sum(1) for where in (odds > 0, own)
+        log_mass, log_class_mass = (
+            jax.nn.logsumexp(logits, 1, where=where) for where in (odds > 0, in_class)
         )
-        return (total - part).mean(), (of_class - mean).mean()
+        mean_gap, class_gap = (
+            (jax.nn.softmax(logits, 1, where=where) * gaps).sum(1) for where in (odds > 0, in_class)
+        )
+        return (log_mass - log_class_mass).mean(), (class_gap - mean_gap).mean()
 
-    # The loss is convex in β where classes are single patterns, else it may have several minima.
-    grid = jnp.arange(*SPAN, dtype=gaps.dtype)
+    # The loss is convex in β for classes of single patterns, else it may have several minima.
+    grid = jnp.arange(*LOG_BETA_RANGE, dtype=gaps.dtype)
     losses = jax.lax.map(lambda log_beta: loss_and_slope(log_beta)[0], grid)
-    best = grid[jnp.argmax(losses <= jnp.maximum(jnp.nanmin(losses), CERTAIN))]
+    start = grid[jnp.argmax(losses <= jnp.maximum(jnp.nanmin(losses), MAX_LOSS))]
 
-    def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
+    def body_fun(interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
         middle = (low + high) / 2
         loss, slope = loss_and_slope(middle)
-        more = (slope < 0) & (loss > CERTAIN)
-        return jnp.where(more, middle, low), jnp.where(more, high, middle)
+        rises = (slope < 0) & (loss > MAX_LOSS)
+        return jnp.where(rises, middle, low), jnp.where(rises, high, middle)
 
-    low, high = repeat(HALVINGS, halve, (best - 1, best + 1), gaps)
+    low, high = repeat(BISECTIONS, body_fun, (start - 1, start + 1), gaps)
     result: Array = jnp.exp((low + high) / 2) / unit
     return result
 
 
-def _gaps(
+def _gaps_and_odds(
     divergences: Float[Array, "Q N"], log_prior: Float[Array, "#Q N"]
 ) -> tuple[Float[Array, "Q N"], Float[Array, "Q N"], Bool[Array, "Q N"]]:
-    """How much farther than the nearest all patterns are, their prior in units of its, and which
-    of them are patterns that do not coincide with it."""
+    """Compare all patterns with the nearest one of each query.
+
+    **Returns:** the gaps D(ξ, Xₖ) − min D; the odds πₖ/π of the nearest; and whether a pattern
+    counts and does not coincide with the nearest.
+    """
     log_prior = jnp.broadcast_to(log_prior, divergences.shape)
-    on = log_prior > -jnp.inf
-    distances = jnp.where(on, divergences, jnp.inf)
+    active = log_prior > -jnp.inf
+    distances = jnp.where(active, divergences, jnp.inf)
     nearest = distances.argmin(1)[:, None]
-    lowest = distances.min(1, keepdims=True)
-    gaps = jnp.where(on, divergences - lowest, 0)
-    shares = jnp.where(on, log_prior - jnp.take_along_axis(log_prior, nearest, 1), 0)
-    odds = jnp.where(on, jnp.exp(shares), 0)
-    size = jnp.where(on, jnp.abs(divergences), 0)
-    return gaps, odds, on & (gaps > _tie(size))
+    least = distances.min(1, keepdims=True)
+    gaps = jnp.where(active, divergences - least, 0)
+    log_odds = jnp.where(active, log_prior - jnp.take_along_axis(log_prior, nearest, 1), 0)
+    odds = jnp.where(active, jnp.exp(log_odds), 0)
+    sizes = jnp.where(active, jnp.abs(divergences), 0)
+    return gaps, odds, active & (gaps > _gap_tolerance(sizes))
 
 
-def _tie(divergences: Float[Array, "Q N"]) -> Float[Array, "Q 1"]:
-    """What divergences of patterns that coincide may differ by."""
+def _gap_tolerance(divergences: Float[Array, "Q N"]) -> Float[Array, "Q 1"]:
+    """Return the largest rounding error of the divergences, below which patterns coincide."""
     rounding = 64 * float(jnp.finfo(divergences.dtype).eps)
     return rounding * divergences.max(1, keepdims=True)
 
 
 @compiled()
-def _positive(
+def _within_range(
     beta: Float[Array, ""], scale: Float[Array, ""], divergences: Float[Array, "Q N"]
 ) -> Float[Array, ""]:
-    """Return β within the range of its dtype; 1/scale² where it is NaN, because all patterns are
-    the same; NaN where a divergence is NaN."""
+    """Return β within the range of its dtype; 1/scale² if it is NaN because all patterns are the
+    same; NaN if a divergence is NaN.
+    """
     limits = jnp.finfo(beta.dtype)
-    alone = 1 / jnp.where(scale > 0, scale, 1) ** 2
-    chosen = jnp.where(jnp.isnan(beta), alone, beta)
-    chosen = jnp.where(jnp.isnan(divergences).any(), jnp.nan, chosen)
-    return jnp.clip(chosen, float(limits.tiny), float(limits.max) / 4)
+    default = 1 / jnp.where(scale > 0, scale, 1) ** 2
+    result = jnp.where(jnp.isnan(beta), default, beta)
+    result = jnp.where(jnp.isnan(divergences).any(), jnp.nan, result)
+    return jnp.clip(result, float(limits.tiny), float(limits.max) / 4)

@@ -1,4 +1,4 @@
-"""Which atoms of a query belong to which of a pattern."""
+"""Correspondence between the atoms of a query and of a pattern."""
 
 from typing import Any
 
@@ -21,18 +21,20 @@ from jdam.geometry.protocol import Geometry, Patterns
 
 
 class Match(eqx.Module):
-    """The result of `jdam.match`, of a query of n atoms and a pattern of m; of mixtures atoms are
+    """Result of `jdam.match` for a query of n atoms and a pattern of m; atoms of mixtures are their
     components.
 
-    index:      the pattern.
-    divergence: D(ξ, X) to it, a squared distance.
-    plan:       (n, m), the mass Pⱼₖ ≥ 0 that the transport plan of D takes from atom j of the query
+    index:      the index of the pattern.
+    divergence: D(ξ, X), a squared distance.
+    plan:       (n, m), the mass Pⱼₖ ≥ 0 that the transport plan of D moves from atom j of the query
                 to atom k of the pattern.
-    targets:    (n, d), Σₖ Pⱼₖyₖ / Σₖ Pⱼₖ, the mean of the atoms, or of the means of components, to
-                which atom j belongs; its own place where it belongs to none.
-    inliers:    (n,), the shares of `Recall.inliers`, for the query; None where there are none.
-    pose:       the `jdam.Pose` that lays the pattern on the query, under `Aligned`; else None.
-                `targets` are atoms of the pattern in this pose.
+    targets:    (n, d), Σₖ Pⱼₖyₖ / Σₖ Pⱼₖ, the average target of each atom, with the means of
+                components as their positions; for an atom without mass in the plan, its own
+                position.
+    inliers:    (n,), the transported fraction of each atom of the query, as `Recall.inliers`; None
+                where that is None.
+    pose:       the `jdam.Pose` that aligns the pattern with the query, for `Aligned`; else None.
+                `targets` refer to the pattern in this pose.
     """
 
     index: Int[Array, "*batch"]
@@ -44,27 +46,35 @@ class Match(eqx.Module):
 
 
 def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
-    """Which atoms of the query belong to which of a pattern: the transport plan P between them.
+    """Return the transport plan P between the atoms of a query and those of a pattern.
 
     With weights p of the query and b of the pattern, and cost c:
 
-    - `Sinkhorn`: Pⱼₖ = pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε), the entropic plan of the query and the pattern,
-      c = ½|x−y|²; its marginals are p and b, and with ρ pⱼ exp(−fⱼ/ρ) and bₖ exp(−gₖ/ρ).
-    - `Chamfer`: Pⱼₖ = pⱼ shareⱼ softmaxₖ(log bₖ − cⱼₖ/ε), c the same; its first marginal is
-      pⱼ shareⱼ, and the second is free.
-    - `MixtureWasserstein`: the exact plan of least cost between components, c = W₂² of Gaussians;
-      its marginals are p and b.
-    - `Aligned`: that of the geometry it wraps, with the pattern in its pose.
+    - `Sinkhorn`: Pⱼₖ = pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε), the entropic plan between the query and the
+      pattern, c = ½|x−y|². Its marginals are p and b; with ρ they are pⱼ exp(−fⱼ/ρ) and bₖ
+      exp(−gₖ/ρ).
+    - `Chamfer`: Pⱼₖ = pⱼ aⱼ softmaxₖ(log bₖ − cⱼₖ/ε), the same c, where aⱼ is the transported
+      fraction of atom j. Its first marginal is pⱼ aⱼ, and the second is free.
+    - `MixtureWasserstein`: the exact plan of least cost between components, c = W₂² of Gaussians.
+      Its marginals are p and b.
+    - `Aligned`: the plan of the wrapped geometry for the pattern in its pose.
 
-    Unlike a recall it moves nothing: `inliers` tells strays of a cue as they are.
+    The query is not moved, unlike in a recall, so that `inliers` identifies the stray atoms of the
+    query itself. The result can be differentiated.
 
-    **Arguments:** a `memory`; one `query` of its patterns' type, dimension and dtype; the `index`
-    of a pattern, an int, which may be traced, or None for that of least divergence.
-    `jax.vmap(jdam.match, (None, 0))` takes a batch of queries. It is differentiable.
+    **Arguments:**
 
-    **Raises:** `TypeError` for a memory of another geometry and for an index that is no int,
-    `IndexError` for one that is out of range, and `ValueError` for a sharded memory and for a query
-    that does not fit.
+    - `memory`: N patterns.
+    - `query`: one measure of the patterns' type, dimension and dtype. `jax.vmap(jdam.match, (None,
+      0))` takes a batch of queries.
+    - `index`: the index of the pattern, an int, which may be traced; None for the pattern of least
+      divergence.
+
+    **Returns:** a `Match`.
+
+    **Raises:** `TypeError` for a memory of another geometry and for an index that is no int;
+    `IndexError` for one that is out of range; `ValueError` for a sharded memory and for a query
+    that does not fit the memory.
     """
     check_memory(memory)
     if type(memory.geometry).plan is Geometry.plan:
@@ -92,22 +102,22 @@ def _match(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:
     geometry, view = memory.geometry, view_of(memory.geometry, query)
     if index is None:
         index = jnp.argmin(divergences_of(memory, query)).astype(jnp.int32)
-    held = Patterns(memory.patterns, memory.prepared)
-    pattern = jax.tree.map(lambda leaf: leaf[index][None], held)
-    found = compare(geometry, view, pattern)
-    plan = geometry.plan(view, pattern._replace(guess=found.guess))[0]
-    posed = pattern.measures if found.pose is None else found.pose(pattern.measures)
-    x, y = places(query), places(posed)[0]
+    stored = Patterns(memory.patterns, memory.prepared)
+    pattern = jax.tree.map(lambda leaf: leaf[index][None], stored)
+    comparison = compare(geometry, view, pattern)
+    plan = geometry.plan(view, pattern._replace(guess=comparison.guess))[0]
+    aligned = pattern.measures if comparison.pose is None else comparison.pose(pattern.measures)
+    x, y = positions(query), positions(aligned)[0]
     mass = plan.sum(1)
-    # Of so little mass derivatives of a quotient would overflow.
-    on = (mass > float(jnp.finfo(mass.dtype).tiny) ** 0.5)[:, None]
-    ways = plan @ (y - y[:1]) / jnp.where(on, mass[:, None], 1)
-    targets = jnp.where(on, y[:1] + ways, x)
-    inliers, pose = jax.tree.map(lambda rows: rows[0], (found.inliers, found.pose))
-    return Match(index, found.divergence[0], plan, targets, inliers, pose)
+    # For less mass, derivatives of the quotient would overflow.
+    has_mass = (mass > float(jnp.finfo(mass.dtype).tiny) ** 0.5)[:, None]
+    displacements = plan @ (y - y[:1]) / jnp.where(has_mass, mass[:, None], 1)
+    targets = jnp.where(has_mass, y[:1] + displacements, x)
+    inliers, pose = jax.tree.map(lambda rows: rows[0], (comparison.inliers, comparison.pose))
+    return Match(index, comparison.divergence[0], plan, targets, inliers, pose)
 
 
-def places(measure: AnyMeasure) -> Float[Array, "*batch n d"]:
-    """Where the atoms of a cloud are, or the means of the components of a mixture."""
-    found: Array = measure.means if isinstance(measure, GaussianMixture) else measure.points
-    return found
+def positions(measure: AnyMeasure) -> Float[Array, "*batch n d"]:
+    """Return the positions of the atoms of a cloud, or the means of the components of a mixture."""
+    result: Array = measure.means if isinstance(measure, GaussianMixture) else measure.points
+    return result

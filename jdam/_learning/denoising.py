@@ -1,4 +1,4 @@
-"""The β at which recall denoises best."""
+"""Choice of the β at which recall denoises best."""
 
 import math
 from collections.abc import Callable
@@ -21,29 +21,32 @@ from jdam._memory.memory import Memory, store
 from jdam._recall.recall import recall_batch
 from jdam.geometry.protocol import Comparison, Patterns
 
-#: The least β to try, in units of one over the median divergence, and the largest, in units of
-#: `suggest_beta`; and how many to try a decade.
-LEAST, MOST, PARTS = 0.1, 10.0, 3
-#: How often to shorten the interval about the best of these by the golden section.
-SECTIONS = 8
+#: The lowest β of the grid, in units of one over the median divergence, the highest, in units of
+#: `suggest_beta`, and the number of values for each decade.
+LOWEST, HIGHEST, PER_DECADE = 0.1, 10.0, 3
+#: The number of evaluations of the golden section search about the best value.
+EVALUATIONS = 8
 
 
 def denoising_beta(memory: Memory, queries: AnyMeasure, truths: AnyMeasure) -> Float[Array, ""]:
-    """The β at which recalled measures are nearest to the truth on average: the least mean of
-    D(recall(ξⱼ), truthⱼ).
+    """Return the β of the smallest mean divergence D(recall(ξⱼ), truthⱼ) of recalled measures from
+    the truth.
 
-    A β for denoising, where several patterns together say more than the nearest one; to name a
-    pattern use `suggest_beta`. Queries and truths should be as those to come, and not among the
-    patterns. Of three values a decade, from a tenth of one over the median divergence of queries
-    and patterns to ten times `suggest_beta(memory)`, the best is refined by golden sections to some
-    per cent. Each value costs a recall of all queries, in all some twenty.
+    This β is for denoising, where an average of several patterns is closer to the truth than the
+    nearest one; use `suggest_beta` to identify a pattern. Queries and truths should be distributed
+    like those to come, and not be among the patterns. The best of a grid, three values for each
+    decade from a tenth of one over the median divergence between queries and patterns to ten times
+    `suggest_beta(memory)`, is refined by golden section search to some per cent. Each of the some
+    twenty values takes a recall of all queries.
 
-    **Arguments:** `queries` and `truths`: measures of the patterns' kind with one batch axis (Q,),
-    or lists.
+    **Arguments:**
 
-    **Returns:** a scalar > 0.
+    - `memory`: the patterns.
+    - `queries`, `truths`: measures of the patterns' kind with one batch axis (Q,), or lists.
 
-    **Raises:** as `pairwise`; `ValueError` for another number of truths than of queries.
+    **Returns:** a scalar > 0, in inverse units of D.
+
+    **Raises:** as `pairwise`; `ValueError` if the numbers of truths and queries differ or are 0.
     """
     queries, truths = fit_queries(memory, queries), fit_queries(memory, truths)
     num = batch_size(queries)
@@ -51,33 +54,37 @@ def denoising_beta(memory: Memory, queries: AnyMeasure, truths: AnyMeasure) -> F
         raise ValueError(
             f"truths must be as many as queries, at least one; got {batch_size(truths)} for {num}"
         )
-    goal = store(truths, memory.geometry)
+    truth_memory = store(truths, memory.geometry)
 
     def error(log_beta: float) -> float:
         beta = jnp.asarray(np.exp(log_beta), memory.dtype)
         recalled = recall_batch(memory, queries, beta).measure
-        return float(_mean_distance(goal, recalled))
+        return float(_mean_distance(truth_memory, recalled))
 
     distances = np.asarray(pairwise(memory, queries))
-    low = math.log(LEAST / np.median(distances[distances < np.inf]))
-    high = max(low, math.log(MOST * float(suggest_beta(memory))))
-    part = math.log(10) / PARTS
-    places = [low + part * i for i in range(math.ceil((high - low) / part) + 1)]
-    errors = [error(place) for place in places]
+    low = math.log(LOWEST / np.median(distances[distances < np.inf]))
+    high = max(low, math.log(HIGHEST * float(suggest_beta(memory))))
+    spacing = math.log(10) / PER_DECADE
+    log_betas = [low + spacing * i for i in range(math.ceil((high - low) / spacing) + 1)]
+    errors = [error(x) for x in log_betas]
     best = int(np.argmin(errors))
-    found = _golden(error, (places[best] - part, places[best] + part), (errors[best], places[best]))
-    return jnp.asarray(np.exp(found), memory.dtype)
+    centre = log_betas[best]
+    interval = centre - spacing, centre + spacing
+    log_beta = _golden_section(error, interval, (errors[best], centre))
+    return jnp.asarray(np.exp(log_beta), memory.dtype)
 
 
-def _golden(
-    error: Callable[[float], float], ends: tuple[float, float], best: tuple[float, float]
+def _golden_section(
+    error: Callable[[float], float], interval: tuple[float, float], best: tuple[float, float]
 ) -> float:
-    """The place of the least value seen by golden sections, or of the best so far."""
+    """Return the minimiser found by golden section search in the interval, or the previous `best`,
+    a pair (error, log β), if it is better.
+    """
     ratio = (math.sqrt(5) - 1) / 2
-    low, high = ends
+    low, high = interval
     left, right = high - ratio * (high - low), low + ratio * (high - low)
-    values = {place: error(place) for place in (left, right)}
-    for _ in range(SECTIONS - 2):
+    values = {x: error(x) for x in (left, right)}
+    for _ in range(EVALUATIONS - 2):
         if values[left] <= values[right]:
             high, right = right, left
             left = high - ratio * (high - low)
@@ -86,21 +93,21 @@ def _golden(
             low, left = left, right
             right = low + ratio * (high - low)
             values[right] = error(right)
-    place = min(values, key=lambda place: values[place])
-    return place if values[place] < best[0] else best[1]
+    x = min(values, key=lambda x: values[x])
+    return x if values[x] < best[0] else best[1]
 
 
 @compiled()
 def _mean_distance(truths: Memory, measures: AnyMeasure) -> Float[Array, ""]:
-    """The mean of D(measureⱼ, truthⱼ)."""
+    """Compute the mean of D(measureⱼ, truthⱼ)."""
     geometry = truths.geometry
 
     def one(row: tuple[AnyMeasure, AnyMeasure, Any]) -> Float[Array, ""]:
-        measure, *own = row
-        truth, prepared = jax.tree.map(lambda leaf: leaf[None], tuple(own))
+        measure, *target = row
+        truth, prepared = jax.tree.map(lambda leaf: leaf[None], tuple(target))
         patterns = Patterns(truth, prepared, geometry.first_guess(prepared))
-        found: Comparison = compare(geometry, view_of(geometry, measure), patterns)
-        return found.divergence[0]
+        comparison: Comparison = compare(geometry, view_of(geometry, measure), patterns)
+        return comparison.divergence[0]
 
     rows = geometry.match(measures, truths.patterns), truths.patterns, truths.prepared
     return map_in_batches(one, query_batch_size(truths), rows).mean()

@@ -47,8 +47,8 @@ LEARNABLE = (PATTERNS, BETA, PRIOR)
 def recall_error(
     memory: Memory, beta: Array, query: AnyMeasure, target: AnyMeasure
 ) -> Float[Array, ""]:
-    """The loss D(Φ(ξ), Y): the divergence between the measure after one step of recall from the
-    query ξ and the target Y.
+    """Return the loss D(Φ(ξ), Y): the divergence between the measure after one step of recall from
+    the query ξ and the target Y.
 
     **Arguments:**
 
@@ -144,7 +144,7 @@ def _update(
 
 
 def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
-    """The memory and β with the parameters `free`, and all else as in `state`."""
+    """Return the memory and β with the parameters `free`, and all else as in `state`."""
     memory, beta = state.memory, state.beta
     if BETA in free:
         beta = jnp.exp(free[BETA]).astype(memory.dtype)
@@ -156,7 +156,7 @@ def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
 def _updated(
     optimizer: optax.GradientTransformation, gradient: Any, optimizer_state: Any, free: Any
 ) -> tuple[Any, Any]:
-    """The parameters and the state of the optimizer after one update."""
+    """Return the parameters and the state of the optimizer after one update."""
     # optax relies on promotion, which users may have switched off.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, free)

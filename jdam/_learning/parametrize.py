@@ -128,12 +128,14 @@ def check_learn(learn: object) -> None:
 
 
 def without_beta(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The names without "beta", which are those of `parametrize`."""
+    """Return the names without "beta", which are those of `parametrize`."""
     return tuple(name for name in names if name != BETA)
 
 
 def _not_learned(memory: Memory, params: dict[str, Any]) -> Memory:
-    """The memory with zeros for the parameters, and without the arrays prepared from them."""
+    """Return the memory with zeros for the parameters, and without the arrays prepared from
+    them.
+    """
     with jax.ensure_compile_time_eval():
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
     with checks.kept_concrete(memory):
@@ -144,7 +146,9 @@ def _not_learned(memory: Memory, params: dict[str, Any]) -> Memory:
 
 
 def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
-    """The memory with these parameters, prepared anew where they change the prepared arrays."""
+    """Return the memory with these parameters, prepared anew where they change the prepared
+    arrays.
+    """
     rebuilt = _with_params(memory, params)
     if _changes_prepared(params):
         prepared, fingerprint = prepare(rebuilt.patterns, rebuilt.geometry)
@@ -153,12 +157,12 @@ def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
 
 
 def _changes_prepared(params: dict[str, Any]) -> bool:
-    """Whether the prepared arrays of a memory may depend on any of the parameters."""
+    """Return whether the prepared arrays of a memory may depend on any of the parameters."""
     return bool(set(params) - {PRIOR})
 
 
 def _with_params(memory: Memory, params: dict[str, Any]) -> Memory:
-    """The memory with these parameters and its previous prepared arrays."""
+    """Return the memory with these parameters and its previous prepared arrays."""
     patterns, prior, geometry = memory.patterns, memory.log_prior, memory.geometry
     if PATTERNS in params:
         measures = constrained(patterns, _with_fields(unconstrained(patterns), params[PATTERNS]))
@@ -177,8 +181,9 @@ def _with_params(memory: Memory, params: dict[str, Any]) -> Memory:
 
 
 def _digest(leaf: Any) -> Any:
-    """A key that is equal for equal arrays: shape, dtype and hash of the values. For traced arrays,
-    and arrays that are partly on other hosts, it is the identity of the object."""
+    """Return a key that is equal for equal arrays: shape, dtype and hash of the values. For traced
+    arrays, and arrays that are partly on other hosts, it is the identity of the object.
+    """
     if not checks.is_concrete(leaf) or not getattr(leaf, "is_fully_addressable", True):
         return id(leaf)
     array = np.ascontiguousarray(leaf)
@@ -187,14 +192,15 @@ def _digest(leaf: Any) -> Any:
 
 
 def _arrays(geometry: Geometry) -> tuple[str, ...]:
-    """The names of the floating arrays of a geometry."""
+    """Return the names of the floating arrays of a geometry."""
     names = (field.name for field in dataclasses.fields(geometry))
     return tuple(name for name in names if eqx.is_inexact_array(getattr(geometry, name)))
 
 
 def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
-    """The logarithm of an array of a geometry if it is one of `Geometry.positive`, else the
-    array."""
+    """Return the logarithm of an array of a geometry if it is one of `Geometry.positive`, else the
+    array.
+    """
     value: Array = getattr(geometry, name)
     if name not in geometry.positive:
         return value
@@ -204,8 +210,9 @@ def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
 
 
 def _as_fields(measure: AnyMeasure) -> Any:
-    """The floating arrays {name: array} of a `Measure` without its `constants`; vectors and other
-    pytrees are returned as they are."""
+    """Return the floating arrays {name: array} of a `Measure` without its `constants`; vectors and
+    other pytrees are returned as they are.
+    """
     if not isinstance(measure, Measure):
         return measure
     names = [x.name for x in dataclasses.fields(measure) if x.name not in measure.constants]
@@ -214,7 +221,7 @@ def _as_fields(measure: AnyMeasure) -> Any:
 
 
 def _with_fields(measure: AnyMeasure, fields: Any) -> AnyMeasure:
-    """The measure with the arrays of `_as_fields`, which are not checked."""
+    """Return the measure with the arrays of `_as_fields`, which are not checked."""
     if not isinstance(measure, Measure):
         return fields
     names = list(fields)

@@ -1,4 +1,4 @@
-"""Poses of patterns by alternation: what belongs to what, and the best motion for that."""
+"""Poses of patterns by alternation of transport plans and the best motion for a plan."""
 
 from typing import NamedTuple
 
@@ -11,14 +11,14 @@ from jdam._core.linalg import nearest_rotation, polar, safe_log, safe_sqrt, squa
 from jdam._measures.base import AnyMeasure
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud, unchecked
-from jdam.geometry._poses import Pose, choose_rows
+from jdam.geometry._poses import Pose, where_rows
 
-#: How far from the ratio of the sizes of a query and a pattern a scale may lie, as a factor.
-FARTHEST = 8.0
+#: The largest factor between a scale and the ratio of the sizes of query and pattern.
+MAX_SCALE_FACTOR = 8.0
 
 
 class Group(NamedTuple):
-    """Which motions are free; all static."""
+    """The group of motions to minimise over; all fields are static."""
 
     rotations: bool
     translations: bool
@@ -27,27 +27,29 @@ class Group(NamedTuple):
 
 
 def atoms_of(measure: AnyMeasure) -> PointCloud:
-    """A cloud itself; a mixture as the cloud of its sigma points mₖ ± √d σᵢvᵢ, σᵢ and vᵢ the
-    principal deviations and axes of the component, which has its mean and covariance."""
+    """Return a cloud itself, or a mixture as the cloud of its sigma points mₖ ± √d σᵢvᵢ, where σᵢ
+    and vᵢ are the principal deviations and axes of a component. The cloud has the mean and
+    covariance of the mixture.
+    """
     if not isinstance(measure, GaussianMixture):
         cloud: PointCloud = measure
         return cloud
     values, axes = eigh(measure.factors @ measure.factors.mT)
     dim = measure.dim
-    ways = (jnp.sqrt(dim * jnp.maximum(values, 0))[..., None, :] * axes).mT
-    points = jnp.concatenate([ways, -ways], -2) + measure.means[..., None, :]
+    deviations = (jnp.sqrt(dim * jnp.maximum(values, 0))[..., None, :] * axes).mT
+    points = jnp.concatenate([deviations, -deviations], -2) + measure.means[..., None, :]
     weights = jnp.repeat(measure.weights / (2 * dim), 2 * dim, axis=-1)
     return unchecked(points.reshape(*weights.shape, dim), weights)
 
 
 class Problem(NamedTuple):
-    """A query of n atoms and B patterns of m, each about its own centre."""
+    """A query of n atoms and B patterns of m atoms, each relative to its own centre."""
 
     x: Float[Array, "n d"]
     x_weights: Float[Array, " n"]
     y: Float[Array, "B m d"]
     log_weights: Float[Array, "B m"]
-    other: Float[Array, "B n m"] | None  # ½λ|u−v|²
+    feature_costs: Float[Array, "B n m"] | None  # ½λ|u−v|²
     centre: Float[Array, " d"]
     centres: Float[Array, "B d"]
     size: Float[Array, ""]  # the variance of the query
@@ -55,12 +57,12 @@ class Problem(NamedTuple):
 
     @property
     def ratio(self) -> Float[Array, " B"]:
-        """The scale that makes patterns as large as the query."""
-        on = (self.sizes > 0) & (self.size > 0)
-        return jnp.where(on, jnp.sqrt(self.size / jnp.where(on, self.sizes, 1)), 1)
+        """The scale at which patterns have the size of the query."""
+        positive = (self.sizes > 0) & (self.size > 0)
+        return jnp.where(positive, jnp.sqrt(self.size / jnp.where(positive, self.sizes, 1)), 1)
 
 
-class Softness(NamedTuple):
+class Regularisation(NamedTuple):
     """ε and ρ of one-sided plans."""
 
     epsilon: Float[Array, ""]
@@ -68,162 +70,177 @@ class Softness(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of a plan of mass m between atoms x and y. Leaves lead with any batch."""
+    """Moments of a plan P of mass m between atoms x and y. Leaves lead with any batch axes."""
 
-    mass: Float[Array, " *batch"]  # 0 where there is so little that means are none
-    to: Float[Array, "*batch d"]  # Σ Px/m
-    from_: Float[Array, "*batch d"]  # Σ Py/m
-    cross: Float[Array, "*batch d d"]  # Σ P(x − to)(y − from)ᵀ/m
-    spread: Float[Array, " *batch"]  # Σ P|x − to|²/m
-    own_spread: Float[Array, " *batch"]  # Σ P|y − from|²/m
+    mass: Float[Array, " *batch"]  # 0 if means are undefined
+    x_mean: Float[Array, "*batch d"]  # Σ Px/m
+    y_mean: Float[Array, "*batch d"]  # Σ Py/m
+    cross: Float[Array, "*batch d d"]  # Σ P(x − x̄)(y − ȳ)ᵀ/m
+    x_spread: Float[Array, " *batch"]  # Σ P|x − x̄|²/m
+    y_spread: Float[Array, " *batch"]  # Σ P|y − ȳ|²/m
 
 
-def problem(query: PointCloud, patterns: PointCloud, feature_scale: Array | None) -> Problem:
-    """That of clouds."""
+def alignment_problem(
+    query: PointCloud, patterns: PointCloud, feature_scale: Array | None
+) -> Problem:
+    """Return the problem of a query and patterns, as clouds."""
     x = jnp.where(query.weights[:, None] > 0, query.points - query.mean[None], 0)
     y = patterns.points - patterns.mean[:, None]
     y = jnp.where(patterns.weights[..., None] > 0, y, 0)
-    other = None
+    feature_costs = None
     if query.features is not None and patterns.features is not None and feature_scale is not None:
-        gaps = query.features[None, :, None] - patterns.features[:, None]
-        other = feature_scale / 2 * jnp.vecdot(gaps, gaps)
-    logs = safe_log(patterns.weights)
+        differences = query.features[None, :, None] - patterns.features[:, None]
+        feature_costs = feature_scale / 2 * jnp.vecdot(differences, differences)
+    log_weights = safe_log(patterns.weights)
     return Problem(
-        *(x, query.weights, y, logs, other),
+        *(x, query.weights, y, log_weights, feature_costs),
         *(query.mean, patterns.mean, variance(query), variance(patterns)),
     )
 
 
-def explain(held: Problem, soft: Softness, pose: Pose) -> tuple[Moments, Float[Array, "B S"]]:
-    """How patterns in S poses each, (B, S), explain the query: the moments of one-sided plans, and
-    a number that grows with what is left unexplained.
+def one_sided_moments(
+    problem: Problem, regularisation: Regularisation, pose: Pose
+) -> tuple[Moments, Float[Array, "B S"]]:
+    """Compute the moments of the one-sided plans between a query and patterns in S poses each, (B,
+    S), and their costs, up to a constant.
 
-    The query moves, into the frames of the patterns, so that products are of few large matrices:
-    many small ones would take several times as long."""
-    many, count, dim = pose.translation.shape
-    x, weights, y = held.x, held.x_weights, held.y
+    The query is moved into the frames of the patterns, so that products are of few large matrices:
+    many small ones would take several times as long.
+    """
+    num_patterns, num_poses, dim = pose.translation.shape
+    x, weights, y = problem.x, problem.x_weights, problem.y
+    epsilon, rho = regularisation
     # (c + x − t − sRc')/(sR), the atoms of the query about the centre c' of a pattern.
-    shift = held.centre[None, None] - pose.translation
-    shift = shift - pose.scale[..., None] * jnp.matvec(pose.rotation, held.centres[:, None])
+    shift = problem.centre[None, None] - pose.translation
+    shift = shift - pose.scale[..., None] * jnp.matvec(pose.rotation, problem.centres[:, None])
     frame = pose.rotation / pose.scale[..., None, None]
-    seen = (x[None, None] + shift[:, :, None]).reshape(many, count, -1, dim) @ frame
-    squares, own_squares = jnp.vecdot(seen, seen), jnp.vecdot(y, y)
-    products = seen.reshape(many, -1, dim) @ y.mT
-    costs = products.reshape(*seen.shape[:3], -1) - own_squares[:, None, None] / 2
+    atoms = (x[None, None] + shift[:, :, None]).reshape(num_patterns, num_poses, -1, dim) @ frame
+    x_squares, y_squares = jnp.vecdot(atoms, atoms), jnp.vecdot(y, y)
+    products = atoms.reshape(num_patterns, -1, dim) @ y.mT
+    costs = products.reshape(*atoms.shape[:3], -1) - y_squares[:, None, None] / 2
     costs = -(pose.scale**2)[..., None, None] * costs
-    costs = costs if held.other is None else costs + held.other[:, None]
-    logs = held.log_weights[:, None, None] - costs / soft.epsilon
-    top = logs.max(-1)
-    masses = jnp.exp(logs - top[..., None])
-    values = jnp.concatenate([y, own_squares[..., None], jnp.ones_like(y[..., :1])], -1)
-    found = masses.reshape(many, -1, y.shape[1]) @ values
-    found = found.reshape(*seen.shape[:3], -1)
-    total = found[..., -1]
-    costs = (pose.scale**2)[..., None] * squares / 2 - soft.epsilon * (top + jnp.log(total))
+    costs = costs if problem.feature_costs is None else costs + problem.feature_costs[:, None]
+    log_masses = problem.log_weights[:, None, None] - costs / epsilon
+    maxima = log_masses.max(-1)
+    masses = jnp.exp(log_masses - maxima[..., None])
+    y_values = jnp.concatenate([y, y_squares[..., None], jnp.ones_like(y[..., :1])], -1)
+    sums = masses.reshape(num_patterns, -1, y.shape[1]) @ y_values
+    sums = sums.reshape(*atoms.shape[:3], -1)
+    total = sums[..., -1]
+    costs = (pose.scale**2)[..., None] * x_squares / 2 - epsilon * (maxima + jnp.log(total))
     weights = weights[None, None]
-    if soft.rho is None:
+    if rho is None:
         score = jnp.vecdot(costs, weights)
-        rows = jnp.broadcast_to(weights, costs.shape)
+        row_masses = jnp.broadcast_to(weights, costs.shape)
     else:
-        reach = soft.rho + soft.epsilon
+        reach = rho + epsilon
         least = jnp.where(weights > 0, costs, jnp.inf).min(-1)
-        rows = jnp.where(weights > 0, weights * jnp.exp((least[..., None] - costs) / reach), 0)
-        score = least - reach * jnp.log(rows.sum(-1))
-    places = jnp.concatenate([x, jnp.vecdot(x, x)[:, None], jnp.ones_like(x[:, :1])], -1)
-    sums = jnp.einsum("bsnk,ni->bsik", found * (rows / total)[..., None], places)
-    mass = sums[..., -1, -1]
-    sums = sums / jnp.where(mass > 0, mass, 1)[..., None, None]
-    to, from_ = sums[..., :dim, -1], sums[..., -1, :dim]
+        row_masses = jnp.exp((least[..., None] - costs) / reach)
+        row_masses = jnp.where(weights > 0, weights * row_masses, 0)
+        score = least - reach * jnp.log(row_masses.sum(-1))
+    x_values = jnp.concatenate([x, jnp.vecdot(x, x)[:, None], jnp.ones_like(x[:, :1])], -1)
+    products = jnp.einsum("bsnk,ni->bsik", sums * (row_masses / total)[..., None], x_values)
+    mass = products[..., -1, -1]
+    products = products / jnp.where(mass > 0, mass, 1)[..., None, None]
+    x_mean, y_mean = products[..., :dim, -1], products[..., -1, :dim]
     moments = Moments(
         mass=mass,
-        to=to + held.centre[None, None],
-        from_=from_ + held.centres[:, None],
-        cross=sums[..., :dim, :dim] - to[..., :, None] * from_[..., None, :],
-        spread=sums[..., dim, -1] - jnp.vecdot(to, to),
-        own_spread=sums[..., -1, dim] - jnp.vecdot(from_, from_),
+        x_mean=x_mean + problem.centre[None, None],
+        y_mean=y_mean + problem.centres[:, None],
+        cross=products[..., :dim, :dim] - x_mean[..., :, None] * y_mean[..., None, :],
+        x_spread=products[..., dim, -1] - jnp.vecdot(x_mean, x_mean),
+        y_spread=products[..., -1, dim] - jnp.vecdot(y_mean, y_mean),
     )
     return moments, score
 
 
 def best_pose(
-    group: Group, found: Moments, pose: Pose, ratio: Array, own: Array | None = None
+    group: Group, moments: Moments, pose: Pose, ratio: Array, growth: Array | None = None
 ) -> Pose:
-    """The pose of least cost for a plan of these moments; where that has no mass, the old one.
+    """Return the pose of least cost for a plan of these moments, or the previous pose if the plan
+    has no mass.
 
-    The scale is s = ⟨R, cross⟩/(own_spread − own), where own·s²/2 is what a pattern costs itself;
-    or if `own` is None the ratio of the spreads, which blurring does not lower."""
-    to, from_, cross = found.to, found.from_, found.cross
-    spread, own_spread = found.spread, found.own_spread
+    The scale is s = ⟨R, cross⟩/(y_spread − a), where ½as² is the self cost of the pattern at the
+    scale s, and a is `growth`. If `growth` is None, it is the ratio of the spreads, which blurring
+    does not lower.
+    """
+    x_mean, y_mean, cross = moments.x_mean, moments.y_mean, moments.cross
+    x_spread, y_spread = moments.x_spread, moments.y_spread
     if not group.translations:
-        cross = cross + to[..., :, None] * from_[..., None, :]
-        spread, own_spread = spread + jnp.vecdot(to, to), own_spread + jnp.vecdot(from_, from_)
-    rotation = jnp.broadcast_to(jnp.eye(to.shape[-1], dtype=to.dtype), cross.shape)
+        cross = cross + x_mean[..., :, None] * y_mean[..., None, :]
+        x_spread = x_spread + jnp.vecdot(x_mean, x_mean)
+        y_spread = y_spread + jnp.vecdot(y_mean, y_mean)
+    rotation = jnp.broadcast_to(jnp.eye(x_mean.shape[-1], dtype=x_mean.dtype), cross.shape)
     if group.rotations:
         rotation = (polar if group.reflections else nearest_rotation)(cross)
-    scale = jnp.ones_like(found.mass)
+    scale = jnp.ones_like(moments.mass)
     if group.scale:
-        if own is None:
-            scale = safe_sqrt(spread / jnp.where(own_spread > 0, own_spread, 1))
+        if growth is None:
+            scale = safe_sqrt(x_spread / jnp.where(y_spread > 0, y_spread, 1))
         else:
-            left = jnp.maximum(own_spread - own, own_spread / 2)
-            scale = (rotation * cross).sum((-2, -1)) / jnp.where(left > 0, left, 1)
-        scale = jnp.clip(scale, ratio / FARTHEST, ratio * FARTHEST)
-    turned = scale[..., None] * jnp.matvec(rotation, from_)
-    shift = to - turned if group.translations else jnp.zeros_like(to)
-    some: Bool[Array, " *batch"] = found.mass > float(jnp.finfo(to.dtype).tiny) ** 0.5
-    chosen: Pose = choose_rows(some, Pose(rotation, shift, scale), pose)
-    return chosen
+            net_spread = jnp.maximum(y_spread - growth, y_spread / 2)
+            scale = (rotation * cross).sum((-2, -1)) / jnp.where(net_spread > 0, net_spread, 1)
+        scale = jnp.clip(scale, ratio / MAX_SCALE_FACTOR, ratio * MAX_SCALE_FACTOR)
+    rotated = scale[..., None] * jnp.matvec(rotation, y_mean)
+    shift = x_mean - rotated if group.translations else jnp.zeros_like(x_mean)
+    has_mass: Bool[Array, " *batch"] = moments.mass > float(jnp.finfo(x_mean.dtype).tiny) ** 0.5
+    result: Pose = where_rows(has_mass, Pose(rotation, shift, scale), pose)
+    return result
 
 
-def moved_by(held: Problem, old: Pose, new: Pose) -> Float[Array, "B W"]:
-    """How far atoms move from poses to others, (B, W): those of a pattern at its typical radius."""
-    rows = new.scale[..., None, None] * new.rotation - old.scale[..., None, None] * old.rotation
-    shift = jnp.matvec(rows, held.centres[:, None]) + new.translation - old.translation
-    turned = jnp.square(rows).sum((-2, -1)) * held.sizes[:, None]
-    return jnp.sqrt(turned + jnp.vecdot(shift, shift))
+def displacement(problem: Problem, old: Pose, new: Pose) -> Float[Array, "B W"]:
+    """Return the distances by which atoms move between two poses, (B, W), for an atom at the
+    typical radius of a pattern.
+    """
+    linear = new.scale[..., None, None] * new.rotation - old.scale[..., None, None] * old.rotation
+    shift = jnp.matvec(linear, problem.centres[:, None]) + new.translation - old.translation
+    rotated = jnp.square(linear).sum((-2, -1)) * problem.sizes[:, None]
+    return jnp.sqrt(rotated + jnp.vecdot(shift, shift))
 
 
 def variance(cloud: PointCloud) -> Float[Array, " *batch"]:
-    """Σ aⱼ|xⱼ − mean|²."""
-    steps = cloud.points - cloud.mean[..., None, :]
-    squares = jnp.where(cloud.weights > 0, jnp.vecdot(steps, steps), 0)
+    """Compute Σ aⱼ|xⱼ − mean|²."""
+    centred = cloud.points - cloud.mean[..., None, :]
+    squares = jnp.where(cloud.weights > 0, jnp.vecdot(centred, centred), 0)
     return jnp.vecdot(cloud.weights, squares)
 
 
-def in_plan(plan: Float[Array, "n m"], query: PointCloud, cloud: PointCloud) -> Moments:
-    """The moments of a plan (n, m) between the atoms of two clouds."""
+def plan_moments(plan: Float[Array, "n m"], query: PointCloud, cloud: PointCloud) -> Moments:
+    """Compute the moments of a plan (n, m) between the atoms of two clouds."""
     x = jnp.where(query.weights[:, None] > 0, query.points, 0)
     y = jnp.where(cloud.weights[:, None] > 0, cloud.points, 0)
     mass = plan.sum()
     total = jnp.where(mass > float(jnp.finfo(mass.dtype).tiny) ** 0.5, mass, 1)
-    rows, columns = plan.sum(1) / total, plan.sum(0) / total
-    to, from_ = rows @ x, columns @ y
-    x, y = x - to[None], y - from_[None]
+    x_masses, y_masses = plan.sum(1) / total, plan.sum(0) / total
+    x_mean, y_mean = x_masses @ x, y_masses @ y
+    x, y = x - x_mean[None], y - y_mean[None]
     cross = x.T @ (plan @ y) / total
     return Moments(
         mass,
-        to,
-        from_,
+        x_mean,
+        y_mean,
         cross,
-        jnp.vdot(rows, jnp.vecdot(x, x)),
-        jnp.vdot(columns, jnp.vecdot(y, y)),
+        jnp.vdot(x_masses, jnp.vecdot(x, x)),
+        jnp.vdot(y_masses, jnp.vecdot(y, y)),
     )
 
 
-def in_mixture_plan(
+def mixture_plan_moments(
     plan: Float[Array, "K L"],
     query: GaussianMixture,
     mixture: GaussianMixture,
     aligned: Float[Array, "K L d r"],
 ) -> Moments:
-    """The same between mixtures, `aligned` being the factors MₗRₖₗ: their products count too."""
-    found = in_plan(
+    """Compute the moments of a plan between mixtures, including the products of the factors Lₖ and
+    MₗRₖₗ (`aligned`).
+    """
+    moments = plan_moments(
         plan, unchecked(query.means, query.weights), unchecked(mixture.means, mixture.weights)
     )
-    total = jnp.where(found.mass > 0, found.mass, 1)
+    total = jnp.where(moments.mass > 0, moments.mass, 1)
     plan = plan / total
-    return found._replace(
-        cross=found.cross + jnp.einsum("kl,kdr,kler->de", plan, query.factors, aligned),
-        spread=found.spread + plan.sum(1) @ squared_norm(query.factors),
-        own_spread=found.own_spread + plan.sum(0) @ squared_norm(mixture.factors),
+    return moments._replace(
+        cross=moments.cross + jnp.einsum("kl,kdr,kler->de", plan, query.factors, aligned),
+        x_spread=moments.x_spread + plan.sum(1) @ squared_norm(query.factors),
+        y_spread=moments.y_spread + plan.sum(0) @ squared_norm(mixture.factors),
     )

@@ -11,7 +11,7 @@ from jdam._core.linalg import rounding, safe_sqrt
 from jdam._entropic.bounds import cost_of_masses
 from jdam._entropic.problem import Marginals, Pair
 from jdam._measures.point_cloud import PointCloud
-from jdam.geometry._clouds import View, about, place, radius_of
+from jdam.geometry._clouds import View, radius_of, relative_coordinates, relative_to
 from jdam.geometry.protocol import Patterns
 
 
@@ -32,7 +32,7 @@ def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[
     radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
     error = rounding(shift.shape[-1], shift.dtype)
     gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
-    selves = (view.known.cost + prepared.known.cost) / 2
+    selves = (view.self_transport.cost + prepared.self_transport.cost) / 2
     cost = cost_of_masses(epsilon, rho, gap**2 / 2)
     slack = rounding(view.query.num_atoms + clouds.num_atoms, shift.dtype) * rho
     return jnp.maximum(cost - selves - slack, 0)
@@ -54,8 +54,10 @@ def by_dual(
     - `lift`: makes features coordinates.
     - `marginals`, `view`, `patterns`: the problem."""
     prepared, clouds = patterns.prepared, lift(patterns.measures)
-    centred = about(prepared.centre, clouds, marginals.epsilon)
-    _, means, placed = place(marginals, view, prepared.centre, centred, clouds.weights)
+    centred = relative_to(prepared.centre, clouds, marginals.epsilon)
+    _, means, atoms = relative_coordinates(
+        marginals, view, prepared.centre, centred, clouds.weights
+    )
 
     def dual(cloud: tuple[Array, Array, Array]) -> Array:
         points, weights, potential = cloud
@@ -63,9 +65,9 @@ def by_dual(
         return dual_value(Pair(*query, points, weights, marginals), potential)
 
     at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
-    guess = prepared.known.potential if patterns.guess is None else patterns.guess
-    duals = map_in_batches(dual, at_once, (placed, clouds.weights, guess))
-    selves = (view.known.cost + prepared.known.cost) / 2
+    guess = prepared.self_transport.potential if patterns.guess is None else patterns.guess
+    duals = map_in_batches(dual, at_once, (atoms, clouds.weights, guess))
+    selves = (view.self_transport.cost + prepared.self_transport.cost) / 2
     error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
     result: Array = means + duals - selves - error
     return result

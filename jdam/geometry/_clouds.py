@@ -22,11 +22,11 @@ from jdam._measures.point_cloud import PointCloud, unchecked
 from jdam.geometry.protocol import Geometry, check_batch_ndim
 
 #: The distance, in units of √ε, up to which padding keeps its position.
-FARTHEST = 100.0
+MAX_PADDING_DISTANCE = 100.0
 #: The largest numbers of atoms of a cloud, and of pairs in all, whose median is the typical cost.
 MOST_ATOMS, MOST_PAIRS = 512, 2**22
 #: The fraction of ε added to λ, negligible except for the derivative of √λ at λ = 0.
-LEAST = 1e-24
+MIN_FEATURE_SCALE = 1e-24
 #: The ratio of successive step sizes tried by `shortening`.
 SHORTENING = 2.0
 
@@ -36,7 +36,7 @@ class Prepared(NamedTuple):
 
     centre: Float[Array, "N z"]
     offset: Float[Array, "N z"]  # of the mean from the centre, a rounding error
-    known: SelfTransport
+    self_transport: SelfTransport
     radius: Float[Array, " N"] | None = None  # of a ball about the centre; None without ρ
 
 
@@ -46,7 +46,7 @@ class View(NamedTuple):
     query: PointCloud
     centre: Float[Array, " z"]
     centred: Float[Array, "n z"]
-    known: SelfTransport
+    self_transport: SelfTransport
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the transported fraction of xⱼ
 
 
@@ -107,7 +107,7 @@ def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]
     it is."""
     if cloud.features is None:
         return cloud
-    root = jnp.sqrt(scale + LEAST * jax.lax.stop_gradient(epsilon))
+    root = jnp.sqrt(scale + MIN_FEATURE_SCALE * jax.lax.stop_gradient(epsilon))
     return unchecked(jnp.concatenate([cloud.points, root * cloud.features], -1), cloud.weights)
 
 
@@ -150,13 +150,13 @@ def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> F
     return safe_sqrt(squares.max(1))
 
 
-def without_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
+def zero_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
     """Return the points with 0 for atoms of weight 0, since squared distances to padding may be
     infinite."""
     return jnp.where(weights[..., None] > 0, points, 0)
 
 
-def about(
+def relative_to(
     centre: Float[Array, "*batch d"], cloud: PointCloud, epsilon: Float[Array, ""]
 ) -> Float[Array, "*batch n d"]:
     """Return the atoms relative to a centre.
@@ -166,13 +166,13 @@ def about(
     centred = cloud.points - centre[..., None, :]
     largest = jnp.abs(centred).max(-1, keepdims=True)
     extent = jnp.where(cloud.weights[..., None] > 0, largest, 0).max(-2, keepdims=True)
-    reach = 3 * extent + FARTHEST * jnp.sqrt(epsilon)
+    reach = 3 * extent + MAX_PADDING_DISTANCE * jnp.sqrt(epsilon)
     far = (cloud.weights[..., None] == 0) & ~(largest <= reach)
     nearer = centred * (reach / jnp.where(far, largest, 1))
     return jnp.where(far, jax.lax.stop_gradient(nearer), centred)
 
 
-def place(
+def relative_coordinates(
     marginals: Marginals,
     view: View,
     centres: Float[Array, "B d"],

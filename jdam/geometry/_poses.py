@@ -1,4 +1,4 @@
-"""Rigid motions: poses of point clouds, the best one for a plan, and nets of rotations."""
+"""Rigid motions: poses of measures, and grids of rotations."""
 
 import math
 from typing import Any
@@ -17,11 +17,11 @@ from jdam._measures.point_cloud import PointCloud
 
 
 class Pose(eqx.Module):
-    """A rigid motion, or with a scale a similarity: x ↦ s R x + t.
+    """Rigid motion or, with a scale, similarity: x ↦ s R x + t.
 
     `pose(measure)` moves the atoms of a `jdam.PointCloud` or the components of a
-    `jdam.GaussianMixture`, and `pose(points)` an array (…, d); a batch of poses moves a batch of
-    these. `pose.inverse` undoes it.
+    `jdam.GaussianMixture`, and `pose(points)` an array (…, d). A batch of poses moves a batch of
+    these. `pose.inverse` is the inverse motion.
 
     rotation:    R, (d, d), orthogonal; of determinant 1 unless reflections are allowed.
     translation: t, (d,), a length.
@@ -34,30 +34,30 @@ class Pose(eqx.Module):
 
     def __call__(self, measure: AnyMeasure) -> AnyMeasure:
         if isinstance(measure, PointCloud):
-            moved = self._moved(measure.points)
+            moved = self._transform(measure.points)
             return eqx.tree_at(lambda cloud: cloud.points, measure, moved)
         if isinstance(measure, GaussianMixture):
             linear = self.scale[..., None, None] * self.rotation
             factors = jnp.matmul(linear[..., None, :, :], measure.factors, precision="highest")
-            return with_leaves(measure, measure.weights, self._moved(measure.means), factors)
-        return self._moved(checks.float_array("points", measure))
+            return with_leaves(measure, measure.weights, self._transform(measure.means), factors)
+        return self._transform(checks.float_array("points", measure))
 
-    def _moved(self, points: Float[Array, "*batch_and_more d"]) -> Array:
+    def _transform(self, points: Float[Array, "*batch_and_more d"]) -> Array:
         flat = points.reshape(*self.scale.shape, -1, points.shape[-1])
-        turned = jnp.matmul(flat, self.rotation.mT, precision="highest")
-        moved = self.scale[..., None, None] * turned + self.translation[..., None, :]
+        rotated = jnp.matmul(flat, self.rotation.mT, precision="highest")
+        moved = self.scale[..., None, None] * rotated + self.translation[..., None, :]
         return moved.reshape(points.shape)
 
     @property
     def inverse(self) -> "Pose":
-        """y ↦ Rᵀ(y − t)/s."""
-        back = Pose(self.rotation.mT, jnp.zeros_like(self.translation), 1 / self.scale)
-        shift = back._moved(self.translation[..., None, :])[..., 0, :]
-        return Pose(back.rotation, -shift, back.scale)
+        """The inverse motion, y ↦ Rᵀ(y − t)/s."""
+        inverse_linear = Pose(self.rotation.mT, jnp.zeros_like(self.translation), 1 / self.scale)
+        shift = inverse_linear._transform(self.translation[..., None, :])[..., 0, :]
+        return Pose(inverse_linear.rotation, -shift, inverse_linear.scale)
 
 
 def rotations(count: int, dim: int) -> Float[np.ndarray, "S d d"]:
-    """A fixed net of rotations, the first of which is none."""
+    """Return a fixed grid of rotations, the first of which is the identity."""
     if dim == 1:
         return np.ones((1, 1, 1))
     if dim == 2:
@@ -65,43 +65,43 @@ def rotations(count: int, dim: int) -> Float[np.ndarray, "S d d"]:
         cosine, sine = np.cos(angles), np.sin(angles)
         return np.stack([np.stack([cosine, -sine], -1), np.stack([sine, cosine], -1)], -2)
     if dim == 3:
-        net = _from_quaternions(_spiral(count))
+        grid = _from_quaternions(_super_fibonacci(count))
     else:
-        net = np.linalg.qr(np.random.default_rng(0).normal(size=(count, dim, dim)))[0]
-        net[:, :, -1] *= np.linalg.det(net)[:, None]
-    turned: np.ndarray = net @ net[0].T
-    return turned
+        grid = np.linalg.qr(np.random.default_rng(0).normal(size=(count, dim, dim)))[0]
+        grid[:, :, -1] *= np.linalg.det(grid)[:, None]
+    relative: np.ndarray = grid @ grid[0].T
+    return relative
 
 
-def _spiral(count: int) -> Float[np.ndarray, "S 4"]:
-    """Super-Fibonacci spirals: unit quaternions that are evenly spread."""
-    at = np.arange(count) + 0.5
-    inner, outer = np.sqrt(at / count), np.sqrt(1 - at / count)
-    alpha, beta = 2 * np.pi * at / math.sqrt(2), 2 * np.pi * at / 1.533751168755204288118041
-    waves = inner * np.sin(alpha), inner * np.cos(alpha), outer * np.sin(beta), outer * np.cos(beta)
-    return np.stack(waves, -1)
+def _super_fibonacci(count: int) -> Float[np.ndarray, "S 4"]:
+    """Return evenly distributed unit quaternions, on super-Fibonacci spirals."""
+    s = np.arange(count) + 0.5
+    inner, outer = np.sqrt(s / count), np.sqrt(1 - s / count)
+    alpha, beta = 2 * np.pi * s / math.sqrt(2), 2 * np.pi * s / 1.533751168755204288118041
+    parts = inner * np.sin(alpha), inner * np.cos(alpha), outer * np.sin(beta), outer * np.cos(beta)
+    return np.stack(parts, -1)
 
 
 def _from_quaternions(quaternions: Float[np.ndarray, "S 4"]) -> Float[np.ndarray, "S 3 3"]:
-    """R v = v + 2u×(u×v + wv) of (u, w)."""
+    """Return the rotations v ↦ v + 2u×(u×v + wv) of unit quaternions (u, w)."""
     axis, real = quaternions[:, None, :3], quaternions[:, None, 3:]
-    unit = np.eye(3)[None]
-    turned = unit + 2 * np.cross(axis, np.cross(axis, unit) + real * unit)
-    return np.swapaxes(turned, 1, 2)
+    identity = np.eye(3)[None]
+    columns = identity + 2 * np.cross(axis, np.cross(axis, identity) + real * identity)
+    return np.swapaxes(columns, 1, 2)
 
 
-def each(pose: Pose, points: Float[Array, "B z"]) -> Float[Array, "B z"]:
-    """One point in each pose; coordinates that are features stay."""
+def transform_points(pose: Pose, points: Float[Array, "B z"]) -> Float[Array, "B z"]:
+    """Apply each pose to one point, leaving coordinates of features unchanged."""
     dim = pose.translation.shape[-1]
     return points.at[:, :dim].set(pose(points[:, None, :dim])[:, 0])
 
 
-def choose_rows(condition: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
-    """New rows where a condition holds, old ones elsewhere."""
+def where_rows(condition: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
+    """Return the new rows where the condition holds, and the old ones elsewhere."""
 
-    def choose(x: Array, y: Array) -> Array:
+    def where(x: Array, y: Array) -> Array:
         return jnp.where(
             condition.reshape(condition.shape + (1,) * (x.ndim - condition.ndim)), x, y
         )
 
-    return jax.tree.map(choose, new, old)
+    return jax.tree.map(where, new, old)

@@ -103,7 +103,7 @@ class SHKGeometry(Geometry):
         return query.with_atoms(self._boxed(view, pull, points), weights)
 
     def _boxed(self, view: View, pull: Pull, points: Array) -> Float[Array, "n d"]:
-        """With ρ, clip light atoms to the box of all atoms and their targets. Their own cloud
+        """Clip light atoms, with ρ, to the box of all atoms and their targets. Their own cloud
         repels them, and the energy hardly depends on them."""
         if self.rho is None:
             return points
@@ -121,8 +121,10 @@ class SHKGeometry(Geometry):
     def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
         """Compute Σᵢ wᵢ e^(−fᵢ/ρ), the transported fraction of each atom in the average plan: 1
         without ρ."""
-        own = self._marginals.transported_fraction(view.known.potential)
-        return own if self.rho is None else own - pull.variation / (self.rho + self.epsilon)
+        fraction = self._marginals.transported_fraction(view.self_transport.potential)
+        return (
+            fraction if self.rho is None else fraction - pull.variation / (self.rho + self.epsilon)
+        )
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
         """Return the masses of the SHK metric: pⱼ for points and pⱼ/κ for logarithms of weights.
@@ -246,6 +248,6 @@ class SHKGeometry(Geometry):
         return lifted(cloud, self.feature_scale, self.epsilon)
 
     def _self_transport(
-        self, points: Array, weights: Array, known: SelfTransport | None = None
+        self, points: Array, weights: Array, solution: SelfTransport | None = None
     ) -> SelfTransport:
-        return self_transport(self._solver, Cloud(points, weights), self._marginals, known)
+        return self_transport(self._solver, Cloud(points, weights), self._marginals, solution)

@@ -65,16 +65,17 @@ class _Flow(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """Shortest distances from the rows with supply, by Dijkstra's algorithm; distances of seen rows
-    and columns are final."""
+    """Shortest distances from the rows with supply, by Dijkstra's algorithm; distances of visited
+    rows and columns are final.
+    """
 
     rows: Float[Array, " K"]
     columns: Float[Array, " L"]
     before_row: Int[Array, " K"]  # predecessor column of a row, −1 for a start
     before_column: Int[Array, " L"]  # predecessor row of a column
-    seen_rows: Bool[Array, " K"]
-    seen_columns: Bool[Array, " L"]
-    last: Int[Array, ""]  # the last seen column
+    visited_rows: Bool[Array, " K"]
+    visited_columns: Bool[Array, " L"]
+    last: Int[Array, ""]  # the last visited column
 
 
 def _augment(cost: Float[Array, "K L"], flow: _Flow) -> _Flow:
@@ -83,7 +84,7 @@ def _augment(cost: Float[Array, "K L"], flow: _Flow) -> _Flow:
     has_demand = flow.demand > 0
     search = while_loop(
         # In a batch, finished problems are still iterated; they have no demand left.
-        lambda search: ~has_demand[search.last] & ~search.seen_columns.all(),
+        lambda search: ~has_demand[search.last] & ~search.visited_columns.all(),
         partial(_extend_search, reduced, flow.mass > 0, has_demand),
         _start_search(reduced, flow.supply > 0, has_demand),
         (reduced, flow),
@@ -100,54 +101,54 @@ def _augment(cost: Float[Array, "K L"], flow: _Flow) -> _Flow:
         mass=flow.mass + sent * path,
         supply=flow.supply - jnp.where(source, sent, 0),
         demand=flow.demand - jnp.where(at_end, sent, 0),
-        rows=flow.rows + jnp.where(search.seen_rows, length - search.rows, 0),
-        columns=flow.columns - jnp.where(search.seen_columns, length - search.columns, 0),
+        rows=flow.rows + jnp.where(search.visited_rows, length - search.rows, 0),
+        columns=flow.columns - jnp.where(search.visited_columns, length - search.columns, 0),
         rounds=flow.rounds + 1,
     )
 
 
 def _start_search(reduced: Array, starts: Array, has_demand: Array) -> _Search:
-    """Initialise the search from the rows with supply, and settle the nearest column."""
+    """Initialise the search from the rows with supply, and visit the nearest column."""
     from_starts = jnp.where(starts[:, None], reduced, jnp.inf)
-    unseen = jnp.zeros(has_demand.shape, bool)
+    unvisited = jnp.zeros(has_demand.shape, bool)
     search = _Search(
         rows=jnp.where(starts, 0, jnp.inf).astype(reduced.dtype),
         columns=from_starts.min(0),
         before_row=jnp.full(starts.shape, -1, jnp.int32),
         before_column=from_starts.argmin(0).astype(jnp.int32),
-        seen_rows=starts,
-        seen_columns=unseen,
+        visited_rows=starts,
+        visited_columns=unvisited,
         last=jnp.array(0, jnp.int32),
     )
-    return _settle_nearest(search, has_demand)
+    return _visit_nearest(search, has_demand)
 
 
-def _settle_nearest(search: _Search, has_demand: Array) -> _Search:
-    """Mark the nearest unseen column as seen, among equals one with demand."""
-    distance = jnp.where(search.seen_columns, jnp.inf, search.columns)
-    nearest = (distance == distance.min()) & ~search.seen_columns
+def _visit_nearest(search: _Search, has_demand: Array) -> _Search:
+    """Mark the nearest unvisited column as visited, among equals one with demand."""
+    distance = jnp.where(search.visited_columns, jnp.inf, search.columns)
+    nearest = (distance == distance.min()) & ~search.visited_columns
     nearest = jnp.where((nearest & has_demand).any(), nearest & has_demand, nearest)
     last = nearest.argmax().astype(jnp.int32)
     at_last = jnp.arange(has_demand.size, dtype=jnp.int32) == last
-    return search._replace(seen_columns=search.seen_columns | at_last, last=last)
+    return search._replace(visited_columns=search.visited_columns | at_last, last=last)
 
 
 def _extend_search(reduced: Array, used: Array, has_demand: Array, search: _Search) -> _Search:
     """Reach the rows that sent mass to the last column, update the distances through them, and
-    settle the nearest column."""
+    visit the nearest column."""
     length = search.columns[search.last]
-    new_rows = used[:, search.last] & ~search.seen_rows & (length < jnp.inf)
+    new_rows = used[:, search.last] & ~search.visited_rows & (length < jnp.inf)
     through = jnp.where(new_rows[:, None], reduced, jnp.inf)
     distance = length + through.min(0)
-    nearer = (distance < search.columns) & ~search.seen_columns
+    nearer = (distance < search.columns) & ~search.visited_columns
     further = search._replace(
         rows=jnp.where(new_rows, length, search.rows),
         columns=jnp.where(nearer, distance, search.columns),
         before_row=jnp.where(new_rows, search.last, search.before_row),
         before_column=jnp.where(nearer, through.argmin(0).astype(jnp.int32), search.before_column),
-        seen_rows=search.seen_rows | new_rows,
+        visited_rows=search.visited_rows | new_rows,
     )
-    return _settle_nearest(further, has_demand)
+    return _visit_nearest(further, has_demand)
 
 
 def _path(search: _Search) -> Float[Array, "K L"]:

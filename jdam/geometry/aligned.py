@@ -1,4 +1,4 @@
-"""Point clouds and mixtures in any pose: the least divergence over motions of a pattern."""
+"""The geometry `Aligned`: point clouds and mixtures up to motions of the pattern."""
 
 from typing import Any, NamedTuple
 
@@ -18,114 +18,115 @@ from jdam.geometry._alignment import (
     Group,
     Moments,
     Problem,
-    Softness,
+    Regularisation,
+    alignment_problem,
     atoms_of,
     best_pose,
-    in_mixture_plan,
-    in_plan,
-    moved_by,
-    problem,
+    displacement,
+    mixture_plan_moments,
+    plan_moments,
 )
-from jdam.geometry._pose_derivatives import followed
-from jdam.geometry._pose_search import LANES, REFINEMENTS, Plans, search, starts, tolerance
-from jdam.geometry._poses import Pose, choose_rows, each
-from jdam.geometry.chamfer import Chamfer, own_growth
+from jdam.geometry._pose_derivatives import with_derivative
+from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
+from jdam.geometry._poses import Pose, transform_points, where_rows
+from jdam.geometry.chamfer import Chamfer, self_cost_growth
 from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
 from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
 
-#: Of the variance of a query, the ε by which poses of mixtures are sought.
-COARSE = 0.01
+#: The ε of the search for poses of mixtures, as a fraction of the variance of the query.
+COARSE_EPSILON = 0.01
 
 
 class Prepared(NamedTuple):
-    """What the wrapped geometry computes once of patterns, and that no pose of theirs is known."""
+    """What the wrapped geometry prepares, and unknown poses."""
 
     inner: Any
-    unknown: Pose  # NaN
+    unknown_pose: Pose  # NaN
 
 
-class Guess(NamedTuple):
-    """What a later comparison starts from."""
+class WarmStart(NamedTuple):
+    """Warm start of a later comparison."""
 
     pose: Pose  # NaN before the first comparison
-    inner: Any  # of the wrapped geometry
+    inner: Any  # the warm start of the wrapped geometry
 
 
-class Refined(NamedTuple):
-    """Poses during their refinement, of B patterns."""
+class Refinement(NamedTuple):
+    """State of the refinement of the poses of B patterns."""
 
     pose: Pose
-    change: Float[Array, " B"]  # how far the last turn moved atoms, in units of the tolerance
-    turns: Int[Array, ""]
+    change: Float[Array, " B"]  # last displacement of atoms, in units of the tolerance
+    iteration: Int[Array, ""]
 
 
-class Chosen(NamedTuple):
-    """The best poses so far, of B patterns."""
+class BestPoses(NamedTuple):
+    """The best poses of B patterns so far."""
 
-    rank: Int[Array, ""]  # of the candidate that is next
+    rank: Int[Array, ""]  # of the next candidate
     divergence: Float[Array, " B"]
-    guess: Guess
+    warm_start: WarmStart
 
 
 class Aligned(Geometry):
-    """D = the least divergence to a pattern in any pose, on point clouds and Gaussian mixtures.
+    """D = the smallest divergence to a pattern in any pose, on point clouds and Gaussian mixtures.
 
-    For a geometry of divergence D₀ and a group G of motions g(x) = s R x + t,
+    For a geometry with divergence D₀ and a group G of motions g(x) = s R x + t,
 
         D(ξ, X) = min over g ∈ G of D₀(ξ, gX).
 
     The pose moves the pattern, so that pulls, steps and `Recall.inliers` are those of the wrapped
-    geometry in the frame of the query. A recall leaves a query in its pose, and
-    `result.pose(memory[result.nearest])` is the pattern laid on it: a partial cue, completed.
+    geometry in the frame of the query. Recall does not change the pose of a query, and
+    `result.pose(memory[result.nearest])` is the pattern aligned with it, which completes a partial
+    query.
 
-    **The pose is an upper bound.** A pose is found by alternation. Of its transport plan P, with
-    mass m, the best motion is closed (W. Kabsch, Acta Cryst. A 32, 922 (1976); S. Umeyama, IEEE
-    PAMI 13, 376 (1991)):
+    **The pose is an upper bound.** It is found by alternation of transport plans and motions. For a
+    plan P of mass m, the best motion has a closed form (W. Kabsch, Acta Cryst. A 32, 922 (1976); S.
+    Umeyama, IEEE PAMI 13, 376 (1991)):
 
         x̄ = ΣPⱼₖxⱼ/m,    ȳ = ΣPⱼₖyₖ/m,    H = ΣPⱼₖ(xⱼ−x̄)(yₖ−ȳ)ᵀ = U diag(σ) Vᵀ,
         R = U diag(1, …, 1, det UVᵀ) Vᵀ,    s = ⟨R, H⟩/(ΣPⱼₖ|yₖ−ȳ|² − m a),    t = x̄ − sRȳ,
 
-    where ½as² is to second order what the pattern costs itself at the scale s, and of mixtures H
-    has the terms ΣPₖₗLₖ(MₗRₖₗ)ᵀ of their factors too. Both halves lower D₀ if s is held, and end at
-    a local minimum. The first comparison starts from a net of rotations: equal angles in the plane,
-    super-Fibonacci spirals in space (M. Alexa, CVPR 2022), and in higher dimensions random
-    rotations and those that lay principal axes on principal axes. From each it follows one-sided
-    plans, as of `Chamfer`, while their ε falls from the size of the query to that of the geometry
-    (of mixtures those of sigma points); four of the best are refined. Nothing proves that there is
-    no better pose: D is an upper bound of the minimum. Later comparisons refine the last pose, so
-    that the energy of a recall rises no more than that of the wrapped geometry.
+    where ½as² is the self cost of the pattern at the scale s, to second order; for mixtures, H also
+    has the terms ΣPₖₗLₖ(MₗRₖₗ)ᵀ of their factors. For constant s both halves lower D₀, and the
+    alternation ends at a local minimum. The first comparison starts from a grid of rotations: equal
+    angles in the plane, super-Fibonacci spirals in space (M. Alexa, CVPR 2022), and in higher
+    dimensions random rotations and those that map principal axes to principal axes. From each start
+    it uses one-sided plans, as of `Chamfer`, with ε decreasing from the size of the query to the ε
+    of the geometry (for mixtures, plans of sigma points); four of the best poses are refined. A
+    better pose may exist, so that D is an upper bound on the minimum. Later comparisons refine the
+    last pose, so that the energy of a recall rises no more than that of the wrapped geometry.
 
-    **Derivatives** are exact, first and higher, where the pose found is a strict minimum: poses
-    follow what D depends on, by the implicit function theorem. Where a motion changes nothing, as
-    of a body of revolution, the pose stays along it. Where a search may as well end in another
-    minimum D has a kink, and its derivative is that of the minimum found. Where a bound on the
-    scale binds, see below, derivatives hold for the stationary scale that it keeps away from.
+    **Derivatives** are exact, first and higher, if the pose is a strict minimum: the derivative of
+    the pose is that of the implicit function theorem. It is zero along motions that change nothing,
+    as rotations of a body of revolution. Where another start would give another minimum, D has a
+    kink, and its derivative is that of the minimum found. Where a bound on the scale is active (see
+    `scale`), derivatives are those of the stationary scale.
 
     **Arguments:**
 
     - `geometry`: a `Chamfer`; a `Sinkhorn` with the cost ½|x−y|², balanced or with ρ; or a
       `MixtureWasserstein`. ε and ρ are in the units of the query.
-    - `rotations`: whether patterns turn.
-    - `translations`: whether they move; if not they turn about the origin.
-    - `reflections`: whether R may have determinant −1 too, as a mirror image.
-    - `scale`: whether they grow and shrink. The scale stays within a factor of 8 of the ratio of
-      sizes, the root mean square distances to the mean, and blurring counts for at most half of a
-      size. It is that of least D₀: where √ε is not small against the distances of atoms it is off
-      by what D₀ is. Parts of a cue that are small fit many patterns at some scale.
-    - `num_starts`: how many rotations to start from; 16 in the plane, 48 in space and 128 in higher
-      dimensions if None, and twice as many with `reflections`. The time of the first comparison
-      grows with it.
+    - `rotations`: whether to rotate patterns.
+    - `translations`: whether to translate them; if False, they are rotated about the origin.
+    - `reflections`: whether R may have determinant −1.
+    - `scale`: whether to scale patterns. The scale is the one of smallest D₀; its error is small if
+      √ε is small against the distances of atoms. It stays within a factor of 8 of the ratio of
+      sizes, the root mean square distances to the mean, and the term m a is at most half of
+      ΣPⱼₖ|yₖ−ȳ|². Small parts of a measure fit many patterns at some scale.
+    - `num_starts`: the number of initial rotations; None for 16 in the plane, 48 in space and 128
+      in higher dimensions, and twice as many with `reflections`. The time of the first comparison
+      is proportional to it.
 
-    For cues of which parts are missing take `Chamfer`, or a ρ. Labels of atoms, as features, tell
-    poses and patterns apart that points alone do not. Landmarks of known order are clouds with
-    `features=jnp.eye(n)` and a `Chamfer` of large `feature_scale`, whose plan is the order: this is
-    Procrustes' problem, and needs one start. `Certified` has the spectra of covariances as bounds
-    of mixtures unless `scale` is free; else it compares all patterns. There is no theory of basins.
+    Use `Chamfer`, or a ρ, for partial queries. Labels of atoms, as features, distinguish poses and
+    patterns that have similar points. Landmarks of known order are clouds with
+    `features=jnp.eye(n)` and a `Chamfer` of large `feature_scale`, whose plan is the order; this is
+    the Procrustes problem, and one start suffices. `Certified` uses spectra of covariances as
+    bounds for mixtures without `scale`, and compares all patterns otherwise. `jdam.theory` does not
+    apply.
 
-    **Raises:** `TypeError` for another geometry or other types; `ValueError` for a geometry with
-    another cost, where nothing is free, and for `reflections` without `rotations`.
-    """
+    **Raises:** `TypeError` for another geometry or arguments of other types; `ValueError` for a
+    geometry with another cost, for an empty group, and for `reflections` without `rotations`."""
 
     geometry: Chamfer | Sinkhorn | MixtureWasserstein
     rotations: bool = eqx.field(static=True)
@@ -146,8 +147,8 @@ class Aligned(Geometry):
     ):
         if not isinstance(geometry, Chamfer | Sinkhorn | MixtureWasserstein):
             raise TypeError(
-                f"geometry must be a jdam.Chamfer, jdam.Sinkhorn or jdam.MixtureWasserstein, whose "
-                f"measures can be posed; got {geometry!r}"
+                f"geometry must be a jdam.Chamfer, jdam.Sinkhorn or jdam.MixtureWasserstein; "
+                f"got {geometry!r}"
             )
         if getattr(geometry, "cost", None) is not None:
             raise ValueError(f"geometry must have the cost ½|x−y|²; got {geometry!r}")
@@ -166,150 +167,156 @@ class Aligned(Geometry):
         self.num_starts = num_starts
 
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
-        patterns = self._aligned(view, patterns)
-        pose = followed(self, view, patterns, patterns.guess.pose)
-        found = self.geometry.compare(view, self.posed(patterns, pose))
-        return found._replace(guess=Guess(patterns.guess.pose, found.guess), pose=pose)
+        patterns = self._with_best_poses(view, patterns)
+        pose = with_derivative(self, view, patterns, patterns.guess.pose)
+        comparison = self.geometry.compare(view, self.posed(patterns, pose))
+        return comparison._replace(
+            guess=WarmStart(patterns.guess.pose, comparison.guess), pose=pose
+        )
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
-        """That of the wrapped geometry, of the patterns in the poses of their guess."""
-        patterns = self._aligned(view, patterns) if patterns.guess is None else patterns
-        pose = followed(self, view, patterns, patterns.guess.pose)
+        """Return the plans of the wrapped geometry, for patterns in the poses of the warm start."""
+        patterns = self._with_best_poses(view, patterns) if patterns.guess is None else patterns
+        pose = with_derivative(self, view, patterns, patterns.guess.pose)
         return self.geometry.plan(view, self.posed(patterns, pose))
 
     def first_guess(self, prepared: Any) -> Any:
-        return Guess(prepared.unknown, self.geometry.first_guess(prepared.inner))
+        return WarmStart(prepared.unknown_pose, self.geometry.first_guess(prepared.inner))
 
     def posed(self, patterns: Patterns, pose: Pose) -> Patterns:
-        """Patterns of the wrapped geometry, in these poses. What is prepared of them hardly changes
-        unless their scales do."""
+        """Return patterns of the wrapped geometry in the given poses.
+
+        Prepared arrays are transformed, and computed anew only if scales change."""
         moved, prepared = pose(patterns.measures), patterns.prepared.inner
         if isinstance(self.geometry, MixtureWasserstein):
             return Patterns(moved, prepared, patterns.guess.inner)
         if self.scaled:
             return Patterns(moved, self.geometry.prepare(moved), patterns.guess.inner)
-        still = jax.lax.stop_gradient(pose)
-        prepared = prepared._replace(centre=each(still, prepared.centre))
+        constant = jax.lax.stop_gradient(pose)
+        prepared = prepared._replace(centre=transform_points(constant, prepared.centre))
         if isinstance(self.geometry, Sinkhorn):
-            turn = Pose(still.rotation, jnp.zeros_like(still.translation), still.scale)
-            prepared = prepared._replace(offset=each(turn, prepared.offset))
+            linear = Pose(constant.rotation, jnp.zeros_like(constant.translation), constant.scale)
+            prepared = prepared._replace(offset=transform_points(linear, prepared.offset))
         return Patterns(moved, prepared, patterns.guess.inner)
 
-    def _aligned(self, view: AnyView, patterns: Patterns) -> Patterns:
-        """With the best poses found, and what to start the comparison there from, as constants."""
+    def _with_best_poses(self, view: AnyView, patterns: Patterns) -> Patterns:
+        """Return the patterns with a warm start of the best poses, as constants."""
         if patterns.guess is None:
             patterns = patterns._replace(guess=self.first_guess(patterns.prepared))
-        fixed, seen, held = jax.lax.stop_gradient((self, view, patterns))
-        found: Guess = checkpoint_name(fixed._best(seen, held), ITERATED)
-        return patterns._replace(guess=found)
+        fixed, query, rows = jax.lax.stop_gradient((self, view, patterns))
+        warm_start: WarmStart = checkpoint_name(fixed._best_poses(query, rows), ITERATED)
+        return patterns._replace(guess=warm_start)
 
-    def _best(self, view: AnyView, patterns: Patterns) -> Guess:
-        """By refinement of the last poses, or of those that a search ends with."""
+    def _best_poses(self, view: AnyView, patterns: Patterns) -> WarmStart:
+        """Refine the previous poses or, in the first comparison, the results of a search."""
         query, measures = atoms_of(_query(view)), atoms_of(patterns.measures)
-        held = problem(query, measures, getattr(self.geometry, "feature_scale", None))
-        last, inner = patterns.guess
-        plans = self._plans(held, patterns)
-        lanes = search(self.group, held, last, starts(self.group, held, self.num_starts), plans)
-        if isinstance(self.geometry, Chamfer):  # whose plans those of the search are
-            row, first = jnp.arange(len(lanes.score)), lanes.score.argmin(1)
-            return Guess(jax.tree.map(lambda leaf: leaf[row, first], lanes.poses), inner)
+        problem = alignment_problem(query, measures, getattr(self.geometry, "feature_scale", None))
+        previous, inner = patterns.guess
+        settings = self._plan_settings(problem, patterns)
+        candidates = starts(self.group, problem, self.num_starts)
+        result = search(self.group, problem, previous, candidates, settings)
+        if isinstance(self.geometry, Chamfer):  # the search has the same plans
+            row, best_lane = jnp.arange(len(result.score)), result.score.argmin(1)
+            return WarmStart(jax.tree.map(lambda leaf: leaf[row, best_lane], result.poses), inner)
 
-        def turn(best: Chosen) -> Chosen:
-            start = jax.tree.map(lambda leaf: leaf[:, best.rank], lanes.poses)
-            pose = self._refined(held, view, patterns, start)
-            found = self.geometry.compare(view, self.posed(patterns, pose))
-            better = found.divergence < best.divergence
-            return Chosen(
+        def body_fun(best: BestPoses) -> BestPoses:
+            start = jax.tree.map(lambda leaf: leaf[:, best.rank], result.poses)
+            pose = self._refine(problem, view, patterns, start)
+            comparison = self.geometry.compare(view, self.posed(patterns, pose))
+            better = comparison.divergence < best.divergence
+            return BestPoses(
                 best.rank + 1,
-                jnp.where(better, found.divergence, best.divergence),
-                choose_rows(better, Guess(pose, found.guess), best.guess),
+                jnp.where(better, comparison.divergence, best.divergence),
+                where_rows(better, WarmStart(pose, comparison.guess), best.warm_start),
             )
 
-        count = jnp.where(jnp.isfinite(last.scale).all(), 1, LANES)
-        most = jnp.full_like(held.sizes, jnp.inf)
-        start = Chosen(jnp.array(0, jnp.int32), most, patterns.guess)
-        end = while_loop(lambda best: best.rank < count, turn, start, lanes, view, patterns, self)
-        return end.guess
+        count = jnp.where(jnp.isfinite(previous.scale).all(), 1, LANES)
+        unbounded = jnp.full_like(problem.sizes, jnp.inf)
+        start = BestPoses(jnp.array(0, jnp.int32), unbounded, patterns.guess)
+        closure = result, view, patterns, self
+        return while_loop(lambda best: best.rank < count, body_fun, start, *closure).warm_start
 
-    def _plans(self, held: Problem, patterns: Patterns) -> Plans:
-        """Of the search."""
+    def _plan_settings(self, problem: Problem, patterns: Patterns) -> Settings:
+        """Return the settings of the search."""
         geometry = self.geometry
         if isinstance(geometry, MixtureWasserstein):
-            return Plans(Softness(COARSE * held.size, None), 0)
-        soft = Softness(geometry.epsilon, geometry.rho)
+            return Settings(Regularisation(COARSE_EPSILON * problem.size, None), 0)
+        regularisation = Regularisation(geometry.epsilon, geometry.rho)
         if isinstance(geometry, Sinkhorn):
-            return Plans(soft, 0)
+            return Settings(regularisation, 0)
         if not self.scaled:
-            return Plans(soft, REFINEMENTS)
+            return Settings(regularisation, MAX_REFINEMENTS)
 
-        def own(scale: Float[Array, "B W"]) -> Float[Array, "B W"]:
-            of_scales = jax.vmap(own_growth, (None, None, 0))
-            found: Array = jax.vmap(of_scales, (None, 0, 0))(geometry, patterns.measures, scale)
-            return found
+        def growth(scale: Float[Array, "B W"]) -> Float[Array, "B W"]:
+            over_scales = jax.vmap(self_cost_growth, (None, None, 0))
+            result: Array = jax.vmap(over_scales, (None, 0, 0))(geometry, patterns.measures, scale)
+            return result
 
-        return Plans(soft, REFINEMENTS, own)
+        return Settings(regularisation, MAX_REFINEMENTS, growth)
 
-    def _refined(self, held: Problem, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
-        """Poses after alternation by plans of the wrapped geometry until atoms come to rest."""
-        tol = tolerance(held)
+    def _refine(self, problem: Problem, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
+        """Alternate plans of the wrapped geometry and motions until the displacement is within the
+        tolerance."""
+        tol = tolerance(problem)
 
-        def unfinished(state: Refined) -> Bool[Array, ""]:
-            return (state.change > 1).any() & (state.turns < REFINEMENTS)
+        def cond_fun(state: Refinement) -> Bool[Array, ""]:
+            return (state.change > 1).any() & (state.iteration < MAX_REFINEMENTS)
 
-        def turn(state: Refined) -> Refined:
-            found, own = self._moments(view, patterns, state.pose)
-            moved = best_pose(self.group, found, state.pose, held.ratio, own)
-            old, new = jax.tree.map(lambda leaf: leaf[:, None], (state.pose, moved))
-            return Refined(moved, moved_by(held, old, new)[:, 0] / tol, state.turns + 1)
+        def body_fun(state: Refinement) -> Refinement:
+            moments, growth = self._moments(view, patterns, state.pose)
+            new_pose = best_pose(self.group, moments, state.pose, problem.ratio, growth)
+            old, new = jax.tree.map(lambda leaf: leaf[:, None], (state.pose, new_pose))
+            change = displacement(problem, old, new)[:, 0] / tol
+            return Refinement(new_pose, change, state.iteration + 1)
 
-        start = Refined(pose, jnp.full_like(tol, jnp.inf), jnp.array(0, jnp.int32))
-        return while_loop(unfinished, turn, start, held, view, patterns, self).pose
+        start = Refinement(pose, jnp.full_like(tol, jnp.inf), jnp.array(0, jnp.int32))
+        return while_loop(cond_fun, body_fun, start, problem, view, patterns, self).pose
 
     def _moments(self, view: AnyView, patterns: Patterns, pose: Pose) -> tuple[Moments, Array]:
-        """Of the plans between a query and patterns in these poses, and what patterns cost
-        themselves; see `best_pose`."""
+        """Return the moments of the plans between the query and patterns in the given poses, and
+        the growth of the patterns' self cost with the scale, see `best_pose`."""
         query, measures, posed = _query(view), patterns.measures, self.posed(patterns, pose)
         if isinstance(self.geometry, MixtureWasserstein):
             plans, factors = aligned_plan(view, posed.measures)
-            # `Bures` turns factors of the query; those of patterns are aligned with what it makes.
-            own = view.components.query.factor
-            query = with_leaves(query, query.weights, query.means, own)
-            # From the frame of the query to that of the patterns.
+            # `Bures` rotates the factors of the query; those of patterns are aligned with these.
+            factor = view.components.query.factor
+            query = with_leaves(query, query.weights, query.means, factor)
+            # Factors are transformed from the frame of the query to that of the patterns.
             factors = jnp.einsum("bij,bklir->bkljr", pose.rotation, factors)
             factors = factors / pose.scale[:, None, None, None, None]
-            found = jax.vmap(in_mixture_plan, (0, None, 0, 0))(plans, query, measures, factors)
-            return found, jnp.zeros_like(pose.scale)
+            over_patterns = jax.vmap(mixture_plan_moments, (0, None, 0, 0))
+            result = over_patterns(plans, query, measures, factors)
+            return result, jnp.zeros_like(pose.scale)
         plans = self.geometry.plan(view, posed)
-        found = jax.vmap(in_plan, (0, None, 0))(plans, query, measures)
+        result = jax.vmap(plan_moments, (0, None, 0))(plans, query, measures)
         if not self.scaled:
-            return found, jnp.zeros_like(pose.scale)
+            return result, jnp.zeros_like(pose.scale)
         clouds = posed.measures
         force = jax.vmap(self.geometry.view)(clouds).force
-        ways = clouds.points - clouds.mean[:, None]
-        growth = jnp.vecdot(
-            clouds.weights, jnp.where(clouds.weights > 0, jnp.vecdot(ways, force), 0)
-        )
-        mass = jnp.where(found.mass > 0, found.mass, 1)
-        return found, growth / (mass * pose.scale**2)
+        centred = clouds.points - clouds.mean[:, None]
+        forces = jnp.where(clouds.weights > 0, jnp.vecdot(centred, force), 0)
+        growth = jnp.vecdot(clouds.weights, forces)
+        mass = jnp.where(result.mass > 0, result.mass, 1)
+        return result, growth / (mass * pose.scale**2)
 
     @property
     def group(self) -> Group:
-        """The motions that are free."""
+        """The group of motions."""
         return Group(self.rotations, self.translations, self.reflections, self.scaled)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        """By spectra, of mixtures. One-sided and entropic divergences lie below what spectra and
-        radii bound."""
+        """Return the bound by spectra for mixtures. One-sided and entropic divergences may be
+        smaller than bounds by spectra and radii."""
         if self.scaled or not isinstance(self.geometry, MixtureWasserstein):
             return ()
 
         def bound(view: AnyView, patterns: Patterns) -> Float[Array, " B"]:
-            held = patterns._replace(prepared=patterns.prepared.inner)
-            return by_spectra(view, held, about_means=self.translations)
+            inner = patterns._replace(prepared=patterns.prepared.inner)
+            return by_spectra(view, inner, about_means=self.translations)
 
         return (bound,)
 
-    # Those of the wrapped geometry.
+    # The other methods are those of the wrapped geometry.
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         return self.geometry.match(query, patterns)
@@ -319,9 +326,9 @@ class Aligned(Geometry):
 
     def prepare(self, patterns: AnyMeasure) -> Any:
         mean = jax.lax.stop_gradient(patterns.mean)
-        unknown = jnp.full_like(mean, jnp.nan)
-        rotation = jnp.broadcast_to(unknown[..., None], (*unknown.shape, unknown.shape[-1]))
-        return Prepared(self.geometry.prepare(patterns), Pose(rotation, unknown, unknown[:, 0]))
+        nan = jnp.full_like(mean, jnp.nan)
+        rotation = jnp.broadcast_to(nan[..., None], (*nan.shape, nan.shape[-1]))
+        return Prepared(self.geometry.prepare(patterns), Pose(rotation, nan, nan[:, 0]))
 
     def view(self, query: AnyMeasure) -> AnyView:
         return self.geometry.view(query)
@@ -356,13 +363,13 @@ class Aligned(Geometry):
         return self.geometry.energy_tolerance(patterns, weights)
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
-        """Fewer, since poses are sought in several lanes."""
+        """Return smaller sizes than the wrapped geometry, since the search has several lanes."""
         atoms = jax.eval_shape(atoms_of, patterns)
         pairs = LANES * atoms.num_atoms**2
-        most = max(1, by_platform(2**18, 2**24) // pairs)
+        budget = max(1, by_platform(2**18, 2**24) // pairs)
         inner = self.geometry.batch_sizes(patterns)
-        at_once = min(inner.patterns, most, len(patterns))
-        queries = max(1, min(inner.queries, most // at_once))
+        at_once = min(inner.patterns, budget, len(patterns))
+        queries = max(1, min(inner.queries, budget // at_once))
         return BatchSizes(queries, at_once, min(inner.differentiated, at_once))
 
     @property
@@ -378,15 +385,15 @@ class Aligned(Geometry):
         return self.geometry.default_acceleration
 
     def __repr__(self) -> str:
-        shown = [repr(self.geometry)]
-        shown += [] if self.rotations else ["rotations=False"]
-        shown += [] if self.translations else ["translations=False"]
-        shown += ["reflections=True"] if self.reflections else []
-        shown += ["scale=True"] if self.scaled else []
-        shown += [] if self.num_starts is None else [f"num_starts={self.num_starts}"]
-        return f"Aligned({', '.join(shown)})"
+        settings = [repr(self.geometry)]
+        settings += [] if self.rotations else ["rotations=False"]
+        settings += [] if self.translations else ["translations=False"]
+        settings += ["reflections=True"] if self.reflections else []
+        settings += ["scale=True"] if self.scaled else []
+        settings += [] if self.num_starts is None else [f"num_starts={self.num_starts}"]
+        return f"Aligned({', '.join(settings)})"
 
 
 def _query(view: AnyView) -> AnyMeasure:
-    """What it is a view of."""
+    """Return the query of a view."""
     return getattr(view, "query", view)

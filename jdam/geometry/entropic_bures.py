@@ -91,26 +91,26 @@ class EntropicBures(Gaussians):
         return self._kernel(view).move(view, pull, step_size)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
-        """|v| = √(|Σ wᵢμᵢ − m|² + |Σ wᵢMᵢRᵢ − LR₀|²)."""
-        return norm(jax.tree.map(jnp.subtract, pull, view.own))
+        """Compute |v| = √(|Σ wᵢμᵢ − m|² + |Σ wᵢMᵢRᵢ − LR₀|²)."""
+        return norm(jax.tree.map(jnp.subtract, pull, view.self_pull))
 
     def __repr__(self) -> str:
         shown = checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
         return f"EntropicBures(epsilon={f'{float(self.epsilon):.4g}' if shown else '…'})"
 
     def _kernel(self, measure_or_view: Any) -> "Full | Diagonal":
-        """The formulas for a query, a view or patterns."""
+        """Return the formulas for a query, a view or patterns."""
         diagonal = isinstance(measure_or_view, DiagonalGaussian | DiagonalView)
         return Diagonal(self.epsilon) if diagonal else Full(self.epsilon)
 
 
-def _toward(query: Any, pull: Any, own: Any, step_size: Array) -> Any:
-    """The query after a step, ξ + τ(pull − own)."""
-    return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, own)
+def _toward(query: Any, pull: Any, self_pull: Any, step_size: Array) -> Any:
+    """Return the query after a step, ξ + τ(pull − self_pull)."""
+    return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, self_pull)
 
 
 def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Float[Array, " B"]:
-    """½|m − μ|² + ½ε·gaps, minus the rounding error."""
+    """Compute ½|m − μ|² + ½ε·gaps, minus the rounding error."""
     shifts = squared_distances(mean, means)
     return (shifts + epsilon * gaps) * ((1 - rounding(mean.size, shifts.dtype)) / 2)
 
@@ -119,10 +119,10 @@ def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Floa
 
 
 class DiagonalView(NamedTuple):
-    """A query and `own`, the pull of its self transport."""
+    """A query, and the pull of its self transport."""
 
     query: DiagonalGaussian
-    own: DiagonalGaussian
+    self_pull: DiagonalGaussian
 
 
 class Diagonal(NamedTuple):
@@ -132,8 +132,8 @@ class Diagonal(NamedTuple):
     epsilon: Float[Array, ""]
 
     def view(self, query: DiagonalGaussian) -> DiagonalView:
-        own = query.scale * shrink(query.scale**2 / self.epsilon)
-        return DiagonalView(query, with_leaves(query, query.mean, own))
+        scale = query.scale * shrink(query.scale**2 / self.epsilon)
+        return DiagonalView(query, with_leaves(query, query.mean, scale))
 
     def compare(self, view: DiagonalView, patterns: Patterns) -> Comparison:
         query, measures = view.query, patterns.measures
@@ -157,11 +157,11 @@ class Diagonal(NamedTuple):
         return _with_shifts(view.query.mean, patterns.measures.mean, self.epsilon, gaps)
 
     def move(self, view: DiagonalView, pull: Any, step_size: Array) -> DiagonalGaussian:
-        moved = _toward(view.query, pull, view.own, step_size)
+        moved = _toward(view.query, pull, view.self_pull, step_size)
         return upright(moved.mean, moved.scale)
 
     def _scales(self, view: DiagonalView, measures: DiagonalGaussian) -> tuple[Array, Array]:
-        """α and β in units of √ε, so that ε = 1."""
+        """Return α and β in units of √ε, so that ε = 1."""
         root = jnp.sqrt(self.epsilon)
         return (view.query.scale / root)[None], measures.scale / root
 
@@ -174,7 +174,7 @@ class View(NamedTuple):
     transport."""
 
     query: Gaussian
-    own: Gaussian  # the pull (m, LR₀) of the self transport
+    self_pull: Gaussian  # the pull (m, LR₀) of the self transport
     shrunk: Float[Array, "r r"]  # R₀
     axes: Float[Array, "r r"]  # Vᵀ
 
@@ -220,10 +220,11 @@ class Full(NamedTuple):
         return self._by_spectra, self._by_principal_axes
 
     def _by_spectra(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
-        """The lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)) on D, where α and β are the
-        standard deviations along the principal axes in descending order. It holds because φ(eˣ) is
-        convex and increasing, and the singular values of MᵀL are weakly log-majorised by the
-        products of those of M and L (Horn)."""
+        """Return the lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖβₖ)) on D, where α and β
+        are the standard deviations along the principal axes in descending order. It holds because
+        φ(eˣ) is convex and increasing, and the singular values of MᵀL are weakly log-majorised by
+        the products of those of M and L (Horn).
+        """
         query, measures = view.query, patterns.measures
         first, second = self._sizes(query)[None], self._scaled(patterns.prepared.sizes)
         second = jnp.pad(second, [(0, 0), (0, first.size - second.shape[-1])])
@@ -232,10 +233,11 @@ class Full(NamedTuple):
         return _with_shifts(query.mean, measures.mean, self.epsilon, gaps)
 
     def _by_principal_axes(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
-        """The lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)) on D, where nₖ = |Mᵀuₖ| are
-        the standard deviations of the pattern along the principal axes uₖ of the query,
-        L = U diag(α) Vᵀ. It holds because φ(√x) is concave, so that Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|), and
-        is exact where the covariances commute."""
+        """Return the lower bound ½|m − μ|² + ½Σₖ(½φ(αₖ²) + ½φ(βₖ²) − φ(αₖnₖ)) on D, where
+        nₖ = |Mᵀuₖ| are the standard deviations of the pattern along the principal axes uₖ of the
+        query, L = U diag(α) Vᵀ. It holds because φ(√x) is concave, so that
+        Σφ(σ(MᵀL)) ≤ Σφ(|MᵀLvₖ|). The bound is exact where the covariances commute.
+        """
         query, measures = view.query, patterns.measures
         sizes, along = map(self._scaled, deviations_along_axes(query, measures))
         first = sizes[None]
@@ -248,21 +250,21 @@ class Full(NamedTuple):
         return _with_shifts(query.mean, measures.mean, self.epsilon, gaps + rest / 2)
 
     def move(self, view: View, pull: Any, step_size: Array) -> Gaussian:
-        moved = _toward(view.query, pull, view.own, step_size)
+        moved = _toward(view.query, pull, view.self_pull, step_size)
         result: Gaussian = with_leaves(moved, moved.mean, moved.factor @ view.axes)
         return result
 
     def _scaled(self, lengths: Array) -> Array:
-        """`lengths` in units of √ε, so that ε = 1."""
+        """Return `lengths` in units of √ε, so that ε = 1."""
         return lengths / jnp.sqrt(self.epsilon)
 
     def _sizes(self, query: Gaussian) -> Array:
-        """The standard deviations of a query along its principal axes, in units of √ε."""
+        """Return the standard deviations of a query along its principal axes, in units of √ε."""
         return self._scaled(jnp.linalg.norm(query.factor, axis=-2))
 
 
 def _axes(factor: Float[Array, "d r"]) -> tuple[Float[Array, "r r"], Float[Array, " r"]]:
-    """Vᵀ and s of M = U diag(s) Vᵀ, s padded with zeros to r entries."""
+    """Return Vᵀ and s of M = U diag(s) Vᵀ, with s padded with zeros to r entries."""
     dim, rank = factor.shape
     _, sizes, axes = (full_svd if rank > dim else svd)(factor)
     return axes, jnp.pad(sizes, (0, rank - sizes.size))
@@ -276,16 +278,16 @@ def _gap(
     polar: ShrunkPolar,
     spectra: Prepared,
 ) -> Float[Array, " B"]:
-    """Σ½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)) for ε = 1, as a sum of terms ≥ 0. The columns of L are
-    along its principal axes, and `shrunk` is R₀.
+    """Compute Σ½φ(σ(LᵀL)) + ½φ(σ(MᵀM)) − φ(σ(MᵀL)) for ε = 1, as a sum of terms ≥ 0. The columns of
+    L are along its principal axes, and `shrunk` is R₀.
 
     With MᵀL = U diag(σ) Vᵀ and the convexity gaps δ(x, y) of φ the sum is
 
         Σₖ rₖ|(LV − MU)ₖ|² + ½Σᵢₖ Vᵢₖ² δ(αᵢ², σₖ) + ½Σᵢₖ Wᵢₖ² δ(βᵢ², σₖ),
 
     where W are the overlaps of the principal axes of MᵀM with U. It is the expansion of tr φ(X)
-    about H = V diag(σ) Vᵀ for X = LᵀL and X = QᵀMᵀMQ, Q = UVᵀ, where
-    LᵀL + QᵀMᵀMQ − 2H = (L − MQ)ᵀ(L − MQ).
+    about H = V diag(σ) Vᵀ for X = LᵀL and X = QᵀMᵀMQ, Q = UVᵀ, where LᵀL +
+    QᵀMᵀMQ − 2H = (L − MQ)ᵀ(L − MQ).
     """
     rank = factors.shape[-1]
     values = jnp.pad(polar.values, [(0, 0), (0, factor.shape[-1] - rank)])
@@ -303,7 +305,9 @@ def _gap(
 @partial(_gap.defjvp, symbolic_zeros=True)
 @full_precision
 def _gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    """The derivative of `_gap` in the factors: by the envelope theorem dΣφ(σ(K)) = 2⟨R, dK⟩."""
+    """Return the derivative of `_gap` in the factors: by the envelope theorem dΣφ(σ(K)) = 2⟨R,
+    dK⟩.
+    """
     factor, factors, shrunk, polar, _ = primals
     dfactor, dfactors, *_ = tangents
     aligned = factors @ polar.factor
@@ -311,15 +315,15 @@ def _gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     if moves(dfactor):
         change += 2 * jnp.sum(((factor @ shrunk)[None] - aligned) * dfactor[None], axis=(-1, -2))
     if moves(dfactors):
-        own = factors @ shrunk_polar(factors.mT @ factors).factor
+        self_pull = factors @ shrunk_polar(factors.mT @ factors).factor
         back = factor[None] @ polar.factor.mT
-        change += 2 * jnp.sum((own - back) * dfactors, axis=(-1, -2))
+        change += 2 * jnp.sum((self_pull - back) * dfactors, axis=(-1, -2))
     return _gap(*primals), change
 
 
 @jax.custom_jvp
 def _scalar_gap(first: Array, second: Array) -> Array:
-    """½φ(a²) + ½φ(b²) − φ(ab) for ε = 1, as a sum of terms ≥ 0."""
+    """Compute ½φ(a²) + ½φ(b²) − φ(ab) for ε = 1, as a sum of terms ≥ 0."""
     product = first * second
     gaps = _convexity_gap(first**2, product) + _convexity_gap(second**2, product)
     return shrink(product) * (first - second) ** 2 + gaps / 2
@@ -336,7 +340,7 @@ def _scalar_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tupl
 
 
 def _convexity_gap(x: Array, y: Array) -> Array:
-    """The convexity gap δ(x, y) = φ(x) − φ(y) − φ'(y)(x − y) ≥ 0 for ε = 1, x, y ≥ 0.
+    """Return the convexity gap δ(x, y) = φ(x) − φ(y) − φ'(y)(x − y) ≥ 0 for ε = 1, x, y ≥ 0.
 
     It is computed without cancellation: with t(x) = √(4x²+1) and u = (t(x) − t(y))/(t(y) + 1),
 
@@ -351,8 +355,9 @@ def _convexity_gap(x: Array, y: Array) -> Array:
 
 
 def _less_log(up: Array, down: Array) -> Array:
-    """u − log(1 + u), for `up` = u and `down` = v with (1 + u)(1 + v) = 1. For u < 0 the logarithm
-    is that of 1 + v, which is accurate as u → −1."""
+    """Compute u − log(1 + u), for `up` = u and `down` = v with (1 + u)(1 + v) = 1. For u < 0 the
+    logarithm is that of 1 + v, which is accurate as u → −1.
+    """
     # Series of log(1 + u) = 2 artanh w; its remainder is below the rounding error of float64.
     w = up / (2 + up)
     square = w * w
@@ -363,19 +368,22 @@ def _less_log(up: Array, down: Array) -> Array:
 
 
 def _phi(x: Array) -> Array:
-    """φ for ε = 1."""
+    """Compute φ for ε = 1."""
     half = x * shrink(x)
     return 2 * half - jnp.log1p(half)
 
 
 def _size_error(first: Array, second: Array, patterns: Gaussian) -> Array:
-    """A bound on the rounding error of singular values, which is relative to the largest one."""
+    """Return a bound on the rounding error of singular values, which is relative to the largest
+    one.
+    """
     error = rounding(sum(patterns.factor.shape[1:]), first.dtype)
     return error * (first.max(-1) + second.max(-1))[..., None]
 
 
 def _gap_less_rounding(first: Array, second: Array, error: Array) -> Array:
-    """A lower bound on `_scalar_gap` of exact arguments that differ from `first` and `second` by at
-    most `error`. In each argument `_scalar_gap` has the Lipschitz constant 3|a − b|."""
+    """Return a lower bound on `_scalar_gap` of exact arguments that differ from `first` and
+    `second` by at most `error`. In each argument `_scalar_gap` has the Lipschitz constant 3|a − b|.
+    """
     difference = jnp.abs(first - second)
     return jnp.maximum(_scalar_gap(first, second) - 6 * error * (difference + 2 * error), 0)

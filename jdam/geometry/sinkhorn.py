@@ -28,15 +28,15 @@ from jdam.geometry._clouds import (
     Prepared,
     Pull,
     View,
-    about,
     check_cloud,
     checked_parameters,
-    place,
     radius_of,
+    relative_coordinates,
+    relative_to,
     rounding_of,
     shown_parameters,
     unit_of,
-    without_padding,
+    zero_padding,
 )
 from jdam.geometry._shk import SHKGeometry
 from jdam.geometry.protocol import (
@@ -217,37 +217,41 @@ class Sinkhorn(SHKGeometry):
     def prepare(self, patterns: AnyMeasure) -> Any:
         patterns = self.lifted(patterns)
         centre = self._centre(patterns)
-        centred = about(centre, patterns, self.epsilon)
-        known = jax.vmap(self._self_transport)(centred, patterns.weights)
-        known = known._replace(gradient=None)
+        centred = relative_to(centre, patterns, self.epsilon)
+        solution = jax.vmap(self._self_transport)(centred, patterns.weights)
+        solution = solution._replace(gradient=None)
         offset = jnp.vecmat(patterns.weights, centred)
         radius = None if self.rho is None else radius_of(centred, patterns.weights)
-        return Prepared(centre, *jax.lax.stop_gradient((offset, known, radius)))
+        return Prepared(centre, *jax.lax.stop_gradient((offset, solution, radius)))
 
     def first_guess(self, prepared: Any) -> Any:
-        return prepared.known.potential
+        return prepared.self_transport.potential
 
     def view(self, query: AnyMeasure) -> AnyView:
         atoms = self.lifted(query)
         centre = self._centre(atoms)
-        centred = about(centre, atoms, self.epsilon)
-        known = self._self_transport(centred, query.weights)
-        fraction = self._marginals.transported_fraction(known.potential)
-        assert known.gradient is not None  # only patterns are prepared without it
-        force = fraction[:, None] * known.gradient[:, : query.dim]  # features are fixed
-        return View(query, centre, centred, known, force)
+        centred = relative_to(centre, atoms, self.epsilon)
+        solution = self._self_transport(centred, query.weights)
+        fraction = self._marginals.transported_fraction(solution.potential)
+        assert solution.gradient is not None  # only patterns are prepared without it
+        force = fraction[:, None] * solution.gradient[:, : query.dim]  # features are fixed
+        return View(query, centre, centred, solution, force)
 
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         query, prepared, clouds = view.query, patterns.prepared, self.lifted(patterns.measures)
         weights, centres = clouds.weights, jax.lax.stop_gradient(prepared.centre)
-        centred = about(centres, clouds, self.epsilon)
-        known = jax.vmap(self._self_transport)(centred, weights, prepared.known)
-        shift, means, placed = place(self._marginals, view, centres, centred, weights)
-        solution = self._coupled(view, placed, patterns)
-        divergence = means + solution.cost - view.known.cost / 2 - known.cost / 2
-        not_converged = (solution.error > self._tol) | (known.error > self._tol)
+        centred = relative_to(centres, clouds, self.epsilon)
+        pattern_transport = jax.vmap(self._self_transport)(
+            centred, weights, prepared.self_transport
+        )
+        shift, means, atoms = relative_coordinates(self._marginals, view, centres, centred, weights)
+        solution = self._solve(view, atoms, patterns)
+        divergence = (
+            means + solution.cost - view.self_transport.cost / 2 - pattern_transport.cost / 2
+        )
+        not_converged = (solution.error > self._tol) | (pattern_transport.error > self._tol)
         if self.cost is None:
-            rounding_error = rounding_of(view, placed, weights, self._marginals)
+            rounding_error = rounding_of(view, atoms, weights, self._marginals)
             not_converged |= rounding_error > jnp.abs(divergence) / 32
         fractions = self._marginals.transported_fraction(solution.f)
         force, coordinates = fractions[..., None] * solution.gradient, slice(query.dim)
@@ -258,33 +262,35 @@ class Sinkhorn(SHKGeometry):
                 velocity=view.force[None] - force[..., coordinates] - shift[:, None, coordinates],
                 variation=variation(solution.f)
                 + shift @ view.centred.T
-                - variation(view.known.potential)[None],
+                - variation(view.self_transport.potential)[None],
             ),
             guess=jax.lax.stop_gradient(solution.g),
-            not_converged=not_converged | (view.known.error > self._tol),
+            not_converged=not_converged | (view.self_transport.error > self._tol),
             inliers=None if self.rho is None else fractions,
         )
 
-    def _coupled(
-        self, view: View, placed: Float[Array, "B m d"], patterns: Patterns
+    def _solve(
+        self, view: View, atoms: Float[Array, "B m d"], patterns: Patterns
     ) -> SinkhornOutput:
-        """Solve the transport problems between the query and patterns with atoms at `placed`."""
-        guess = patterns.prepared.known.potential if patterns.guess is None else patterns.guess
+        """Solve the transport problems between the query and patterns with these atoms."""
+        guess = (
+            patterns.prepared.self_transport.potential if patterns.guess is None else patterns.guess
+        )
 
         def solve(points: Array, weights: Array, guess: Array) -> SinkhornOutput:
             pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
             return solve_pair(self._solver, pair, guess)
 
-        solutions: SinkhornOutput = jax.vmap(solve)(placed, patterns.measures.weights, guess)
+        solutions: SinkhornOutput = jax.vmap(solve)(atoms, patterns.measures.weights, guess)
         return solutions
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """Compute pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε)."""
         clouds, centres = self.lifted(patterns.measures), patterns.prepared.centre
         weights, centres = clouds.weights, jax.lax.stop_gradient(centres)
-        centred = about(centres, clouds, self.epsilon)
-        _, _, placed = place(self._marginals, view, centres, centred, weights)
-        solution = self._coupled(view, placed, patterns)
+        centred = relative_to(centres, clouds, self.epsilon)
+        _, _, atoms = relative_coordinates(self._marginals, view, centres, centred, weights)
+        solution = self._solve(view, atoms, patterns)
 
         def plan_of(f: Array, g: Array, points: Array, weights: Array) -> Array:
             costs = self._solver.cost.scaled(view.centred, points, self.epsilon)
@@ -294,7 +300,7 @@ class Sinkhorn(SHKGeometry):
             plan: Array = masses * jnp.exp(jnp.where(on, logs, 0))
             return plan
 
-        plans: Array = jax.vmap(plan_of)(solution.f, solution.g, placed, weights)
+        plans: Array = jax.vmap(plan_of)(solution.f, solution.g, atoms, weights)
         return plans
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
@@ -314,7 +320,7 @@ class Sinkhorn(SHKGeometry):
         if self.cost_scale is None:
             return None
         clouds = self.lifted(measures)
-        squares = without_padding(clouds.points, clouds.weights) ** 2
+        squares = zero_padding(clouds.points, clouds.weights) ** 2
         size = jnp.sqrt(jnp.vecdot(clouds.weights, squares.sum(-1)) / 2)
         return Embedding(clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size)
 
@@ -322,7 +328,7 @@ class Sinkhorn(SHKGeometry):
         """Return the root mean square distance of atoms to the mean of all, plus eps^0.3 times the
         distance of that mean to the origin, to which coordinates round."""
         mean = average(patterns.mean, weights)
-        centred = without_padding(patterns.points - mean[None, None], patterns.weights)
+        centred = zero_padding(patterns.points - mean[None, None], patterns.weights)
         spread = average(jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred)), weights)
         eps = float(jnp.finfo(patterns.dtype).eps)
         result: Array = jnp.sqrt(spread) + eps**0.3 * jnp.sqrt(jnp.vdot(mean, mean))
@@ -332,7 +338,7 @@ class Sinkhorn(SHKGeometry):
         """Return the rounding error of S_ε between clouds of this size, or the inner solver's if
         larger."""
         eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
-        centred = without_padding(patterns.points - patterns.mean[:, None], patterns.weights)
+        centred = zero_padding(patterns.points - patterns.mean[:, None], patterns.weights)
         variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
         if self.cost is not None:
             variances = mean_within(self._ground, patterns.points, patterns.weights)

@@ -9,7 +9,7 @@ from jdam._core.lapack import qr
 
 
 def orthogonal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Orthogonal matrices (…, d, d) of the Haar distribution, for `shape` = (…, d). Unlike
+    """Draw orthogonal matrices (…, d, d) of the Haar distribution, for `shape` = (…, d). Unlike
     `jax.random.orthogonal` it calls the QR decomposition of `jdam._core.lapack`, which does not
     deadlock."""
     normal = jax.random.normal(key, (*shape, shape[-1]), dtype)
@@ -19,14 +19,14 @@ def orthogonal(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 
 def directions(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
-    """Uniformly distributed unit vectors (…, d)."""
+    """Draw uniformly distributed unit vectors (…, d)."""
     normal = jax.random.normal(key, shape, dtype)
     result: Array = normal / jnp.linalg.norm(normal, axis=-1, keepdims=True)
     return result
 
 
 def checked_dtype(dtype: DTypeLike | None) -> jnp.dtype:
-    """`dtype`, checked to be floating; JAX's default floating dtype if None."""
+    """Return `dtype`, checked to be floating; JAX's default floating dtype if None."""
     dtype = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a floating dtype; got {dtype}")

@@ -38,8 +38,8 @@ def separated_clouds(
     yᵢⱼ = mᵢ + zᵢⱼ − z̄ᵢ, where zᵢⱼ are uniform in the ball of radius r with distances of at least
     `min_separation`, and z̄ᵢ is their weighted mean. The weights are uniform on the part of the
     simplex where all weights are at least `min_weight`. Hence the mean of a cloud is mᵢ, its atoms
-    are in the ball of radius R − b about 0, and N ≤ √(2δ) exp(η²d/4) means have distances
-    ≥ a√(2(1−η)) with probability ≥ 1 − δ (Theorem 1 and Lemmas 15, 16 there).
+    are in the ball of radius R − b about 0, and N ≤ √(2δ) exp(η²d/4) means have
+    distances ≥ a√(2(1−η)) with probability ≥ 1 − δ (Theorem 1 and Lemmas 15, 16 there).
 
     **Arguments:**
 
@@ -89,7 +89,7 @@ def separated_clouds(
 @partial(jax.jit, static_argnums=(2, 3, 4))
 @full_precision
 def _clouds(key: Array, settings: dict[str, Array], num: int, num_atoms: int, dim: int) -> Any:
-    """The points (N, n, d) and weights (N, n) of `separated_clouds`."""
+    """Return the points (N, n, d) and weights (N, n) of `separated_clouds`."""
     mean_key, weight_key, shape_key = jax.random.split(key, 3)
     min_weight = settings["min_weight"]
     dtype = min_weight.dtype
@@ -110,8 +110,9 @@ def _clouds(key: Array, settings: dict[str, Array], num: int, num_atoms: int, di
 def _separated_atoms(
     key: Array, radius: Array, separation: Array, *, num_atoms: int, dim: int
 ) -> Float[Array, "n d"]:
-    """Atoms uniform in a ball by rejection sampling: each is drawn until its distance from the
-    atoms before it is at least `separation`, and is NaN after `TRIES` draws without success."""
+    """Draw atoms uniform in a ball by rejection sampling: each is drawn until its distance from the
+    atoms before it is at least `separation`, and is NaN after `TRIES` draws without success.
+    """
 
     def add_atom(atoms: Array, item: tuple[Array, Array]) -> tuple[Array, None]:
         number, key = item

@@ -70,7 +70,7 @@ def wasserstein_sphere(
 def _sphere(
     key: Array, bounds: tuple[Array, Array], num: int, dim: int, commuting: bool
 ) -> Gaussian:
-    """`wasserstein_sphere` with bounds."""
+    """Return `wasserstein_sphere` with bounds."""
     mean_key, spectrum_key, basis_key = jax.random.split(key, 3)
     (low, high), dtype = bounds, bounds[0].dtype
     spectra = low + (high - low) * _uniform_on_slice(spectrum_key, num, dim, dtype)
@@ -83,7 +83,7 @@ def _sphere(
 @partial(jax.jit, static_argnums=(1, 2, 3))
 @full_precision
 def _wishart_sphere(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Gaussian:
-    """`wasserstein_sphere` without bounds."""
+    """Return `wasserstein_sphere` without bounds."""
     mean_key, factor_key = jax.random.split(key)
     normal = jax.random.normal(factor_key, (num, dim, dim), dtype)
     factors = cholesky(normal @ normal.mT + jnp.eye(dim, dtype=dtype)[None] / 100)
@@ -92,14 +92,13 @@ def _wishart_sphere(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Gaussia
 
 
 def _uniform_on_slice(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Float[Array, "N d"]:
-    """Points uniform on the central slice {u ∈ [0, 1]ᵈ, Σu = d/2} of the unit cube.
+    """Return points uniform on the central slice {u ∈ [0, 1]ᵈ, Σu = d/2} of the unit cube.
 
-    The slice Pₙ(s) = {u ∈ [0, 1]ⁿ, Σu = s} is the union of the cones from its centre
-    (s/n, …, s/n) over its facets uₖ = 0 and uₖ = 1. These facets are slices Pₙ₋₁(s) and Pₙ₋₁(s−1),
-    at distances proportional to s/n and 1 − s/n from the centre. A uniform point of Pₙ(s) is
-    therefore on the segment from the centre to a uniform point of a facet, which is chosen with
-    the probability of its cone, at the fraction r of the segment, where r^(n−1) is uniform on
-    [0, 1].
+    The slice Pₙ(s) = {u ∈ [0, 1]ⁿ, Σu = s} is the union of the cones from its centre (s/n, …, s/n)
+    over its facets uₖ = 0 and uₖ = 1. These facets are slices Pₙ₋₁(s) and Pₙ₋₁(s−1), at distances
+    proportional to s/n and 1 − s/n from the centre. A uniform point of Pₙ(s) is therefore on the
+    segment from the centre to a uniform point of a facet, which is chosen with the probability of
+    its cone, at the fraction r of the segment, where r^(n−1) is uniform on [0, 1].
     """
     zero_probabilities = jnp.asarray(_zero_probabilities(dim), dtype)
     facet_key, fraction_key, order_key = jax.random.split(key, 3)
@@ -128,8 +127,8 @@ def _uniform_on_slice(key: Array, num: int, dim: int, dtype: jnp.dtype) -> Float
 
 
 def _zero_probabilities(dim: int) -> np.ndarray:
-    """The probability of a facet uₖ = 0 of Pₙ(s), (d−1, d+1), for n = d, …, 2 and s = d/2 − j,
-    j = 0, …, d.
+    """Return the probability of a facet uₖ = 0 of Pₙ(s), (d−1, d+1), for n = d, …, 2 and
+    s = d/2 − j, j = 0, …, d.
 
     The volumes follow from the B-spline recursion, whose terms are all ≥ 0:
 

@@ -73,7 +73,7 @@ def separated_mixtures(
 @jax.jit
 @full_precision
 def _factors(key: Array, clouds: PointCloud, bounds: tuple[Array, Array]) -> Array:
-    """The random factors U√Λ, one for each atom."""
+    """Return the random factors U√Λ, one for each atom."""
     basis_key, spectrum_key = jax.random.split(key)
     shape, dtype = clouds.points.shape, clouds.dtype
     low, high = bounds

@@ -112,7 +112,9 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
 
 
 def _deform(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Measure:
-    """The image of a measure under a random map x ↦ x + S(x − m), at the distance `radius`."""
+    """Return the image of a measure under a random map x ↦ x + S(x − m), at the distance
+    `radius`.
+    """
     if isinstance(measure, DiagonalGaussian):
         change = radius[..., None] * directions(key, measure.scale.shape, measure.dtype)
         change = jnp.where(measure.scale + change < 0, -change, change)
@@ -142,7 +144,9 @@ def _deform(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Me
 
 
 def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) -> PointCloud:
-    """The cloud with each atom moved by `radius`, NaN above half the separation of the atoms."""
+    """Return the cloud with each atom moved by `radius`, NaN above half the separation of the
+    atoms.
+    """
     on = cloud.weights > 0
     gaps = cloud.points[..., :, None, :] - cloud.points[..., None, :, :]
     pairs = on[..., :, None] & on[..., None, :]
@@ -154,6 +158,6 @@ def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) 
 
 
 def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:
-    """The trace of the covariance."""
+    """Return the trace of the covariance."""
     centred = cloud.points - cloud.mean[..., None, :]
     return jnp.vecdot(cloud.weights, jnp.vecdot(centred, centred))

@@ -53,7 +53,7 @@ def check_memory(memory: Any, *, metric: bool = False) -> None:
 
 
 def cost_scale(memory: Memory) -> float:
-    """The constant c in D ≥ c·d²."""
+    """Return the constant c in D ≥ c·d²."""
     assert memory.geometry.cost_scale is not None
     return memory.geometry.cost_scale
 
@@ -61,17 +61,18 @@ def cost_scale(memory: Memory) -> float:
 def neighbourhood(
     memory: Memory, index: Int[Array, ""], beta: Float[Array, ""], *, triangle: bool = True
 ) -> Neighbourhood:
-    """The other patterns of the pattern at `index`: distances √(D/c), exact where they matter to
-    Gibbs sums at β, and otherwise bounded from below.
+    """Return the other patterns of the pattern at `index`: distances √(D/c), exact where they
+    matter to Gibbs sums at β, and otherwise bounded from below.
 
     If `triangle` is True and D is not a squared metric, the distances are those of the means, for
-    which the triangle inequality holds."""
-    own = jnp.arange(memory.capacity, dtype=jnp.int32) == index
+    which the triangle inequality holds.
+    """
+    is_self = jnp.arange(memory.capacity, dtype=jnp.int32) == index
     measure = memory[index]
     if triangle and not memory.geometry.is_squared_metric:
         distance = distances_of_means(memory, measure)
     else:
-        off = own if memory.occupied is None else own | ~memory.occupied
+        off = is_self if memory.occupied is None else is_self | ~memory.occupied
         prior = jnp.zeros(memory.capacity, memory.dtype)
         others = replace(memory, log_prior=jnp.where(off, -jnp.inf, prior))
         measure = memory.geometry.match(measure, memory.patterns)
@@ -84,22 +85,23 @@ def neighbourhood(
         log_odds = memory.log_prior - memory.log_prior[index]
         largest = float(jnp.finfo(log_odds.dtype).max) / 4
         log_odds = jnp.where(memory.log_prior[index] == -jnp.inf, largest, log_odds)
-    off = own | (log_odds == -jnp.inf)
+    off = is_self | (log_odds == -jnp.inf)
     if memory.occupied is not None:
         off |= ~memory.occupied[index]  # a free slot has no neighbours
     return Neighbourhood(jnp.where(off, jnp.inf, distance), jnp.where(off, -jnp.inf, log_odds))
 
 
 def distances_of_means(memory: Memory, measure: AnyMeasure) -> Float[Array, " N"]:
-    """|m − mₖ| minus its rounding error, for the means mₖ of all patterns."""
+    """Compute |m − mₖ| minus its rounding error, for the means mₖ of all patterns."""
     squares = squared_distances(measure.mean, memory.patterns.mean)
     return jnp.sqrt(squares * (1 - rounding(measure.dim, squares.dtype)))
 
 
 def condensed(patterns: Neighbourhood) -> Neighbourhood:
-    """The neighbourhood with all but the `NEAREST` patterns in `SHELLS` groups. Each group has the
-    distance of its nearest pattern, so that sums of decreasing functions of the distance are
-    bounded from above."""
+    """Return the neighbourhood with all but the `NEAREST` patterns in `SHELLS` groups. Each group
+    has the distance of its nearest pattern, so that sums of decreasing functions of the distance
+    are bounded from above.
+    """
     num = patterns.distance.size
     if num <= NEAREST + SHELLS:
         return patterns
@@ -132,9 +134,10 @@ def over_patterns(
     *,
     triangle: bool = True,
 ) -> T:
-    """The values (N, …) of `function` at the neighbourhood of each pattern.
+    """Return the values (N, …) of `function` at the neighbourhood of each pattern.
 
-    `beta` is a scalar or (N,). If None it is so large that only the nearest pattern matters."""
+    `beta` is a scalar or (N,). If None it is so large that only the nearest pattern matters.
+    """
 
     def of_pattern(item: tuple[Array, Array]) -> T:
         return function(neighbourhood(memory, *item, triangle=triangle))
@@ -147,8 +150,9 @@ def over_patterns(
 
 
 def reliable_beta(memory: Memory, *, triangle: bool = True) -> Float[Array, " N"]:
-    """The β of each pattern at which β times D to the nearest other pattern is log N + 5. Recall is
-    reliable there, and few other patterns matter to Gibbs sums."""
+    """Return the β of each pattern at which β times D to the nearest other pattern is log N + 5.
+    Recall is reliable there, and few other patterns matter to Gibbs sums.
+    """
     nearest = over_patterns(memory, lambda others: others.distance.min(), triangle=triangle)
     num = memory.capacity if memory.size is None else memory.size
     target = jnp.log(jnp.asarray(num, memory.dtype)) + 5

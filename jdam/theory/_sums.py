@@ -19,8 +19,9 @@ HALVINGS, DESCENTS = 40, 16
 
 
 def step_bound(others: Neighbourhood, s: Float[Array, ""], b: Float[Array, ""]) -> Float[Array, ""]:
-    """Σₖ oddsₖ dₖ exp(−b dₖ(dₖ − 2s)), b = βc, with the maximum over dₖ for terms that increase in
-    dₖ."""
+    """Compute Σₖ oddsₖ dₖ exp(−b dₖ(dₖ − 2s)), b = βc, with the maximum over dₖ for terms that
+    increase in dₖ.
+    """
     d = jnp.maximum(others.distance, (s + jnp.sqrt(s**2 + 2 / b)) / 2)
     return sum_exp(others.log_odds + finite_log(d) - b * finite_product(d, d - 2 * s))
 
@@ -28,7 +29,8 @@ def step_bound(others: Neighbourhood, s: Float[Array, ""], b: Float[Array, ""]) 
 def stable_radii(
     others: Neighbourhood, b: Float[Array, ""], slack: ArrayLike = 0.0
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The smallest and the largest s with `step_bound` + slack ≤ s; ∞ and 0 if there is none.
+    """Return the smallest and the largest s with `step_bound` + slack ≤ s; ∞ and 0 if there is
+    none.
 
     Such s are less than d/2 for the nearest other pattern. There the bound is convex in s, so that
     the inequality holds for all s between the two.
@@ -53,8 +55,9 @@ def stable_radii(
 
 
 def minimiser_radius(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:
-    """An s close to the smallest one with log(1 + Σₖ oddsₖ exp(−b dₖ(dₖ−2s)))/b ≤ s², which it
-    satisfies; ∞ if there is none."""
+    """Return an s close to the smallest one with log(1 + Σₖ oddsₖ exp(−b dₖ(dₖ−2s)))/b ≤ s², which
+    it satisfies; ∞ if there is none.
+    """
 
     def squared(s: Array) -> Array:
         logs = others.log_odds - b * finite_product(others.distance, others.distance - 2 * s)
@@ -76,8 +79,9 @@ def minimiser_radius(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array,
 
 
 def least_beta(others: Neighbourhood, condition: Callable[[Array], Array]) -> Float[Array, ""]:
-    """The smallest b = βc at which a `condition` holds that holds for all larger b too; 0 without
-    other patterns, and ∞ if there is no such b."""
+    """Return the smallest b = βc at which a `condition` holds that holds for all larger b too; 0
+    without other patterns, and ∞ if there is no such b.
+    """
     distance = others.distance.min()
     single, duplicate = distance == jnp.inf, distance == 0
     unit = 1 / jnp.where(single | duplicate, 1, distance) ** 2
@@ -92,8 +96,9 @@ def least_beta(others: Neighbourhood, condition: Callable[[Array], Array]) -> Fl
 
 
 def _bisect(condition: Callable[[Array], Array], low: Array, high: Array) -> tuple[Array, Array]:
-    """The ends of the interval in which a `condition` that holds at `low` ceases to hold, after
-    `HALVINGS` bisections of [`low`, `high`]."""
+    """Return the ends of the interval in which a `condition` that holds at `low` ceases to hold,
+    after `HALVINGS` bisections of [`low`, `high`].
+    """
 
     def body_fun(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -106,23 +111,25 @@ def _bisect(condition: Callable[[Array], Array], low: Array, high: Array) -> tup
 
 
 def log_mass(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:
-    """log Σₖ oddsₖ exp(−b dₖ²)."""
+    """Compute log Σₖ oddsₖ exp(−b dₖ²)."""
     return jax.nn.logsumexp(others.log_odds - b * finite_product(others.distance, others.distance))
 
 
 def sum_exp(logs: Float[Array, " K"]) -> Float[Array, ""]:
-    """Σ exp(logs), with the derivative 0 instead of NaN at −∞, for patterns that do not count."""
+    """Compute Σ exp(logs), with the derivative 0 instead of NaN at −∞, for patterns that do not
+    count.
+    """
     off = logs == -jnp.inf
     return jnp.where(off, 0, jnp.exp(jnp.where(off, 0, logs))).sum()
 
 
 def finite_product(x: Float[Array, " K"], y: Float[Array, " K"]) -> Float[Array, " K"]:
-    """x·y, and 0 where x or y is infinite, for patterns that do not count."""
+    """Compute x·y, and 0 where x or y is infinite, for patterns that do not count."""
     infinite = jnp.isinf(x) | jnp.isinf(y)
     return jnp.where(infinite, 0, jnp.where(infinite, 0, x) * jnp.where(infinite, 0, y))
 
 
 def finite_log(d: Float[Array, " K"]) -> Float[Array, " K"]:
-    """log d, −∞ at d = 0 and 0 at d = ∞, with finite derivatives."""
+    """Compute log d, −∞ at d = 0 and 0 at d = ∞, with finite derivatives."""
     on = (d > 0) & (d < jnp.inf)
     return jnp.where(on, jnp.log(jnp.where(on, d, 1)), jnp.where(d == 0, -jnp.inf, 0))

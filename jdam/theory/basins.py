@@ -46,7 +46,7 @@ from jdam.theory._sums import (
 
 
 def separations(memory: Memory) -> Float[Array, " N"]:
-    """The distance Dᵢ from each pattern to its nearest other pattern, not squared (the Dᵢ of
+    """Return the distance Dᵢ from each pattern to its nearest other pattern, not squared (the Dᵢ of
     arXiv:2509.23162).
 
     It is W₂ for Gaussians and |x−y| for vectors, and a lower bound on it if more than 64 patterns
@@ -73,8 +73,8 @@ def _separations(memory: Memory) -> Float[Array, " N"]:
 
 
 def margins(memory: Memory, radius: ArrayLike) -> Float[Array, " N"]:
-    """The margin Δᵢ of each pattern: a lower bound on the excess of D to every other pattern over D
-    to pattern i, at all queries whose distance √(D/c) from pattern i is at most `radius`:
+    """Return the margin Δᵢ of each pattern: a lower bound on the excess of D to every other pattern
+    over D to pattern i, at all queries whose distance √(D/c) from pattern i is at most `radius`:
 
         D(ξ, Xₖ) − D(ξ, Xᵢ) ≥ Δᵢ = c Dᵢ(Dᵢ − 2·radius).
 
@@ -95,11 +95,11 @@ def margins(memory: Memory, radius: ArrayLike) -> Float[Array, " N"]:
 
 
 def interference(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
-    """The logarithm of the interference Zᵢ(β) = Σ_{k≠i} (πₖ/πᵢ) exp(−βD(Xᵢ, Xₖ)): the Gibbs mass of
-    all other patterns at pattern i, divided by its own.
+    """Return the logarithm of the interference Zᵢ(β) = Σ_{k≠i} (πₖ/πᵢ) exp(−βD(Xᵢ, Xₖ)): the Gibbs
+    mass of all other patterns at pattern i, divided by its own.
 
-    Pattern i begins to be recalled at the β where Zᵢ ≈ 0.1. The result is an upper bound; its
-    error is at most 0.1 % if few patterns contribute to the sum.
+    Pattern i begins to be recalled at the β where Zᵢ ≈ 0.1. The result is an upper bound; its error
+    is at most 0.1 % if few patterns contribute to the sum.
 
     **Arguments:**
 
@@ -123,8 +123,8 @@ def _interference(memory: Memory, beta: Float[Array, ""]) -> Float[Array, " N"]:
 
 
 def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
-    """The β at which the interference Zᵢ(β) of each pattern falls to `level`: the β at which the
-    pattern begins to be recalled.
+    """Return the β at which the interference Zᵢ(β) of each pattern falls to `level`: the β at which
+    the pattern begins to be recalled.
 
     **Arguments:**
 
@@ -151,8 +151,8 @@ def _transition_beta(memory: Memory, level: Float[Array, ""]) -> Float[Array, " 
 def one_step_bound(
     memory: Memory, index: ArrayLike, radius: ArrayLike, beta: ArrayLike
 ) -> Float[Array, ""]:
-    """An upper bound on the distance from pattern i after one full step, for all queries within
-    `radius` s of pattern i:
+    """Return an upper bound on the distance from pattern i after one full step, for all queries
+    within `radius` s of pattern i:
 
         W₂(Φ(ξ), Xᵢ) ≤ Σ_{k≠i} wₖ(W₂(ξ, Xₖ) + W₂(ξ, Xᵢ)) ≤ Σ_{k≠i} (πₖ/πᵢ) dₖ exp(−βdₖ(dₖ − 2s)).
 
@@ -186,8 +186,8 @@ def _one_step_bound(memory: Memory, index: Array, radius: Array, beta: Array) ->
 def contraction_bound(
     memory: Memory, index: ArrayLike, radius: ArrayLike, beta: ArrayLike
 ) -> Float[Array, ""]:
-    """An upper bound on the norm of the derivative of Φ at all points within `radius` s of pattern
-    i. If it is less than 1, each step reduces the error by this factor.
+    """Return an upper bound on the norm of the derivative of Φ at all points within `radius` s of
+    pattern i. If it is less than 1, each step reduces the error by this factor.
 
     For vectors and diagonal Gaussians it is the Lipschitz constant
 
@@ -242,8 +242,8 @@ def _contraction_bound(memory: Memory, index: Array, radius: Array, beta: Array)
 
 
 def basin_radius(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
-    """The largest radius s of each pattern for which `one_step_bound` is at most s, so that recall
-    never leaves the ball of radius s.
+    """Return the largest radius s of each pattern for which `one_step_bound` is at most s, so that
+    recall never leaves the ball of radius s.
 
     All limits of recalls that start in the ball are within `fidelity` of the pattern. For clouds
     (κ = 0), mixtures and `EntropicBures` the radius is one of √(D/c), and D to the pattern rises by
@@ -261,7 +261,8 @@ def basin_radius(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
 
 
 def fidelity(memory: Memory, beta: ArrayLike) -> Float[Array, " N"]:
-    """An upper bound on the distance between each pattern and the fixed point that represents it.
+    """Return an upper bound on the distance between each pattern and the fixed point that
+    represents it.
 
     For Gaussians and vectors it is the smallest s for which `one_step_bound` is at most s. All
     fixed points that recall reaches from the ball of `basin_radius` are within s of the pattern.
@@ -295,8 +296,8 @@ def _fixed_points(memory: Memory, beta: Float[Array, ""]) -> tuple[Array, Array]
 
 
 def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
-    """The smallest β for which `fidelity` is at most `error` at every pattern, to about one per
-    cent.
+    """Return the smallest β for which `fidelity` is at most `error` at every pattern, to about one
+    per cent.
 
     It grows as log N/D²; Assumption 1 of arXiv:2509.23162 requires a β many times larger.
 
@@ -335,7 +336,7 @@ def _minimum_beta(memory: Memory, error: Float[Array, ""]) -> Float[Array, ""]:
 def _one_of(
     memory: Memory, index: ArrayLike, radius: ArrayLike, beta: ArrayLike
 ) -> tuple[Array, Array, Array]:
-    """The checked index of a slot, radius and β of a bound about one pattern."""
+    """Return the checked index of a slot, radius and β of a bound about one pattern."""
     check_memory(memory)
     index = jnp.asarray(index)
     if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
@@ -347,7 +348,7 @@ def _one_of(
 
 
 def _radius(memory: Memory, radius: ArrayLike, shapes: tuple[tuple[int, ...], ...]) -> Array:
-    """`radius` as an array, checked to have one of the `shapes` and to be finite and ≥ 0."""
+    """Return `radius` as an array, checked to have one of the `shapes` and to be finite and ≥ 0."""
     array = jnp.asarray(radius, working_dtype(memory.dtype))
     if array.shape not in shapes:
         expected = " or ".join(map(str, shapes))

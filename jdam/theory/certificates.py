@@ -84,8 +84,9 @@ def _certify(memory: Memory, query: AnyMeasure, beta: Float[Array, ""]) -> tuple
 
 
 def _margin(memory: Memory) -> Float[Array, ""]:
-    """The allowance for rounding errors of a distance: eps^0.7 times the typical norm of the
-    patterns, which is also the default of `Geometry.tolerances`."""
+    """Return the allowance for rounding errors of a distance: eps^0.7 times the typical norm of the
+    patterns, which is also the default of `Geometry.tolerances`.
+    """
     scale, _ = memory.magnitudes()
     margin: Array = jax.lax.stop_gradient(scale) * float(jnp.finfo(scale.dtype).eps) ** 0.7
     return margin
@@ -94,7 +95,7 @@ def _margin(memory: Memory) -> Float[Array, ""]:
 def _by_distances(
     memory: Memory, query: AnyMeasure, beta: Array, bounded: Bounded
 ) -> tuple[Array, Array]:
-    """The proof for squared metrics: whether it succeeds, and the bound on the distance."""
+    """Return the proof for squared metrics: whether it succeeds, and the bound on the distance."""
     others = neighbourhood(memory, bounded.nearest, beta)
     b, tol = beta * cost_scale(memory), _margin(memory)
     prior = (
@@ -116,10 +117,10 @@ def _by_distances(
 def _by_means(
     memory: Memory, query: AnyMeasure, beta: Array, bounded: Bounded
 ) -> tuple[Array, Array]:
-    """The proof by means and the energy: whether it succeeds, and the bound on √(D/c)."""
+    """Return the proof by means and the energy: whether it succeeds, and the bound on √(D/c)."""
     nearest, b = memory[bounded.nearest], beta * cost_scale(memory)
-    own = jnp.arange(memory.capacity, dtype=jnp.int32) == bounded.nearest
-    distances = jnp.where(own, jnp.inf, distances_of_means(memory, nearest))
+    is_self = jnp.arange(memory.capacity, dtype=jnp.int32) == bounded.nearest
+    distances = jnp.where(is_self, jnp.inf, distances_of_means(memory, nearest))
     shift = query.mean - nearest.mean
     tol = _margin(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
@@ -129,13 +130,13 @@ def _by_means(
     )
 
     def logs(a: Array) -> Array:
-        """Upper bounds on the log-weights of the other patterns while |m − mᵢ| ≤ a."""
-        gap = jnp.where(own, 0, jnp.maximum(distances - a, 0))
-        return jnp.where(own, -jnp.inf, prior + beta * highest - b * gap**2)
+        """Return upper bounds on the log-weights of the other patterns while |m − mᵢ| ≤ a."""
+        gap = jnp.where(is_self, 0, jnp.maximum(distances - a, 0))
+        return jnp.where(is_self, -jnp.inf, prior + beta * highest - b * gap**2)
 
     def drift(a: Array) -> Array:
-        """An upper bound on |Σ wₖmₖ − mᵢ| while |m − mᵢ| ≤ a."""
-        lengths = jnp.where(own, 0, distances)
+        """Return an upper bound on |Σ wₖmₖ − mᵢ| while |m − mᵢ| ≤ a."""
+        lengths = jnp.where(is_self, 0, distances)
         return (lengths * jnp.exp(jnp.minimum(logs(a), 0))).sum() + tol
 
     a = jax.lax.fori_loop(0, 8, lambda _, a: jnp.maximum(a, drift(a)), start)

@@ -41,7 +41,7 @@ class ShkConstants(NamedTuple):
 
 
 def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.0) -> ShkConstants:
-    """The constants D, G, C, L, μ and τ_max for the pattern at `index`.
+    """Return the constants D, G, C, L, μ and τ_max for the pattern at `index`.
 
         G = D√(1 + κD²/4)          C = (e^{M/2} − 1)/(M/2), M = τκD²
         τ_max = min{1/L, log(min b / w₀)/(2κD²), (sep − 2ρ)/(2D)}
@@ -102,8 +102,9 @@ def _constants(memory: Memory, index: Array, step_size: Array) -> ShkConstants:
 
 
 def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
-    """The smallest and the largest eigenvalue of Hess S_ε(·, X) at X, in coordinates that are
-    orthonormal in the SHK metric."""
+    """Return the smallest and the largest eigenvalue of Hess S_ε(·, X) at X, in coordinates that
+    are orthonormal in the SHK metric.
+    """
     cloud, kappa = memory[index], memory.geometry.hellinger_scale  # type: ignore[attr-defined]
     alone, prepared = jax.tree.map(
         lambda leaf: leaf[index][None], (memory.patterns, memory.prepared)
@@ -137,8 +138,8 @@ def _extreme_eigenvalues(memory: Memory, index: Array) -> tuple[Array, Array]:
 
 
 def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
-    """The stiffness λ_w of the weights of each pattern: the largest eigenvalue of Hess S_ε(·, Xᵢ)
-    at Xᵢ in the weights, in the Fisher metric.
+    """Return the stiffness λ_w of the weights of each pattern: the largest eigenvalue of Hess
+    S_ε(·, Xᵢ) at Xᵢ in the weights, in the Fisher metric.
 
         λ_w = εσ/(1 − σ²),    σ the second singular value of √b⊘P⊘√b, P the plan of Xᵢ to itself
 
@@ -167,7 +168,7 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
         problem = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
-        plan = c_transform(HalfSquaredDistance(), prepared.known.potential, problem)
+        plan = c_transform(HalfSquaredDistance(), prepared.self_transport.potential, problem)
         root = jnp.sqrt(cloud.weights)
         values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)
@@ -181,11 +182,11 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
 def shk_drift_bound(
     memory: Memory, index: ArrayLike, beta: ArrayLike, *, step_size: ArrayLike = 1.0
 ) -> Float[Array, ""]:
-    """An upper bound on the distance by which one step moves a pattern,
-    d_SHK(Xᵢ, R_τ(Xᵢ)) ≤ τCG Zᵢ(β).
+    """Return an upper bound on the distance by which one step moves a pattern, d_SHK(Xᵢ,
+    R_τ(Xᵢ)) ≤ τCG Zᵢ(β).
 
-    It is Theorem 3 (2) of arXiv:2603.20656 with the `interference` Zᵢ, which is
-    Σ_{k≠i} exp(−βS_ε(Xᵢ, Xₖ)) without a prior, in place of (N−1)e^{−βΔ}.
+    It is Theorem 3 (2) of arXiv:2603.20656 with the `interference` Zᵢ, which is Σ_{k≠i}
+    exp(−βS_ε(Xᵢ, Xₖ)) without a prior, in place of (N−1)e^{−βΔ}.
 
     **Arguments:**
 
@@ -205,8 +206,8 @@ def shk_drift_bound(
 def shk_iterations(
     constants: ShkConstants, step_size: ArrayLike, gap: ArrayLike, error: ArrayLike
 ) -> Float[Array, ""]:
-    """The number of steps after which S_ε to the fixed point is at most `error`, by Theorem 2 of
-    arXiv:2603.20656: t ≥ log(A/error)/log(1/θ) with
+    """Return the number of steps after which S_ε to the fixed point is at most `error`, by
+    Theorem 2 of arXiv:2603.20656: t ≥ log(A/error)/log(1/θ) with
 
         A = GC√(2τ·gap)/(1 − θ),    θ = √(1 − μτ).
 
@@ -227,7 +228,8 @@ def shk_iterations(
 
 
 def shk_travel_bound(constants: ShkConstants, gap: ArrayLike) -> Float[Array, ""]:
-    """An upper bound on the rise of S_ε to a pattern over all steps of a recall, for all τ ≤ 1/L:
+    """Return an upper bound on the rise of S_ε to a pattern over all steps of a recall, for all
+    τ ≤ 1/L:
 
         Σ_t τ|grad E| G C ≤ 2GC√(2·gap/μ).
 
@@ -246,8 +248,9 @@ def shk_travel_bound(constants: ShkConstants, gap: ArrayLike) -> Float[Array, ""
 
 
 def _lifted(memory: Memory) -> PointCloud:
-    """The patterns with features as additional coordinates, to which the theory applies
-    unchanged."""
+    """Return the patterns with features as additional coordinates, to which the theory applies
+    unchanged.
+    """
     lifted: PointCloud = memory.geometry.lifted(memory.patterns)  # type: ignore[attr-defined]
     return lifted
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import jdam
-from jdam._energy.calibration import _able
+from jdam._energy.calibration import _available_search
 
 
 def draw(rng, points, num):
@@ -186,6 +186,6 @@ def test_which_search(many, drawn):
     points, small, *_ = drawn
     assert isinstance(jdam.calibrate(memory, queries[:3], owner[:3], 1.0).search, jdam.Certified)
     assert jdam.calibrate(small, points, np.arange(12), 1.0).search == jdam.Exhaustive()
-    assert _able(jdam.Certified(), jdam.store(points, Plain())) == jdam.Exhaustive()
+    assert _available_search(jdam.Certified(), jdam.store(points, Plain())) == jdam.Exhaustive()
     with pytest.raises(TypeError, match="search must be .*; got 'all'"):
         jdam.calibrate(small, points, np.arange(12), 1.0, search="all")

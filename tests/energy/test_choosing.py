@@ -157,7 +157,7 @@ def test_it_says_why(rng, caplog):
         jdam.suggest_beta(memory)
         jdam.suggest_beta(memory, queries, targets)
     first, second = (record.getMessage() for record in caplog.records)
-    assert first.endswith("tells 95 % of 12 patterns apart")
+    assert first.endswith("separates 95 % of 12 patterns from the other patterns")
     assert second.endswith("is the likeliest for targets")
 
 
