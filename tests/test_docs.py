@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "notebooks"
 PAGES = sorted(FOLDER.rglob("*.md"))
 REFERENCE = sorted((FOLDER / "reference").glob("*.md"))
+CHEAT_SHEET = FOLDER / "guides" / "cheat_sheet.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 #: Where users find names, and which are theirs.
 MODULES = (jdam, jdam.random, jdam.theory, jdam.plot, jdam.nn, jdam.sklearn)
@@ -111,6 +112,31 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=named)
 def test_page(page):
     run_page(page)
+
+
+def calls_of_the_cheat_sheet() -> list[str]:
+    """The right column of its table."""
+    return re.findall(r"\| `([^`]+)` \|$", CHEAT_SHEET.read_text(), re.MULTILINE)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore:JAXopt:DeprecationWarning")  # ott-jax imports it
+def test_the_calls_of_the_cheat_sheet_run():
+    scope = run_page(CHEAT_SHEET)
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        for call in calls_of_the_cheat_sheet():
+            exec(call, scope)
+
+
+def test_the_cheat_sheet_has_every_public_function():
+    calls = "\n".join(calls_of_the_cheat_sheet())
+    functions = {name for name in PUBLIC if name.rpartition(".")[2].islower()}
+    assert len(functions) > 50
+    assert {name for name in functions if not re.search(rf"\b{name}\b", calls)} == set()
 
 
 def test_blocks_are_left_out_for_optional_packages_alone():
