@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, export
-from jaxtyping import Bool
+from jaxtyping import Bool, PyTree
 
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import while_loop
@@ -26,7 +26,7 @@ T = TypeVar("T")
 OF_A_SYMBOL = 16
 
 
-def map_in_batches(function: Callable[[Any], T], at_once: int | None, rows: Any) -> T:
+def map_in_batches(function: Callable[[PyTree], T], at_once: int | None, rows: PyTree) -> T:
     """Map `function` over rows, in equal chunks of at most `at_once` rows (one chunk if None).
 
     The last chunk is padded with copies of the last row, because `lax.map` would compile the
@@ -64,12 +64,12 @@ def in_batches(
     each element."""
     one = jax.custom_batching.custom_vmap(function)
 
-    def over_rows(args: Any) -> Any:
+    def over_rows(args: PyTree) -> PyTree:
         return map_in_batches(lambda row: function(*row), at_once, args)
 
     @one.def_vmap
     @full_precision
-    def batch_rule(size: int, batched: Any, *args: Any) -> Any:
+    def batch_rule(size: int, batched: PyTree, *args: Any) -> PyTree:
         if flat:
             results = _as_one_batch(over_rows, _broadcast_batch(size, tuple(batched), args))
         else:
@@ -83,10 +83,10 @@ def in_batches(
 
 def masked_cond(
     condition: Bool[Array, ""],
-    function: Callable[[Any, Any], T],
+    function: Callable[[PyTree, PyTree], T],
     default: T,
-    operand: Any,
-    args: Any,
+    operand: PyTree,
+    args: PyTree,
     *,
     at_once: int | None = None,
     flat: bool = False,
@@ -99,14 +99,14 @@ def masked_cond(
     one: Callable[..., Any] = partial(_once, function)
     if at_once is not None:
 
-        def over_rows(states: Any, rows: Any, join: Callable[[Any], Any]) -> Any:
+        def over_rows(states: PyTree, rows: PyTree, join: Callable[[PyTree], PyTree]) -> PyTree:
             condition, default, operand = states
             compute = lambda row: function(row[0], join(row[1]))  # noqa: E731
             return _map_active(compute, at_once, condition, (operand, rows), default)
 
         one = _with_batch_rule(one, over_rows, flat)
 
-    def selected(condition: Array, default: T, operand: Any, args: Any) -> T:
+    def selected(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
         # The while loop of `_once` has no reverse mode.
         compute = function if at_once is None else jax.checkpoint(function)
         computed = compute(operand, args)
@@ -118,10 +118,10 @@ def masked_cond(
 
 
 def batched_while_loop(
-    cond_fun: Callable[[T, Any], Array],
-    body_fun: Callable[[T, Any], T],
+    cond_fun: Callable[[T, PyTree], Array],
+    body_fun: Callable[[T, PyTree], T],
     state: T,
-    args: Any,
+    args: PyTree,
     *,
     at_once: int,
     flat: bool = False,
@@ -132,10 +132,10 @@ def batched_while_loop(
     time, so that no element waits for the slowest. The loop has no derivative. `flat` as in
     `in_batches`."""
 
-    def one(state: T, args: Any) -> T:
+    def one(state: T, args: PyTree) -> T:
         return while_loop(lambda s: cond_fun(s, args), lambda s: body_fun(s, args), state, args)
 
-    def over_rows(states: Any, rows: Any, join: Callable[[Any], Any]) -> Any:
+    def over_rows(states: PyTree, rows: PyTree, join: Callable[[PyTree], PyTree]) -> PyTree:
         row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
         return _work_queue(row_cond, row_body, at_once, states[0], rows)
 
@@ -153,7 +153,7 @@ def _with_derivative_of(plain: Callable[..., T], function: Callable[..., T]) -> 
 
 def _with_batch_rule(
     function: Callable[..., T],
-    over_rows: Callable[[Any, Any, Callable[[Any], Any]], Any],
+    over_rows: Callable[[PyTree, PyTree, Callable[[PyTree], PyTree]], PyTree],
     flat: bool,
 ) -> Callable[..., T]:
     """Return `function(*states, args)` with the batching rule `over_rows(states, rows, join)`.
@@ -163,7 +163,7 @@ def _with_batch_rule(
 
     @one.def_vmap
     @full_precision
-    def batch_rule(size: int, batched: Any, *values: Any) -> Any:
+    def batch_rule(size: int, batched: PyTree, *values: Any) -> PyTree:
         if export.is_symbolic_dim(size):
             results = _in_chunks(one, None, batched, *values)
         elif flat:
@@ -178,19 +178,23 @@ def _with_batch_rule(
     return batchable
 
 
-def _in_chunks(function: Callable[..., T], at_once: int | None, batched: Any, *values: Any) -> T:
+def _in_chunks(function: Callable[..., T], at_once: int | None, batched: PyTree, *values: Any) -> T:
     """Call `function(*values)` for each element of a batch, `at_once` elements at a time."""
     rows, join = _split(tuple(batched), values)
     return map_in_batches(lambda row: function(*join(row)), at_once, rows)
 
 
 def _once(
-    function: Callable[[Any, Any], T], condition: Array, default: T, operand: Any, args: Any
+    function: Callable[[PyTree, PyTree], T],
+    condition: Array,
+    default: T,
+    operand: PyTree,
+    args: PyTree,
 ) -> T:
     """Return `function(operand, args)` if `condition` holds, else `default`, by a loop of at most
     one iteration."""
 
-    def body_fun(carry: tuple[Array, T, Any]) -> tuple[Array, T, Any]:
+    def body_fun(carry: tuple[Array, T, PyTree]) -> tuple[Array, T, PyTree]:
         # XLA would hoist the call out of the loop if the operand were loop-invariant.
         consumed = jax.tree.map(jnp.zeros_like, carry[2])
         return jnp.zeros_like(condition), function(carry[2], args), consumed
@@ -199,17 +203,17 @@ def _once(
     return result
 
 
-def _as_one_batch(function: Callable[[Any], Any], rows: Any) -> Any:
+def _as_one_batch(function: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
     """Call `function(rows)`, merging a further batch axis under `jax.vmap` with that of the
     rows."""
 
     @jax.custom_batching.custom_vmap
-    def many(rows: Any) -> Any:
+    def many(rows: PyTree) -> PyTree:
         return function(rows)
 
     @many.def_vmap
     @full_precision
-    def batch_rule(size: int, batched: Any, rows: Any) -> Any:
+    def batch_rule(size: int, batched: PyTree, rows: PyTree) -> PyTree:
         rows = _broadcast_batch(size, batched[0], rows)
         inner = jax.tree.leaves(rows)[0].shape[1]
         flat = jax.tree.map(lambda leaf: leaf.reshape(size * inner, *leaf.shape[2:]), rows)
@@ -220,7 +224,7 @@ def _as_one_batch(function: Callable[[Any], Any], rows: Any) -> Any:
 
 
 def _map_active(
-    function: Callable[[Any], T], at_once: int, condition: Array, rows: Any, default: T
+    function: Callable[[PyTree], T], at_once: int, condition: Array, rows: PyTree, default: T
 ) -> T:
     """Map `function` over the rows whose condition holds, gathered `at_once` at a time; the other
     rows of the result are those of `default`."""
@@ -249,11 +253,11 @@ def _map_active(
 
 
 def _work_queue(
-    cond_fun: Callable[[T, Any], Array],
-    body_fun: Callable[[T, Any], T],
+    cond_fun: Callable[[T, PyTree], Array],
+    body_fun: Callable[[T, PyTree], T],
     at_once: int,
     state: T,
-    rows: Any,
+    rows: PyTree,
 ) -> T:
     """Run rounds in each of which every active state is advanced once, `at_once` states at a
     time."""
@@ -274,14 +278,14 @@ def _work_queue(
     return while_loop(lambda state: active(state).any(), round_fun, state, rows)
 
 
-def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]], Any]]:
+def _split(batched: PyTree, args: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
     """Return the batched leaves of `args`, and a function that joins one row of them with the
     unbatched leaves."""
     leaves, structure = jax.tree.flatten(args)
     marks = jax.tree.leaves(batched)
     rows = [leaf for leaf, mark in zip(leaves, marks, strict=True) if mark]
 
-    def join(row: list[Array]) -> Any:
+    def join(row: list[Array]) -> PyTree:
         own = iter(row)
         return jax.tree.unflatten(
             structure,
@@ -291,7 +295,7 @@ def _split(batched: Any, args: Any) -> tuple[list[Array], Callable[[list[Array]]
     return rows, join
 
 
-def _broadcast_batch(size: int, batched: Any, tree: Any) -> Any:
+def _broadcast_batch(size: int, batched: PyTree, tree: PyTree) -> PyTree:
     """Broadcast the leaves that are not batched along the batch axis."""
 
     def lead(leaf: Array, is_batched: bool) -> Array:
@@ -321,7 +325,7 @@ def equal_parts(size: int, at_most: int) -> tuple[int, int]:
     return count, -(-size // max(count, 1))
 
 
-def batch_size(tree: Any) -> int:
+def batch_size(tree: PyTree) -> int:
     """Return the common length of the leading axis of all leaves.
 
     **Raises:** `ValueError` for a symbolic length (`jax.export`)."""

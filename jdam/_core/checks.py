@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 
 def is_concrete(*arrays: Array | np.ndarray) -> bool:
@@ -16,7 +17,7 @@ def is_concrete(*arrays: Array | np.ndarray) -> bool:
     return not any(isinstance(x, jax.core.Tracer) for x in arrays)
 
 
-def kept_concrete(tree: Any) -> contextlib.AbstractContextManager[Any]:
+def kept_concrete(tree: PyTree) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which computations with a concrete `tree` stay concrete, even while
     `jax.jit` or `jax.eval_shape` traces."""
     if is_concrete(*jax.tree.leaves(tree)):
@@ -90,7 +91,7 @@ def same_dtype(**arrays: Array) -> None:
             )
 
 
-def within_reach(array: Array | np.ndarray) -> tuple[Any, Any]:
+def within_reach(array: Array | np.ndarray) -> tuple[PyTree, PyTree]:
     """Return NumPy and the values if they are in host memory, else `jax.numpy` and the array. NumPy
     avoids one compilation for each new shape."""
     if isinstance(array, Array):

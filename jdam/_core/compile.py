@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.loops import varying
@@ -42,8 +43,8 @@ def compiled(
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.partial(jax.jit, static_argnames=static)
         @functools.wraps(function)
-        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
-            def body(first: Any, *args: Any) -> Any:
+        def run(first: Any, *args: Any, **kwargs: Any) -> PyTree:
+            def body(first: Any, *args: Any) -> PyTree:
                 return cast(Any, function)(_validated(first), *args, **kwargs)
 
             dtype, call = float_dtype(first), body
@@ -57,7 +58,7 @@ def compiled(
             return cast_floats(result, dtype) if rounded and inside != dtype else result
 
         @functools.wraps(function)
-        def in_one_context(*args: Any, **kwargs: Any) -> Any:
+        def in_one_context(*args: Any, **kwargs: Any) -> PyTree:
             # Rules of a `custom_vmap` are traced with a mesh set, possibly an empty one. Setting it
             # here too gives both the same cache key, so that nothing is traced twice.
             mesh = jax.sharding.use_abstract_mesh(jax.sharding.get_abstract_mesh())
@@ -69,12 +70,12 @@ def compiled(
     return decorate
 
 
-def _validated(first: Any) -> Any:
+def _validated(first: Any) -> PyTree:
     """Return `first.validated()` if there is such a method, as on a memory, else `first`."""
     return first.validated() if hasattr(first, "validated") else first
 
 
-def float_dtype(tree: Any) -> jnp.dtype:
+def float_dtype(tree: PyTree) -> jnp.dtype:
     """Return the dtype of the first floating array in `tree`."""
     dtypes = (leaf.dtype for leaf in jax.tree.leaves(tree))
     first: jnp.dtype = next(dtype for dtype in dtypes if jnp.issubdtype(dtype, jnp.floating))
@@ -87,7 +88,7 @@ def working_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else dtype
 
 
-def cast_floats(tree: Any, dtype: jnp.dtype) -> Any:
+def cast_floats(tree: PyTree, dtype: jnp.dtype) -> PyTree:
     """Return the tree with its floating arrays in this dtype."""
 
     def cast(leaf: Any) -> Any:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import PyTree
 
 #: Checkpoint name of results of iterative solvers: the reverse pass of a scan over blocks stores
 #: them instead of solving again.
@@ -22,7 +23,7 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
     later than the function they belong to, outside of its context."""
 
     @functools.wraps(function)
-    def precise(*args: Any, **kwargs: Any) -> Any:
+    def precise(*args: Any, **kwargs: Any) -> PyTree:
         with jax.default_matmul_precision("highest"):
             return function(*args, **kwargs)
 
@@ -30,15 +31,15 @@ def full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jvp(
-    function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Any, Any]:
+    function: Callable[..., Any], primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     """Compute `jax.jvp` in a rule of a `jax.custom_jvp` with `symbolic_zeros=True`; primals whose
     tangent is a symbolic zero count as constants."""
     leaves, structure = jax.tree.flatten(primals)
     dleaves = jax.tree.leaves(tangents)
     moving = [i for i, dleaf in enumerate(dleaves) if moves(dleaf)]
 
-    def of_moving(*values: Array) -> Any:
+    def of_moving(*values: Array) -> PyTree:
         moved = list(leaves)
         for i, value in zip(moving, values, strict=True):
             moved[i] = value
@@ -47,12 +48,12 @@ def jvp(
     return jax.jvp(of_moving, tuple(leaves[i] for i in moving), tuple(dleaves[i] for i in moving))
 
 
-def moves(tangent: Any) -> bool:
+def moves(tangent: PyTree) -> bool:
     """Return whether the tangent is no symbolic zero."""
     return not isinstance(tangent, SymbolicZero)
 
 
-def vdot(coefficients: Array, tangent: Any) -> Array:
+def vdot(coefficients: Array, tangent: PyTree) -> Array:
     """Compute ⟨c, dx⟩, at no cost if dx is a symbolic zero."""
     if moves(tangent):
         return jnp.vdot(coefficients, tangent)

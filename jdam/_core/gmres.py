@@ -5,11 +5,10 @@ precision.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.lapack import svd
 from jdam._core.linalg import safe_sqrt
@@ -28,14 +27,14 @@ def gmres(
     restart that does not halve the residual."""
     goal = tol * _norm(b)
 
-    def cond_fun(carry: tuple[Any, ...]) -> Array:
+    def cond_fun(carry: tuple[PyTree, ...]) -> Array:
         count, _, residual, previous = carry
         result: Array = (
             (_norm(residual) > goal) & (_norm(residual) < previous / 2) & (count < CYCLES)
         )
         return result
 
-    def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body_fun(carry: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         count, x, residual, _ = carry
         x = x + _cycle(matvec, residual, goal)
         return count + 1, x, b - matvec(x), _norm(residual)
@@ -61,12 +60,12 @@ def _cycle(
     hessenberg = jnp.zeros((size + 1, size), residual.dtype)
     null = jnp.zeros(size + 1, residual.dtype).at[0].set(1)
 
-    def cond_fun(carry: tuple[Any, ...]) -> Array:
+    def cond_fun(carry: tuple[PyTree, ...]) -> Array:
         count, _, _, null, independent = carry
         result: Array = (whole > goal * _norm(null)) & independent & (count < size)
         return result
 
-    def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body_fun(carry: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         count, bases, hessenberg, null, _ = carry
         image = matvec(bases[count])
         length = _norm(image)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib.version
 from jax import Array
+from jaxtyping import PyTree
 
 #: Whether the installed jaxlib has these calls.
 WAITS = (0, 10) <= jaxlib.version.__version_info__ < (0, 11, 2)
@@ -31,7 +32,7 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if not WAITS:
             return function
 
-        def on_cpu(*stacks: Array) -> Any:
+        def on_cpu(*stacks: Array) -> PyTree:
             *batch, rows, columns = stacks[-1].shape
             count = math.prod(batch)
             piece = max(1, int(work / (rows * columns * max(rows, columns))))
@@ -43,11 +44,11 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
         @jax.custom_batching.custom_vmap
-        def run(*stacks: Array) -> Any:
+        def run(*stacks: Array) -> PyTree:
             return jax.lax.platform_dependent(*stacks, cpu=on_cpu, default=function)
 
         @run.def_vmap
-        def run_many(size: int, batched: list[bool], *stacks: Array) -> tuple[Any, Any]:
+        def run_many(size: int, batched: list[bool], *stacks: Array) -> tuple[PyTree, PyTree]:
             stacks = tuple(
                 stack if is_batched else jnp.broadcast_to(stack, (size, *stack.shape))
                 for stack, is_batched in zip(stacks, batched, strict=True)

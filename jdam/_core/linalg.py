@@ -4,12 +4,12 @@ Derivatives of `jnp.linalg.svd` and `eigh` are NaN at repeated or vanishing sing
 of the functions here are finite.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_polar
@@ -37,7 +37,9 @@ def _small_polar(matrix: Array) -> Array:
 
 @_small_polar.defjvp
 @full_precision
-def _small_polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _small_polar_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     (matrix,), (dmatrix,) = primals, tangents
     factor = _small_polar(matrix)
     values, left = eigh(jax.lax.stop_gradient(_symmetric(matrix @ factor.mT)))
@@ -66,7 +68,7 @@ def _polar_by_newton(matrix: Array) -> tuple[Array, Array, Array]:
 
 @_polar.defjvp
 @full_precision
-def _polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _polar_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
     (matrix,), (dmatrix,) = primals, tangents
     factor, *constant = _polar(matrix)
     left, values = jax.lax.stop_gradient(constant)
@@ -130,7 +132,9 @@ def shrunk_polar(matrix: Float[Array, "*batch m n"]) -> ShrunkPolar:
 
 @shrunk_polar.defjvp
 @full_precision
-def _shrunk_polar_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _shrunk_polar_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     # H H = 4KKᵀ + I, so H dH + dH H = 4(dK Kᵀ + K dKᵀ); and (H + I) dR = 2dK − dH R.
     (matrix,), (dmatrix,) = primals, tangents
     primal_out = shrunk_polar(matrix)
@@ -154,7 +158,7 @@ def shrink(values: Array) -> Array:
 
 @shrink.defjvp
 @full_precision
-def _shrink_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _shrink_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[PyTree, PyTree]:
     shrunk = shrink(*primals)
     square = shrunk * shrunk
     return shrunk, (1 - square) ** 2 / (1 + square) * tangents[0]
@@ -172,7 +176,9 @@ def psd_root(matrix: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
 
 @psd_root.defjvp
 @full_precision
-def _psd_root_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _psd_root_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     # S S = A, so S dS + dS S = dA.
     (matrix,), (dmatrix,) = primals, tangents
     root = psd_root(matrix)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax
 from jax import Array
+from jaxtyping import PyTree
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -25,16 +26,16 @@ def while_loop(
 
 
 def scan(
-    body_fun: Callable[[T, Any], tuple[T, U]],
+    body_fun: Callable[[T, PyTree], tuple[T, U]],
     start: T,
-    items: Any,
+    items: PyTree,
     *others: Any,
     length: int | None = None,
 ) -> tuple[T, U]:
     """Run `jax.lax.scan`; `others` are the values that the function closes over."""
     start = varying(start, items, *others)
 
-    def typed(carry: T, item: Any) -> tuple[T, U]:
+    def typed(carry: T, item: PyTree) -> tuple[T, U]:
         carry, output = body_fun(carry, item)
         return varying(carry, start), output
 
@@ -53,7 +54,7 @@ def varying(tree: T, *others: Any) -> T:
     if not axes:
         return tree
 
-    def cast(leaf: Any) -> Any:
+    def cast(leaf: Array) -> Array:
         missing = tuple(sorted(axes - _axes(leaf)))
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
@@ -61,5 +62,5 @@ def varying(tree: T, *others: Any) -> T:
     return cast_tree
 
 
-def _axes(leaf: Any) -> frozenset[str]:
+def _axes(leaf: Array) -> frozenset[str]:
     return frozenset(jax.typeof(leaf).mat.varying)

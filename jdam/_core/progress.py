@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 from tqdm import tqdm
 
 from jdam._core.batching import equal_parts
@@ -65,7 +66,7 @@ def in_parts(
     Parts have equal sizes and may overlap; the later part overwrites the earlier."""
     widths = tuple(equal_parts(*axis)[1] for axis in zip(sizes, at_once, strict=True))
     starts = [_starts(*axis) for axis in zip(sizes, widths, strict=True)]
-    whole: Any = None
+    whole: PyTree = None
     with tqdm(
         total=math.prod(map(len, starts)),
         desc=name,
@@ -87,7 +88,7 @@ def in_parts(
     return result
 
 
-def wait(tree: Any) -> None:
+def wait(tree: PyTree) -> None:
     """Wait until all values are ready. Unlike `jax.block_until_ready`, this lets signals
     through."""
     arrays: list[Any] = jax.tree.leaves(tree)
@@ -119,7 +120,7 @@ def _empty(part: T, sizes: tuple[int, ...]) -> T:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _written(whole: T, part: T, starts: tuple[Any, ...]) -> T:
+def _written(whole: T, part: T, starts: tuple[PyTree, ...]) -> T:
     """Return the whole with a part written in place; the whole is donated."""
 
     def write(into: Array, rows: Array) -> Array:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.batching import batch_size, equal_parts, masked_cond
 from jdam._core.derivatives import ITERATED, full_precision, jvp
@@ -30,7 +30,11 @@ class Settings(NamedTuple):
 
 
 def evaluate(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any = None
+    settings: Settings,
+    memory: Memory,
+    query: AnyMeasure,
+    beta: Float[Array, ""],
+    guess: PyTree = None,
 ) -> Evaluation:
     """Return the energy at a query and the average of the pulls.
 
@@ -43,7 +47,7 @@ def evaluate(
     if cheaper is None:
         return _evaluate(settings, memory, query, beta, guess)
 
-    def exactly(query: AnyMeasure, others: tuple[Memory, Array, Any]) -> Evaluation:
+    def exactly(query: AnyMeasure, others: tuple[Memory, Array, PyTree]) -> Evaluation:
         memory, beta, guess = others
         return _evaluate(settings, memory, query, beta, guess)
 
@@ -55,7 +59,7 @@ def evaluate(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: PyTree
 ) -> Evaluation:
     streams = type(settings.separation) is LogSumExp
     return (_in_one_sweep if streams else _in_two_sweeps)(settings, memory, query, beta, guess)
@@ -63,7 +67,9 @@ def _evaluate(
 
 @partial(_evaluate.defjvp, symbolic_zeros=True)
 @full_precision
-def _evaluate_jvp(settings: Settings, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+def _evaluate_jvp(
+    settings: Settings, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> PyTree:
     # The derivative of a block needs more memory than its comparisons, and the derivative of
     # `in_batches` evaluates all queries at once.
     memory, *_ = primals
@@ -73,12 +79,12 @@ def _evaluate_jvp(settings: Settings, primals: tuple[Any, ...], tangents: tuple[
 
 
 def _in_one_sweep(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: PyTree
 ) -> Evaluation:
     """Return the evaluation in one pass: log-sum-exp accumulators are updated block by block."""
     separation, view = LogSumExp(), view_of(memory.geometry, query)
 
-    def accumulate(sums: Any, comparison: Comparison, block: Block) -> tuple[Any, Any]:
+    def accumulate(sums: PyTree, comparison: Comparison, block: Block) -> tuple[PyTree, PyTree]:
         return separation.accumulate(sums, comparison, block, beta), comparison.guess
 
     blocks = cut_into_blocks(memory, settings.block_size, guess)
@@ -115,7 +121,7 @@ def _top(memory: Memory) -> Float[Array, ""]:
 
 
 def _in_two_sweeps(
-    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: Any
+    settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: PyTree
 ) -> Evaluation:
     """Return the evaluation in two passes: the divergences, which determine the weights, then the
     average of the pulls. One pass suffices if one block holds all patterns.
@@ -129,7 +135,7 @@ def _in_two_sweeps(
     def collect(_: None, comparison: Comparison, block: Block) -> tuple[None, Comparison]:
         return None, comparison if one_block else comparison._replace(pull=None)
 
-    def add(total: AnyMeasure, comparison: Comparison, block: Any) -> tuple[AnyMeasure, None]:
+    def add(total: AnyMeasure, comparison: Comparison, block: PyTree) -> tuple[AnyMeasure, None]:
         return jax.tree.map(partial(_add, block.weights), total, comparison.pull), None
 
     comparisons = _join_blocks(sweep(collect, memory, view, blocks, None)[1], num)
@@ -200,13 +206,13 @@ def view_of(geometry: Geometry, query: AnyMeasure) -> AnyView:
 
 
 def sweep(
-    accumulate: Callable[[Any, Comparison, Any], tuple[Any, Any]],
+    accumulate: Callable[[PyTree, Comparison, PyTree], tuple[PyTree, PyTree]],
     memory: Memory,
     view: AnyView,
-    blocks: Any,
+    blocks: PyTree,
     start: Any,
     *others: Any,
-) -> Any:
+) -> PyTree:
     """Compare a query with one block of patterns after another, and return the last carry and the
     stacked outputs.
 
@@ -215,7 +221,7 @@ def sweep(
     results of iterative solvers, named `ITERATED`, are stored.
     """
 
-    def body_fun(carry: Any, block: Any) -> tuple[Any, Any]:
+    def body_fun(carry: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
         comparison = compare(memory.geometry, view, block.patterns)
         _check_comparison(memory, comparison, block)
         return accumulate(carry, comparison, block)
@@ -241,12 +247,12 @@ def _check_comparison(memory: Memory, comparison: Comparison, block: Block) -> N
         )
 
 
-def _join_blocks(blocks: Any, num: int) -> Any:
+def _join_blocks(blocks: PyTree, num: int) -> PyTree:
     """Return the outputs of blocks, (blocks, B, …), as rows (N, …)."""
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:])[:num], blocks)
 
 
-def cut_into_blocks(memory: Memory, block_size: int | None, guess: Any) -> Block:
+def cut_into_blocks(memory: Memory, block_size: int | None, guess: PyTree) -> Block:
     """Return the memory cut into equal blocks along a new leading axis.
 
     The last block is padded with copies of the last pattern, whose prior is 0.

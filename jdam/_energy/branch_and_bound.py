@@ -16,7 +16,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop, by_platform
 from jdam._core.loops import while_loop
@@ -42,11 +42,11 @@ class Goal(eqx.Module):
     """What a search computes of the patterns it compares, and which others it may leave out."""
 
     @abstractmethod
-    def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> Any:
+    def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> PyTree:
         """Return the result for no patterns; `patterns` has the shapes of those of a round."""
 
     @abstractmethod
-    def add(self, result: Any, comparison: Comparison, block: Block) -> Any:
+    def add(self, result: PyTree, comparison: Comparison, block: Block) -> PyTree:
         """Return the result with a block of patterns added."""
 
     @abstractmethod
@@ -58,15 +58,15 @@ class Goal(eqx.Module):
         """Return one bound for all patterns along the last axis."""
 
     @abstractmethod
-    def matters(self, bound: Array, result: Any, share: Any) -> Bool[Array, ""]:
+    def matters(self, bound: Array, result: PyTree, share: Any) -> Bool[Array, ""]:
         """Return whether patterns of this `least` bound may matter. Their error may be the fraction
         `share` of the error allowed."""
 
-    def refines(self, result: Any) -> Bool[Array, ""] | bool:
+    def refines(self, result: PyTree) -> Bool[Array, ""] | bool:
         """Return whether closer bounds may pay."""
         return True
 
-    def gives_up(self, result: Any, rounds: Int[Array, ""]) -> Bool[Array, ""] | bool:
+    def gives_up(self, result: PyTree, rounds: Int[Array, ""]) -> Bool[Array, ""] | bool:
         """Return whether to end the search without proof."""
         return False
 
@@ -78,11 +78,11 @@ class Explored(NamedTuple):
     opened: Bool[Array, " U"]  # whether the unit was in a window
     compared: Bool[Array, " U"]  # whether the unit is a pattern that was compared
     rest: Float[Array, ""]  # `Goal.least` of the units that were not opened
-    result: Any  # of the patterns compared
+    result: PyTree  # of the patterns compared
     picked: Int[Array, "rounds size"]  # these patterns; −1 where there is none
     rounds: Int[Array, ""]
     windows: Int[Array, ""]
-    guess: Any  # warm starts for all patterns; None: `Geometry.first_guess`
+    guess: PyTree  # warm starts for all patterns; None: `Geometry.first_guess`
 
     @property
     def left(self) -> Float[Array, " U"]:
@@ -119,7 +119,7 @@ def branch_and_bound(
     memory: Memory,
     query: AnyMeasure,
     view: AnyView,
-    guess: Any,
+    guess: PyTree,
     *,
     size: int,
     rounds: int,
@@ -302,13 +302,13 @@ def least(bounds: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool
     return index, bounds[index] != jnp.inf
 
 
-def some_patterns(memory: Memory, size: int, guess: Any) -> Patterns:
+def some_patterns(memory: Memory, size: int, guess: PyTree) -> Patterns:
     """Return `size` patterns, for their shapes."""
     return rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
 
 
 def rows_of(
-    memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: Any = None
+    memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: PyTree = None
 ) -> Block:
     """Return the patterns at `index` as a block; where `on` is false the prior is 0."""
     rows = (memory.patterns, memory.prepared, memory.log_prior, guess)

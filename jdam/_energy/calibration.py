@@ -1,14 +1,14 @@
 """Prediction sets of guaranteed coverage, by split conformal prediction."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import batch_size, map_in_batches, masked_cond
@@ -216,7 +216,7 @@ def _score(
 
 
 def _score_bounds(
-    search: Certified, target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]
+    search: Certified, target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, PyTree]
 ) -> _ScoreBounds:
     """Compute the bounds from the patterns that the search compares, and lower bounds on D for the
     others.
@@ -257,7 +257,7 @@ def _score_bounds(
 
 
 def _exact_bounds(
-    target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, Any]
+    target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, PyTree]
 ) -> _ScoreBounds:
     """Return the exact scores in place of both bounds."""
     memory, query, beta, classes = args

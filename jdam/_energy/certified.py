@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform, masked_cond
@@ -102,7 +102,7 @@ class Certified(Search):
         most, units = by_platform(64, 1024), num_units(memory)
         return max(1, min(most, by_platform(2**23, 2**27) // units))
 
-    def first_guess(self, memory: Memory) -> Any:
+    def first_guess(self, memory: Memory) -> PyTree:
         guess = super().first_guess(memory)
         numbers = sum(leaf.size for leaf in jax.tree.leaves(guess))
         return None if bounds_of(memory) and numbers > KEPT else guess
@@ -112,7 +112,7 @@ class Certified(Search):
         memory: Memory,
         query: AnyMeasure,
         beta: Array,
-        guess: Any,
+        guess: PyTree,
         *,
         separation: Separation,
     ) -> Evaluation:
@@ -160,7 +160,7 @@ def choose(search: Search | None, memory: Memory, separation: Separation) -> Sea
     return Certified(tol=1e-12 if memory.dtype == jnp.float64 else 1e-8)
 
 
-def _compare_all(guess: Any, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
+def _compare_all(guess: PyTree, args: tuple[Memory, AnyMeasure, Array]) -> Evaluation:
     return evaluate(Settings(), *args, guess)
 
 
@@ -213,7 +213,7 @@ class Mass(Goal):
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _evaluate(
-    certified: Certified, memory: Memory, query: AnyMeasure, beta: Array, guess: Any
+    certified: Certified, memory: Memory, query: AnyMeasure, beta: Array, guess: PyTree
 ) -> tuple[Evaluation, Int[Array, " C"]]:
     """Return the evaluation over the candidates, with a bound on the mass neglected, and their
     indices."""
@@ -236,7 +236,7 @@ def _search(
     view: AnyView,
     beta: Array,
     *,
-    guess: Any = None,
+    guess: PyTree = None,
     with_pull: bool = True,
 ) -> tuple[Mass, Explored]:
     """Return the goal, and the state when it is proved or its limit is reached."""
@@ -259,11 +259,13 @@ def _search(
 @partial(_evaluate.defjvp, symbolic_zeros=True)
 @full_precision
 def _evaluate_jvp(
-    certified: Certified, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> tuple[Any, ...]:
+    certified: Certified, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, ...]:
     evaluation, picked = _evaluate(certified, *primals)
 
-    def average(memory: Memory, query: AnyMeasure, beta: Array, guess: Any) -> tuple[Any, ...]:
+    def average(
+        memory: Memory, query: AnyMeasure, beta: Array, guess: PyTree
+    ) -> tuple[PyTree, ...]:
         block = rows_of(memory, picked, picked >= 0, evaluation.guess)
         measures, prepared, guess = block.patterns
         candidates = replace(

@@ -1,9 +1,9 @@
 """Result of one evaluation of the energy, and the blocks of patterns."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from jdam._measures.base import AnyMeasure
 from jdam.geometry.protocol import AnyView, Patterns
@@ -15,7 +15,7 @@ class Nearest(NamedTuple):
     pattern: Int[Array, ""]  # index in the memory
     divergence: Float[Array, ""]
     inliers: Float[Array, " n"] | None = None
-    pose: Any = None
+    pose: PyTree = None
 
 
 class Evaluation(NamedTuple):
@@ -30,7 +30,7 @@ class Evaluation(NamedTuple):
     weight: Float[Array, ""]  # of `nearest`
     unsolved: Float[Array, ""]  # weight of the patterns whose comparison missed its tolerance
     neglected: Float[Array, ""]  # bound on the Gibbs mass of patterns that were not compared
-    guess: Any  # warm start of the next evaluation
+    guess: PyTree  # warm start of the next evaluation
 
 
 class Block(NamedTuple):

@@ -1,13 +1,13 @@
 """Searches of a memory in a file, which read the cells that may matter."""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PyTree
 
 from jdam._core import checks
 from jdam._energy.energy import fit_query
@@ -29,8 +29,8 @@ def cell_bounds(memory: MappedMemory, queries: AnyMeasure) -> Float[Array, "Q C"
 
 
 @jax.jit
-def _cell_bounds(geometry: Any, cells: Any, queries: AnyMeasure) -> Float[Array, "Q C"]:
-    def one(embedding: Any) -> Any:
+def _cell_bounds(geometry: PyTree, cells: PyTree, queries: AnyMeasure) -> Float[Array, "Q C"]:
+    def one(embedding: PyTree) -> PyTree:
         return cells.lower_bounds(jax.tree.map(lambda leaf: leaf[None], embedding))
 
     bounds: Array = jax.vmap(one)(embedded(geometry, queries))

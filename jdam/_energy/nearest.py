@@ -8,7 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import in_batches
@@ -86,7 +86,7 @@ class Closest(Goal):
     def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> tuple[Array, Array]:
         return jnp.full(self.k, jnp.nan, memory.dtype), jnp.full(self.k, -1, jnp.int32)
 
-    def add(self, result: Any, comparison: Comparison, block: Block) -> tuple[Array, Array]:
+    def add(self, result: PyTree, comparison: Comparison, block: Block) -> tuple[Array, Array]:
         # Old entries come last: they are NaN at the start, as new ones are for invalid queries.
         divergences = jnp.concatenate([comparison.divergence, result[0]])
         on = jnp.concatenate([block.log_prior != -jnp.inf, jnp.ones(self.k, bool)])
@@ -100,7 +100,7 @@ class Closest(Goal):
         bound: Array = bounds.min(-1)
         return bound
 
-    def matters(self, bound: Array, result: Any, share: Any) -> Bool[Array, ""]:
+    def matters(self, bound: Array, result: PyTree, share: Any) -> Bool[Array, ""]:
         # A NaN bound proves nothing, and the pattern is compared; of an invalid query nothing is.
         invalid = jnp.isnan(result[0][0]) & (result[1][0] >= 0)
         matters: Array = ~(result[0][-1] <= bound) & (bound != jnp.inf) & ~invalid

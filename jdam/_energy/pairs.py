@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.batching import batch_size, in_batches
 from jdam._core.compile import compiled
@@ -91,7 +91,7 @@ def _pairs_at_once(memory: Memory) -> tuple[int, int]:
 
 @partial(jax.jit, static_argnames="widths")
 def _part(
-    memory: Memory, queries: AnyMeasure | None, row: Any, column: Any, *, widths: tuple[int, int]
+    memory: Memory, queries: AnyMeasure | None, row: Any, column: PyTree, *, widths: tuple[int, int]
 ) -> Float[Array, "q n"]:
     """Return the divergences of some queries to some patterns; `queries` None: the patterns."""
     among_patterns = queries is None

@@ -2,10 +2,9 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
 
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._energy.average import Settings, evaluate
@@ -33,13 +32,13 @@ class Search(ABC):
         memory: Memory,
         query: AnyMeasure,
         beta: Float[Array, ""],
-        guess: Any,
+        guess: PyTree,
         *,
         separation: Separation,
     ) -> Evaluation:
         """Return the energy, the average pull, and a bound on the Gibbs mass neglected in both."""
 
-    def first_guess(self, memory: Memory) -> Any:
+    def first_guess(self, memory: Memory) -> PyTree:
         """Return the warm start of the first evaluation; later ones use `Evaluation.guess`."""
         return memory.geometry.first_guess(memory.prepared)
 
@@ -76,7 +75,7 @@ class Exhaustive(Search):
         memory: Memory,
         query: AnyMeasure,
         beta: Array,
-        guess: Any,
+        guess: PyTree,
         *,
         separation: Separation,
     ) -> Evaluation:

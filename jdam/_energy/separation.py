@@ -8,12 +8,12 @@ the patterns with weights wᵢ, so it descends on every one of these energies.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import repeat
@@ -126,7 +126,7 @@ class LogSumExp(Separation):
         return Sums(lowest, least, nearest, mass_, prior, deficit, pull, unsolved)
 
     def finish(
-        self, sums: "Sums", total: tuple[Array, Array], beta: Array, view: AnyView, guess: Any
+        self, sums: "Sums", total: tuple[Array, Array], beta: Array, view: AnyView, guess: PyTree
     ) -> Evaluation:
         """Return the evaluation of the sums.
 
@@ -326,7 +326,7 @@ def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
 @_entmax.defjvp
 @full_precision
 def _entmax_jvp(
-    alpha: float, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    alpha: float, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[Array, Array]:
     weights = _entmax(alpha, *primals)
     on = weights > 0
@@ -346,7 +346,7 @@ def _conjugate(alpha: float, logits: Float[Array, " N"]) -> Float[Array, ""]:
 @_conjugate.defjvp
 @full_precision
 def _conjugate_jvp(
-    alpha: float, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    alpha: float, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[Array, Array]:
     return _conjugate(alpha, *primals), jnp.vdot(_entmax(alpha, *primals), *tangents)
 

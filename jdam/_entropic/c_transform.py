@@ -1,12 +1,12 @@
 """Soft c-transforms: the optimal potential on one cloud for a given potential on the other."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.derivatives import full_precision, jvp
@@ -20,7 +20,7 @@ class CTransform(NamedTuple):
     potential: Float[Array, " m"]  # g = s f^{c,ε}
     gradient: Float[Array, "m d"]  # Σⱼ Pⱼₖ ∇c(yₖ, xⱼ) / Σⱼ Pⱼₖ
     spent: Float[Array, " m"]  # mean cost Σⱼ PⱼₖCⱼₖ / Σⱼ Pⱼₖ
-    density: Any  # (m, n), Pⱼₖ/aⱼ / Σⱼ Pⱼₖ; None where dropped
+    density: PyTree  # (m, n), Pⱼₖ/aⱼ / Σⱼ Pⱼₖ; None where dropped
 
 
 def c_transform(cost: Cost, f: Float[Array, " n"], pair: Pair) -> CTransform:
@@ -92,6 +92,6 @@ def _c_transform_without_density(cost: Cost, f: Array, pair: Pair) -> CTransform
 @partial(c_transform_in_batches.defjvp, symbolic_zeros=True)
 @full_precision
 def _c_transform_in_batches_jvp(
-    cost: Cost, primals: tuple[Any, ...], tangents: tuple[Any, ...]
-) -> Any:
+    cost: Cost, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> PyTree:
     return jvp(partial(_c_transform_without_density, cost), primals, tangents)

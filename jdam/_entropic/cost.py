@@ -3,12 +3,11 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import scan
@@ -83,7 +82,7 @@ def _half_squared_distances(x: Float[Array, "n d"], y: Float[Array, "m d"]) -> F
 @_half_squared_distances.defjvp
 @full_precision
 def _half_squared_distances_jvp(
-    primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[Array, Array]:
     # ⟨xⱼ − yₖ, dxⱼ − dyₖ⟩ expanded: derivatives need no more digits than the coordinates have.
     (x, y), (dx, dy) = primals, tangents

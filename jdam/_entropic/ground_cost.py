@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._entropic.cost import Cost
@@ -52,7 +52,7 @@ def _costs(
 
 @_costs.defjvp
 @full_precision
-def _costs_jvp(function: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+def _costs_jvp(function: Any, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> PyTree:
     # The primal output of `jax.jvp` is not used: for ott-jax's norms it differs at 0.
     _, change = jax.jvp(partial(_costs.fun, function), primals, tangents)
     return _costs(function, *primals), change

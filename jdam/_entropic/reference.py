@@ -1,11 +1,11 @@
 """A second solver for the same problem, by ott-jax."""
 
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree
 
 from jdam._core.linalg import safe_log
 from jdam._core.loops import while_loop
@@ -43,7 +43,7 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
     return sharpened(state, scaled, pair, largest(scaled, pair))
 
 
-def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
+def _balanced(solver: Solver, pair: Pair, geometry: PyTree) -> tuple[Array, Array]:
     """Return g and the number of iterations for exact marginals."""
     from ott.problems.linear.linear_problem import LinearProblem
     from ott.solvers.linear.sinkhorn import Sinkhorn
@@ -54,7 +54,7 @@ def _balanced(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
     return output.g - pair.marginals.epsilon * safe_log(pair.b), jnp.asarray(output.n_iters)
 
 
-def _relaxed(solver: Solver, pair: Pair, geometry: Any) -> tuple[Array, Array]:
+def _relaxed(solver: Solver, pair: Pair, geometry: PyTree) -> tuple[Array, Array]:
     """Return g and the number of iterations for relaxed marginals."""
     _, a, _, b, marginals = pair
     epsilon, s = marginals.epsilon, marginals.tau

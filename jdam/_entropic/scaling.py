@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop
 from jdam._core.linalg import safe_log
@@ -338,12 +338,12 @@ def conjugate_gradients(
     inverse = jnp.where(diagonal > least, 1 / jnp.maximum(diagonal, least), 0)
     goal = precision * jnp.abs(right).sum()
 
-    def cond_fun(carry: tuple[Any, ...]) -> Array:
+    def cond_fun(carry: tuple[PyTree, ...]) -> Array:
         count, _, residual, _, decrement = carry
         result: Array = (jnp.abs(residual).sum() > goal) & (decrement > 0) & (count < most)
         return result
 
-    def body_fun(carry: tuple[Any, ...]) -> tuple[Any, ...]:
+    def body_fun(carry: tuple[PyTree, ...]) -> tuple[PyTree, ...]:
         count, solution, residual, direction, decrement = carry
         image = matvec(direction)
         curvature = jnp.vdot(direction, image)

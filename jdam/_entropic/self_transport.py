@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.derivatives import full_precision, jvp
@@ -37,7 +38,7 @@ def self_transport(
 @partial(self_transport.defjvp, symbolic_zeros=True)
 @full_precision
 def _self_transport_jvp(
-    solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[SelfTransport, SelfTransport]:
     solved = self_transport(solver, *primals)
     problem, h = primals[:2], solved.potential

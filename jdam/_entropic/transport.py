@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.derivatives import ITERATED, full_precision, jvp, moves, vdot
@@ -66,7 +66,7 @@ def solve_pair(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> Sinkhor
 @partial(solve_pair.defjvp, symbolic_zeros=True)
 @full_precision
 def _solve_pair_jvp(
-    solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[SinkhornOutput, SinkhornOutput]:
     solved = checkpoint_name(solve_pair(solver, *primals), ITERATED)
     (pair, _), (dpair, _) = primals, tangents  # the solution does not depend on the guess

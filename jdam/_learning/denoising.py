@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.batching import batch_size, map_in_batches
 from jdam._core.compile import compiled
@@ -102,7 +101,7 @@ def _mean_distance(truths: Memory, measures: AnyMeasure) -> Float[Array, ""]:
     """Compute the mean of D(measureⱼ, truthⱼ)."""
     geometry = truths.geometry
 
-    def one(row: tuple[AnyMeasure, AnyMeasure, Any]) -> Float[Array, ""]:
+    def one(row: tuple[AnyMeasure, AnyMeasure, PyTree]) -> Float[Array, ""]:
         measure, *target = row
         truth, prepared = jax.tree.map(lambda leaf: leaf[None], tuple(target))
         patterns = Patterns(truth, prepared, geometry.first_guess(prepared))

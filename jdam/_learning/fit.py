@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 from tqdm import trange
 
 from jdam._core import checks
@@ -39,7 +39,7 @@ from jdam._recall.result import Recall
 from jdam._recall.solver import Solver, run
 
 #: A loss (memory, β, query, target) ↦ scalar for one query and its target.
-Loss: TypeAlias = Callable[[Memory, Array, Any, Any], Float[Array, ""]]
+Loss: TypeAlias = Callable[[Memory, Array, PyTree, PyTree], Float[Array, ""]]
 
 LEARNABLE = (PATTERNS, BETA, PRIOR)
 
@@ -70,7 +70,7 @@ class FitState(eqx.Module):
     #: The parameters in unconstrained coordinates. Their dtype is at least float32, since steps of
     #: the optimizer and squares of gradients may underflow in half precision.
     free: dict[str, Any]
-    optimizer_state: Any
+    optimizer_state: PyTree
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,8 @@ def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
 
 
 def _updated(
-    optimizer: optax.GradientTransformation, gradient: Any, optimizer_state: Any, free: Any
-) -> tuple[Any, Any]:
+    optimizer: optax.GradientTransformation, gradient: PyTree, optimizer_state: PyTree, free: PyTree
+) -> tuple[PyTree, PyTree]:
     """Return the parameters and the state of the optimizer after one update."""
     # optax relies on promotion, which users may have switched off.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
@@ -291,7 +291,9 @@ def _descend(
     def energy_of(free: AnyMeasure) -> Float[Array, ""]:
         return energy(memory, constrained(query, free), beta, separation=separation)
 
-    def body_fun(carry: tuple[AnyMeasure, Any], _: None) -> tuple[tuple[AnyMeasure, Any], None]:
+    def body_fun(
+        carry: tuple[AnyMeasure, PyTree], _: None
+    ) -> tuple[tuple[AnyMeasure, PyTree], None]:
         free, optimizer_state = carry
         return _updated(optimizer, jax.grad(energy_of)(free), optimizer_state, free), None
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._core.compile import working_dtype
@@ -111,7 +111,7 @@ class Rebuild:
         return Rebuild, (self.memory, self.learn)
 
     @functools.cached_property
-    def _identity(self) -> tuple[Any, ...]:
+    def _identity(self) -> tuple[PyTree, ...]:
         """The key of equality and hash. It is cached, since `jax.jit` hashes at each call."""
         leaves, structure = jax.tree.flatten(self.memory)
         return frozenset(self.learn), structure, *map(_digest, leaves)
@@ -209,7 +209,7 @@ def _logarithm_of(geometry: Geometry, name: str) -> Float[Array, "..."]:
     return jnp.log(value)
 
 
-def _as_fields(measure: AnyMeasure) -> Any:
+def _as_fields(measure: AnyMeasure) -> PyTree:
     """Return the floating arrays {name: array} of a `Measure` without its `constants`; vectors and
     other pytrees are returned as they are.
     """
@@ -220,7 +220,7 @@ def _as_fields(measure: AnyMeasure) -> Any:
     return {name: value for name, value in fields.items() if eqx.is_inexact_array(value)}
 
 
-def _with_fields(measure: AnyMeasure, fields: Any) -> AnyMeasure:
+def _with_fields(measure: AnyMeasure, fields: PyTree) -> AnyMeasure:
     """Return the measure with the arrays of `_as_fields`, which are not checked."""
     if not isinstance(measure, Measure):
         return fields

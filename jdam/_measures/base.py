@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
 from jdam._core import checks
 from jdam._core.compile import float_dtype
 
 #: A `Measure`, an array (…, d) of vectors, or any other pytree of arrays that a geometry accepts.
-AnyMeasure: TypeAlias = Any
+AnyMeasure: TypeAlias = PyTree
 M = TypeVar("M")
 Kind = TypeVar("Kind", bound="Measure")
 

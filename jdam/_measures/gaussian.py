@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._core.compile import compiled
@@ -156,7 +156,7 @@ class Gaussian(Measure):
         rows = check_ragged("samples", "Gaussian", samples, weights)
         # Only sets whose sizes differ by less than a factor of two are padded together, so that
         # padding at most doubles the work.
-        groups: dict[int, dict[int, tuple[Any, ...]]] = {}
+        groups: dict[int, dict[int, tuple[PyTree, ...]]] = {}
         for i, pair in rows.items():
             groups.setdefault((len(pair[0]) - 1).bit_length(), {})[i] = pair
         batches = [build(cls.from_samples, "Gaussian", pairs) for pairs in groups.values()]

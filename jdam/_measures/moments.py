@@ -4,12 +4,10 @@ They are accurate for samples far from zero, and have derivatives where covarian
 weights vanish, where plain formulas of `jax.numpy` lose digits or return NaN.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.compile import compiled
 from jdam._core.derivatives import full_precision
@@ -55,7 +53,9 @@ def factor_of(centred: Float[Array, "*batch n d"], weights: Float[Array, "*batch
 
 @factor_of.defjvp
 @full_precision
-def _factor_of_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _factor_of_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[Array, Array]:
     # With A = diag(√a) C = Q Lᵀ, dL = dAᵀQ satisfies dL Lᵀ + L dLᵀ = d(AᵀA), also where A is rank
     # deficient. It differs from the derivative of the triangular factor by a rotation. The term in
     # da uses Q = diag(√a) C L⁻ᵀ, so that it needs no division by √a.
@@ -84,7 +84,7 @@ def _basis(rows: Float[Array, "*batch n d"], factor: Float[Array, "*batch d d"])
 
 @_basis.defjvp
 @full_precision
-def _basis_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _basis_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[Array, Array]:
     (rows, factor), (drows, dfactor) = primals, tangents
     basis = _basis(rows, factor)
     return basis, (drows - basis @ dfactor.mT) @ _pseudo_inverse(factor).mT

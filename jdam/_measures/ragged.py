@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
 T = TypeVar("T")
 #: How points, weights and what else points have are padded, as modes of `numpy.pad`.
@@ -16,7 +17,7 @@ MODES = ("edge", "constant", "edge")
 
 def check_ragged(
     name: str, one: str, points: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None
-) -> dict[int, tuple[Any, ...]]:
+) -> dict[int, tuple[PyTree, ...]]:
     """The points (nᵢ, d) and weights (nᵢ,) of each measure, uniform where None; shapes checked."""
     points = _listed(name, one, points)
     if len(points) == 0:
@@ -33,8 +34,8 @@ def check_ragged(
 
 
 def with_arrays(
-    label: str, name: str, one: str, rows: Mapping[int, tuple[Any, ...]], arrays: Any
-) -> dict[int, tuple[Any, ...]]:
+    label: str, name: str, one: str, rows: Mapping[int, tuple[PyTree, ...]], arrays: PyTree
+) -> dict[int, tuple[PyTree, ...]]:
     """The rows with an array more each, which has an entry for each point."""
     arrays = _listed(label, one, arrays)
     if len(arrays) != len(rows):
@@ -50,7 +51,7 @@ def with_arrays(
     return {i: (*row, array) for (i, row), array in zip(rows.items(), held, strict=True)}
 
 
-def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[Any, ...]]) -> T:
+def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[PyTree, ...]]) -> T:
     """`make(points, weights, …)` of all as one padded batch: with weights of 0, and copies of all
     else. Errors name the one they are about."""
     size = max(len(points) for points, *_ in rows.values())
@@ -70,7 +71,7 @@ def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[Any, ...]])
 
 def rows_of_groups(
     groups: ArrayLike, points: np.ndarray, weights: ArrayLike | None, features: ArrayLike | None
-) -> tuple[np.ndarray, Any]:
+) -> tuple[np.ndarray, PyTree]:
     """The labels of groups, and lists of the points (nᵢ, d), weights (nᵢ,) of sum 1 and features
     (nᵢ, k) of each, None where there are none."""
     labels = np.asarray(groups)
@@ -113,7 +114,7 @@ def _shares(
     return shares.astype(points.dtype)
 
 
-def _listed(name: str, one: str, arrays: Any) -> list[Any]:
+def _listed(name: str, one: str, arrays: PyTree) -> list[Any]:
     try:
         return list(arrays)
     except TypeError as error:
@@ -121,7 +122,7 @@ def _listed(name: str, one: str, arrays: Any) -> list[Any]:
         raise TypeError(f"{name} must be a list of an array for each {one}; got {kind}") from error
 
 
-def _held(name: str, array: ArrayLike) -> Any:
+def _held(name: str, array: ArrayLike) -> PyTree:
     # On the host where possible: padding each shape by JAX would compile each.
     if isinstance(array, jax.core.Tracer):
         return array
@@ -131,7 +132,7 @@ def _held(name: str, array: ArrayLike) -> Any:
         raise ValueError(f"{name} must have rows of one length; got some that differ") from error
 
 
-def _padded(array: Any, size: int, mode: Any) -> Any:
+def _padded(array: PyTree, size: int, mode: PyTree) -> PyTree:
     widths = [(0, size - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
     return (jnp if isinstance(array, jax.core.Tracer) else np).pad(array, widths, mode=mode)
 

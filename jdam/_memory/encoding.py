@@ -7,6 +7,7 @@ from typing import Any
 import equinox as eqx
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
 from jdam._measures.base import Measure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
@@ -37,7 +38,7 @@ def name_of(kind: type) -> str:
     return f"jdam.{kind.__name__}" if kind in OWN else f"{kind.__module__}:{kind.__qualname__}"
 
 
-def encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
+def encode(value: Any, name: str, arrays: dict[str, Any]) -> PyTree:
     """Return `value` as JSON; its arrays are added to `arrays`, under names that start with
     `name`.
     """
@@ -65,8 +66,8 @@ def encode(value: Any, name: str, arrays: dict[str, Any]) -> Any:
 
 
 def decode(
-    encoded: Any, array: Callable[[str], Any], classes: Mapping[str, type[eqx.Module]]
-) -> Any:
+    encoded: PyTree, array: Callable[[str], PyTree], classes: Mapping[str, type[eqx.Module]]
+) -> PyTree:
     """Return the value that `encode` was given; `array` reads arrays by name, `classes` has classes
     by name.
 

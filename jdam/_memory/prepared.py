@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, UInt
+from jaxtyping import Bool, Float, PyTree, UInt
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
@@ -81,7 +81,7 @@ def units(
 
 def prepare(
     patterns: AnyMeasure, geometry: Geometry, progress: bool | None = None
-) -> tuple[Any, Array | None]:
+) -> tuple[PyTree, Array | None]:
     """Return `Geometry.prepare` of the patterns, and their fingerprints; many patterns are prepared
     part by part, with a progress bar as in `in_parts`.
     """
@@ -89,19 +89,19 @@ def prepare(
     if num <= at_once or not is_here(patterns, geometry):
         return _prepare(patterns, geometry)
     part = partial(_prepare_some, patterns, geometry)
-    prepared: tuple[Any, Array | None] = in_parts(part, (num,), (at_once,), "store", progress)
+    prepared: tuple[PyTree, Array | None] = in_parts(part, (num,), (at_once,), "store", progress)
     return prepared
 
 
 @partial(jax.jit, static_argnames="widths")
 def _prepare_some(
     patterns: AnyMeasure, geometry: Geometry, start: Any, *, widths: tuple[int]
-) -> tuple[Any, Array | None]:
+) -> tuple[PyTree, Array | None]:
     return _prepare(rows_from(patterns, start, width=widths[0]), geometry)
 
 
 @compiled(rounded=False)
-def _prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[Any, Array | None]:
+def _prepare(patterns: AnyMeasure, geometry: Geometry) -> tuple[PyTree, Array | None]:
     prepared = geometry.prepare(patterns)
     return prepared, None if prepared is None else fingerprint(patterns, geometry)
 

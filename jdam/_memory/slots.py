@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
@@ -49,7 +49,7 @@ def reserve(memory: "Memory", capacity: int) -> "Memory":
 
 @jax.jit
 def append(
-    memory: "Memory", patterns: AnyMeasure, values: Any, log_prior: Float[Array, " M"] | None
+    memory: "Memory", patterns: AnyMeasure, values: PyTree, log_prior: Float[Array, " M"] | None
 ) -> "Memory":
     """Return the memory with patterns and their values at the first free slots."""
     count, size = batch_size(patterns), size_of(memory)
@@ -71,7 +71,7 @@ def append(
 
 @jax.jit
 def replace(
-    memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure, values: Any
+    memory: "Memory", index: Int[Array, " M"], patterns: AnyMeasure, values: PyTree
 ) -> "Memory":
     """Return the memory with other patterns at some slots, and other values unless these are
     None.
@@ -130,7 +130,7 @@ def with_cells(
     return with_fingerprint(_in_cells(memory, new, index))
 
 
-def _in_cells(memory: "Memory", rows: tuple[Any, ...], index: Int[Array, " M"]) -> "Memory":
+def _in_cells(memory: "Memory", rows: tuple[PyTree, ...], index: Int[Array, " M"]) -> "Memory":
     """Return the memory with its patterns at `index`, of these rows, in cells; −1 for none."""
     patterns, prepared, *_ = rows
     embedding = embedded(memory.geometry, patterns, prepared)
@@ -163,19 +163,19 @@ def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
     return (index % num).astype(np.int32)
 
 
-def _rows(memory: "Memory") -> tuple[Any, ...]:
+def _rows(memory: "Memory") -> tuple[PyTree, ...]:
     """Return all arrays with a row for each pattern, except the prior."""
     return memory.patterns, memory.prepared, memory.fingerprint, memory.values
 
 
-def _prepared_rows(memory: "Memory", patterns: AnyMeasure, values: Any) -> tuple[Any, ...]:
+def _prepared_rows(memory: "Memory", patterns: AnyMeasure, values: PyTree) -> tuple[PyTree, ...]:
     prepared, marks = prepare(patterns, memory.geometry)
     if memory.fingerprint is not None and marks is None:
         marks = fingerprint(patterns, memory.geometry)
     return patterns, prepared, marks, values
 
 
-def _with_rows(memory: "Memory", rows: tuple[Any, ...], prior: Any, size: Any) -> "Memory":
+def _with_rows(memory: "Memory", rows: tuple[PyTree, ...], prior: Any, size: Any) -> "Memory":
     patterns, prepared, marks, values = rows
     return replaced(
         memory,

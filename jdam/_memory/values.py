@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 
 if TYPE_CHECKING:
     from jdam._memory.memory import Memory
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 KINDS = (jnp.floating, jnp.integer, jnp.bool_)
 
 
-def checked_values(values: Any, num: int) -> Any:
+def checked_values(values: PyTree, num: int) -> PyTree:
     """Return `values` as a pytree of arrays with `num` entries each."""
     arrays = as_arrays(values)
     if not jax.tree.leaves(arrays):
@@ -28,7 +29,7 @@ def checked_values(values: Any, num: int) -> Any:
     return arrays
 
 
-def values_for(memory: "Memory", values: Any, num: int) -> Any:
+def values_for(memory: "Memory", values: PyTree, num: int) -> PyTree:
     """Return `values` of `num` patterns as a pytree like the memory's. For a single pattern the
     leading axis may be missing.
     """
@@ -41,8 +42,8 @@ def values_for(memory: "Memory", values: Any, num: int) -> Any:
             "values must be None: the memory has none; jdam.store(patterns, values=…) keeps them"
         )
     arrays = as_arrays(values)
-    actual: Any = jax.tree.structure(arrays)
-    structure: Any = jax.tree.structure(memory.values)
+    actual: PyTree = jax.tree.structure(arrays)
+    structure: PyTree = jax.tree.structure(memory.values)
     if actual != structure:
         raise TypeError(f"values must be a pytree like the memory's, {structure}; got {actual}")
 
@@ -62,7 +63,7 @@ def values_for(memory: "Memory", values: Any, num: int) -> Any:
     return jax.tree_util.tree_map_with_path(fit, arrays, memory.values)
 
 
-def as_arrays(values: Any) -> Any:
+def as_arrays(values: PyTree) -> PyTree:
     """Return a pytree of arrays. A list is an array; other containers are pytrees."""
     convert = jax.tree_util.tree_map_with_path
     return convert(_as_array, values, is_leaf=lambda value: isinstance(value, list))
@@ -71,7 +72,7 @@ def as_arrays(values: Any) -> Any:
 def _as_array(path: Any, value: Any) -> Array:
     name = name_of(path)
     try:
-        array: Any = value if isinstance(value, Array) else np.asarray(value)
+        array: PyTree = value if isinstance(value, Array) else np.asarray(value)
     except ValueError as error:
         got = "a list of arrays of different shapes: a tuple of arrays is a pytree"
         raise TypeError(f"{name} must be an array; got {got}") from error

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.lapack import cholesky, solve_lower
@@ -32,15 +32,17 @@ class Acceleration(ABC):
     """Rule that proposes steps. Subclasses are frozen dataclasses of settings."""
 
     @abstractmethod
-    def start(self, measure: AnyMeasure, zero: Float[Array, ""]) -> Any:
+    def start(self, measure: AnyMeasure, zero: Float[Array, ""]) -> PyTree:
         """Return the history before the first step."""
 
     @abstractmethod
-    def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
+    def propose(
+        self, solver: "Solver", state: "State", problem: "Problem"
+    ) -> tuple[PyTree, PyTree]:
         """Return a measure to try instead of the plain step `state.candidate`, and the history."""
 
     @abstractmethod
-    def update(self, history: Any, gain: Float[Array, ""], accepted: Bool[Array, ""]) -> Any:
+    def update(self, history: PyTree, gain: Float[Array, ""], accepted: Bool[Array, ""]) -> PyTree:
         """Return the history after a proposal was tried; the energy fell by at most `gain`."""
 
 
@@ -80,7 +82,9 @@ class Anderson(Acceleration):
         empty_rows = jnp.zeros((self.depth, flat.size), flat.dtype)
         return History(empty_rows, empty_rows, jnp.array(0, jnp.int32))
 
-    def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
+    def propose(
+        self, solver: "Solver", state: "State", problem: "Problem"
+    ) -> tuple[PyTree, PyTree]:
         old: History = state.history
         plain, geometry = state.candidate, problem.memory.geometry
         free = unconstrained(plain)
@@ -128,7 +132,7 @@ def _least_squares(rows: Float[Array, "k z"], target: Float[Array, " z"]) -> Flo
     ridge = 16 * len(rows) * float(jnp.finfo(rows.dtype).eps)
     gram = rows @ rows.T + jnp.diag(jnp.where(on, ridge, 1))
 
-    def solve(_: Any, right: Array) -> Array:
+    def solve(_: PyTree, right: Array) -> Array:
         lower = jax.lax.stop_gradient(cholesky(gram))
         half = solve_lower(lower, right[:, None])
         # Reversing rows and columns makes the upper triangular matrix a lower one.
@@ -174,7 +178,9 @@ class TrustRegion(Acceleration):
         zeros = jnp.zeros_like(zero)
         return Region(zeros, zeros, zeros)
 
-    def propose(self, solver: "Solver", state: "State", problem: "Problem") -> tuple[Any, Any]:
+    def propose(
+        self, solver: "Solver", state: "State", problem: "Problem"
+    ) -> tuple[PyTree, PyTree]:
         return _newton_step(self, solver, state, problem)
 
     def update(self, history: Region, gain: Array, accepted: Array) -> Region:
@@ -199,7 +205,7 @@ def _newton_step(
     radius = jnp.where(solver.cond_fun(state, problem), radius, 0)
     guess = state.evaluation.guess
 
-    def slope(tangent: Any) -> Any:
+    def slope(tangent: PyTree) -> PyTree:
         evaluation = solver.evaluate(retraction.retract(tangent), problem, guess)
         return retraction.slope(evaluation.view, evaluation.pull)
 
@@ -217,7 +223,7 @@ def _newton_step(
 
 
 @_newton_step.defjvp
-def _newton_step_jvp(*_: Any) -> Any:
+def _newton_step_jvp(*_: Any) -> PyTree:
     raise ValueError(
         "jdam.TrustRegion steps have no derivatives of their own: recall with "
         "adjoint=jdam.Implicit() or jdam.OneStep(), or with another acceleration"

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
+from jaxtyping import PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.gmres import gmres
@@ -132,8 +133,8 @@ def _at_fixed_point(
 def _at_fixed_point_jvp(
     solve: Callable[..., AnyMeasure],
     solver: Solver,
-    primals: tuple[Any, ...],
-    tangents: tuple[Any, ...],
+    primals: tuple[PyTree, ...],
+    tangents: tuple[PyTree, ...],
 ) -> tuple[State, State]:
     end = _at_fixed_point(solve, solver, *primals)
     (_, problem), (dquery, dproblem) = primals, tangents

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
@@ -29,7 +29,7 @@ def attend(
     memory: Memory,
     query: AnyMeasure,
     beta: ArrayLike,
-    values: Any = None,
+    values: PyTree = None,
     *,
     separation: Separation = LogSumExp(),
     num_steps: int = 10,
@@ -88,7 +88,7 @@ def attend(
     return jax.tree.map(mean, values)
 
 
-def _floats(values: Any) -> Any:
+def _floats(values: PyTree) -> PyTree:
     """Return a pytree of float arrays (N, …); a list is converted to an array."""
 
     def check(path: Any, leaf: Any) -> Array:

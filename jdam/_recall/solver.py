@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop
 from jdam._core.derivatives import full_precision, jvp
@@ -54,7 +54,7 @@ class Record(NamedTuple):
 
     attempt: Attempt
     moved: Bool[Array, " T"]  # whether the measure became the candidate
-    guess: Any  # warm start of the same evaluation in `retrace`
+    guess: PyTree  # warm start of the same evaluation in `retrace`
 
 
 class State(NamedTuple):
@@ -67,7 +67,7 @@ class State(NamedTuple):
     num_steps: Int[Array, ""]  # accepted steps; −1 before the query is evaluated
     candidate: AnyMeasure  # the measure to evaluate next
     attempt: Attempt
-    history: Any = None  # of the acceleration
+    history: PyTree = None  # of the acceleration
     trace: Trace | None = None
     record: Record | None = None  # if `_run_jvp` needs it
 
@@ -116,7 +116,7 @@ class Solver:
         )
 
     @partial(jax.jit, static_argnums=0)
-    def evaluate(self, measure: AnyMeasure, problem: Problem, guess: Any) -> Evaluation:
+    def evaluate(self, measure: AnyMeasure, problem: Problem, guess: PyTree) -> Evaluation:
         """Return the energy and the average of the pulls at a measure."""
         memory, beta, separation = problem.memory, problem.beta, self.separation
         return self.search.evaluate(memory, measure, beta, guess, separation=separation)
@@ -227,7 +227,7 @@ class Solver:
         trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
         record_row = Record(before.attempt, moved, evaluation.guess)
 
-        def add(table: Any, new: Any) -> Any:
+        def add(table: PyTree, new: PyTree) -> PyTree:
             if table is None:
                 return None
             write = lambda rows, leaf: rows.at[row].set(leaf, mode="drop")  # noqa: E731
@@ -277,7 +277,7 @@ class Solver:
                 state = state._replace(candidate=candidate, attempt=following)
             return _stripped(state)
 
-        def body_fun(state: State, rows: Any) -> tuple[State, Trace | None]:
+        def body_fun(state: State, rows: PyTree) -> tuple[State, Trace | None]:
             on = self.cond_fun(state, problem) if rows[0] is None else rows[0].moved
             state = _where(on, step(state, *rows), state)
             trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
@@ -338,7 +338,7 @@ def run(solver: Solver, query: AnyMeasure, problem: Problem) -> State:
 @partial(run.defjvp, symbolic_zeros=True)
 @full_precision
 def _run_jvp(
-    solver: Solver, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[State, State]:
     query, problem = primals
     if solver._accepts_all(problem) and solver.search.first_guess(problem.memory) is None:
@@ -372,11 +372,11 @@ def _residual(
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
-def _where(condition: Array, new: Any, old: Any) -> Any:
+def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(partial(jnp.where, condition), new, old)
 
 
-def _zeros(shapes: Any) -> Any:
+def _zeros(shapes: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 

@@ -4,13 +4,13 @@ Clouds are centred, their transport to themselves is computed once, and features
 coordinates.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._core.compile import compiled
@@ -87,7 +87,7 @@ def checked_parameters(
     )
 
 
-def shown_parameters(geometry: Any) -> list[str]:
+def shown_parameters(geometry: PyTree) -> list[str]:
     """Return ε, ρ, κ and λ for a repr, omitting ρ = None and λ = 1."""
 
     def shown(value: Array) -> str:

@@ -1,12 +1,10 @@
 """Derivatives of the best poses, by the implicit function theorem."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.lapack import eigh
@@ -17,7 +15,7 @@ from jdam.geometry.protocol import AnyView, Patterns
 
 
 @jax.custom_jvp
-def with_derivative(aligned: Any, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
+def with_derivative(aligned: PyTree, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
     """Return stationary poses (B,) of D, with their derivatives by the implicit function theorem.
 
     In coordinates δ about a pose, ∂D/∂δ = 0, so that dδ = −(∂²D/∂δ²)⁻¹ d(∂D/∂δ), which is computed
@@ -27,7 +25,7 @@ def with_derivative(aligned: Any, view: AnyView, patterns: Patterns, pose: Pose)
     return pose
 
 
-def _derivative_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Pose, Pose]:
+def _derivative_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[Pose, Pose]:
     aligned, view, patterns, constant = primals
     pose = with_derivative(aligned, view, patterns, constant)  # for higher derivatives
     atoms = atoms_of(jax.lax.stop_gradient(patterns.measures))
@@ -40,7 +38,7 @@ def _derivative_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tupl
             centre = pose(atoms.mean[:, None])[:, 0]
         return retract(aligned.group, pose, delta, (centre, radius))
 
-    def gradient(delta: Array, aligned: Any, view: AnyView, patterns: Patterns) -> Array:
+    def gradient(delta: Array, aligned: PyTree, view: AnyView, patterns: Patterns) -> Array:
         def total_divergence(delta: Array) -> Array:
             posed = aligned.posed(patterns, pose_at(delta))
             total: Array = aligned.geometry.compare(view, posed).divergence.sum()
@@ -77,7 +75,7 @@ def _pseudo_solve(matrix: Float[Array, "B k k"], right: Float[Array, "B k"]) -> 
     )
     reciprocal = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
 
-    def solve(_: Any, b: Array) -> Array:
+    def solve(_: PyTree, b: Array) -> Array:
         return jnp.matvec(basis, reciprocal * jnp.vecmat(b, basis))
 
     result: Array = jax.lax.custom_linear_solve(

@@ -1,14 +1,13 @@
 """Rigid motions: poses of measures, and grids of rotations."""
 
 import math
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PyTree
 
 from jdam._core import checks
 from jdam._measures.base import AnyMeasure, with_leaves
@@ -96,7 +95,7 @@ def transform_points(pose: Pose, points: Float[Array, "B z"]) -> Float[Array, "B
     return points.at[:, :dim].set(pose(points[:, None, :dim])[:, 0])
 
 
-def where_rows(condition: Bool[Array, "*batch"], new: Any, old: Any) -> Any:
+def where_rows(condition: Bool[Array, "*batch"], new: PyTree, old: PyTree) -> PyTree:
     """Return the new rows where the condition holds, and the old ones elsewhere."""
 
     def where(x: Array, y: Array) -> Array:

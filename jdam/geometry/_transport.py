@@ -1,12 +1,12 @@
 """Exact transport between few weighted points, a linear program, by successive shortest paths."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.lapack import eigh
@@ -169,7 +169,7 @@ def _path(search: _Search) -> Float[Array, "K L"]:
 
 @transport.defjvp
 @full_precision
-def _transport_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Plan, Plan]:
+def _transport_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[Plan, Plan]:
     # Plans are vertices, locally constant in costs. In weights they change along the edges that
     # carry mass: dP = P ∘ (α ⊕ β) with row and column sums da and db, which is unique on a tree.
     # Likewise df ⊕ dg = dc on these edges. By the envelope theorem, dcost needs neither.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
@@ -41,7 +41,7 @@ COARSE_EPSILON = 0.01
 class Prepared(NamedTuple):
     """What the wrapped geometry prepares, and unknown poses."""
 
-    inner: Any
+    inner: PyTree
     unknown_pose: Pose  # NaN
 
 
@@ -49,7 +49,7 @@ class WarmStart(NamedTuple):
     """Warm start of a later comparison."""
 
     pose: Pose  # NaN before the first comparison
-    inner: Any  # the warm start of the wrapped geometry
+    inner: PyTree  # the warm start of the wrapped geometry
 
 
 class Refinement(NamedTuple):
@@ -180,7 +180,7 @@ class Aligned(Geometry):
         pose = with_derivative(self, view, patterns, patterns.guess.pose)
         return self.geometry.plan(view, self.posed(patterns, pose))
 
-    def first_guess(self, prepared: Any) -> Any:
+    def first_guess(self, prepared: PyTree) -> PyTree:
         return WarmStart(prepared.unknown_pose, self.geometry.first_guess(prepared.inner))
 
     def posed(self, patterns: Patterns, pose: Pose) -> Patterns:
@@ -324,7 +324,7 @@ class Aligned(Geometry):
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         return self.geometry.check(name, measure, batch_ndim)
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         mean = jax.lax.stop_gradient(patterns.mean)
         nan = jnp.full_like(mean, jnp.nan)
         rotation = jnp.broadcast_to(nan[..., None], (*nan.shape, nan.shape[-1]))

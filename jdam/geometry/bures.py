@@ -4,12 +4,12 @@
 geometry of the components of `MixtureWasserstein`.
 """
 
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_principal
@@ -91,13 +91,13 @@ class Bures(Gaussians):
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         return _kernel(view).compare(view, patterns)
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         return _kernel(patterns).prepare(patterns)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         return _kernel(patterns.measures).bounds()
 
-    def embed(self, measures: AnyMeasure, prepared: Any = None) -> Embedding:
+    def embed(self, measures: AnyMeasure, prepared: PyTree = None) -> Embedding:
         return _kernel(measures).embed(measures, prepared)
 
     def approximation(
@@ -127,7 +127,7 @@ class _ByProducts(Bures):
         return Comparison(fast_squared_distances(view.vector, stacked), stacked)
 
 
-def _kernel(measure_or_view: Any) -> "type[Full | Diagonal]":
+def _kernel(measure_or_view: PyTree) -> "type[Full | Diagonal]":
     """The formulas for a query, a view or patterns."""
     return Diagonal if isinstance(measure_or_view, DiagonalGaussian | DiagonalView) else Full
 
@@ -162,7 +162,7 @@ class Diagonal:
         return Embedding(_stacked(measures), jnp.zeros_like(measures.mean[:, 0]))
 
     @staticmethod
-    def bounds() -> tuple[Any, ...]:
+    def bounds() -> tuple[PyTree, ...]:
         def bound(view: DiagonalView, patterns: Patterns) -> Float[Array, " B"]:
             return squared_distances_less_rounding(view.vector, _stacked(patterns.measures))
 
@@ -229,7 +229,7 @@ class Full:
         return Embedding(jnp.concatenate([measures.mean, spread], axis=-1), errors)
 
     @staticmethod
-    def bounds() -> tuple[Any, ...]:
+    def bounds() -> tuple[PyTree, ...]:
         return _by_embedding, _by_principal_axes
 
     @staticmethod
@@ -307,7 +307,9 @@ def _aligned_gap(
 
 @_aligned_gap.defjvp
 @full_precision
-def _aligned_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _aligned_gap_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     factor, factors, rotations = primals
     dfactor, dfactors, _ = tangents
     gap = factor[None] - factors @ rotations

@@ -3,13 +3,13 @@ atom of a query to a pattern.
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PyTree
 
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import full_precision, jvp
@@ -166,7 +166,7 @@ class Chamfer(Geometry):
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
         return check_cloud(self, name, measure, batch_ndim)
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         patterns, epsilon = jax.lax.stop_gradient((self._lift(patterns), self.epsilon))
         centre = patterns.mean
         return Prepared(centre, jax.vmap(_self_cost, (0, 0, None))(centre, patterns, epsilon))
@@ -338,7 +338,9 @@ def _with_derivative(self_cost: Array, centre: Array, cloud: PointCloud, epsilon
     return self_cost
 
 
-def _self_cost_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
+def _self_cost_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[Array, Array]:
     return _with_derivative(*primals), jvp(_self_cost, primals[1:], tangents[1:])[1]
 
 

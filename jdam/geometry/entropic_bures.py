@@ -4,13 +4,13 @@
 """
 
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import map_in_batches
@@ -81,7 +81,7 @@ class EntropicBures(Gaussians):
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         return self._kernel(view).compare(view, patterns)
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         return self._kernel(patterns).prepare(patterns)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
@@ -98,13 +98,13 @@ class EntropicBures(Gaussians):
         shown = checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
         return f"EntropicBures(epsilon={f'{float(self.epsilon):.4g}' if shown else '…'})"
 
-    def _kernel(self, measure_or_view: Any) -> "Full | Diagonal":
+    def _kernel(self, measure_or_view: PyTree) -> "Full | Diagonal":
         """Return the formulas for a query, a view or patterns."""
         diagonal = isinstance(measure_or_view, DiagonalGaussian | DiagonalView)
         return Diagonal(self.epsilon) if diagonal else Full(self.epsilon)
 
 
-def _toward(query: Any, pull: Any, self_pull: Any, step_size: Array) -> Any:
+def _toward(query: PyTree, pull: PyTree, self_pull: PyTree, step_size: Array) -> PyTree:
     """Return the query after a step, ξ + τ(pull − self_pull)."""
     return jax.tree.map(lambda x, y, z: x + step_size * (y - z), query, pull, self_pull)
 
@@ -156,7 +156,7 @@ class Diagonal(NamedTuple):
         gaps = _gap_less_rounding(first, second, error).sum(-1)
         return _with_shifts(view.query.mean, patterns.measures.mean, self.epsilon, gaps)
 
-    def move(self, view: DiagonalView, pull: Any, step_size: Array) -> DiagonalGaussian:
+    def move(self, view: DiagonalView, pull: PyTree, step_size: Array) -> DiagonalGaussian:
         moved = _toward(view.query, pull, view.self_pull, step_size)
         return upright(moved.mean, moved.scale)
 
@@ -249,7 +249,7 @@ class Full(NamedTuple):
         rest = jnp.maximum(total - part - error, 0)
         return _with_shifts(query.mean, measures.mean, self.epsilon, gaps + rest / 2)
 
-    def move(self, view: View, pull: Any, step_size: Array) -> Gaussian:
+    def move(self, view: View, pull: PyTree, step_size: Array) -> Gaussian:
         moved = _toward(view.query, pull, view.self_pull, step_size)
         result: Gaussian = with_leaves(moved, moved.mean, moved.factor @ view.axes)
         return result
@@ -304,7 +304,7 @@ def _gap(
 
 @partial(_gap.defjvp, symbolic_zeros=True)
 @full_precision
-def _gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+def _gap_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> PyTree:
     """Return the derivative of `_gap` in the factors: by the envelope theorem dΣφ(σ(K)) = 2⟨R,
     dK⟩.
     """
@@ -331,7 +331,9 @@ def _scalar_gap(first: Array, second: Array) -> Array:
 
 @_scalar_gap.defjvp
 @full_precision
-def _scalar_gap_jvp(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+def _scalar_gap_jvp(
+    primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[PyTree, PyTree]:
     (first, second), (dfirst, dsecond) = primals, tangents
     shrunk = shrink(first * second)
     slope = first * shrink(first**2) - second * shrunk

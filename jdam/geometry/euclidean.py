@@ -1,12 +1,12 @@
 """Vectors: classical modern Hopfield memories, by distance and by inner product."""
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
@@ -142,7 +142,7 @@ def _products(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> tuple[Array, Ar
     return long_vecdot(x, x) + long_vecdot(ys, ys), long_products(x, ys)
 
 
-def products_err(query: Any, patterns: Any, beta: Float[Array, ""]) -> Bool[Array, ""] | None:
+def products_err(query: PyTree, patterns: PyTree, beta: Float[Array, ""]) -> Bool[Array, ""] | None:
     """Whether `fast_squared_distances` may change some logit β|x−yᵢ|² by more than 1 %.
 
     None, which is always, in float64: it is chosen for its digits.

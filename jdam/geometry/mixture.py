@@ -1,12 +1,12 @@
 """The geometry `MixtureWasserstein`: Gaussian mixtures under the distance MW₂."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.lapack import singular_values
 from jdam._core.linalg import rounding, safe_sqrt, squared_norm
@@ -83,7 +83,7 @@ class MixtureWasserstein(Geometry):
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         return query.padded(r=patterns.rank)
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         moments = jax.lax.stop_gradient(patterns).moments
         return Prepared(moments, Full.prepare(moments))
 
@@ -187,7 +187,7 @@ def _by_pattern(rows: Float[Array, "K BL ..."], mixtures: GaussianMixture) -> Ar
     return jnp.moveaxis(split, 0, 1)
 
 
-def _by_moments(bound: Callable[[Any, Patterns], Array]) -> Bound:
+def _by_moments(bound: Callable[[PyTree, Patterns], Array]) -> Bound:
     def of_moments(view: View, patterns: Patterns) -> Float[Array, " B"]:
         prepared = patterns.prepared
         moments = view.query.moments.pad(prepared.moments.rank)

@@ -12,7 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, PyTree
 
 from jdam._core.batching import batch_size, by_platform
 from jdam._core.compile import float_dtype
@@ -20,7 +20,7 @@ from jdam._core.linalg import safe_sqrt
 from jdam._measures.base import AnyMeasure, Measure
 
 #: The query as prepared for comparison by `Geometry.view`: by default the query itself.
-AnyView: TypeAlias = Any
+AnyView: TypeAlias = PyTree
 
 
 class Patterns(NamedTuple):
@@ -29,9 +29,9 @@ class Patterns(NamedTuple):
     #: The measures themselves.
     measures: AnyMeasure
     #: The result of `Geometry.prepare`.
-    prepared: Any = None
+    prepared: PyTree = None
     #: Warm start: `Comparison.guess` of an earlier comparison with a query close by.
-    guess: Any = None
+    guess: PyTree = None
 
 
 class Comparison(NamedTuple):
@@ -42,13 +42,13 @@ class Comparison(NamedTuple):
     #: The contribution of each pattern to the step of the query.
     pull: AnyMeasure
     #: Warm start for comparisons of the same patterns with a query close by.
-    guess: Any = None
+    guess: PyTree = None
     #: Whether an inner solver missed its tolerance.
     not_converged: Bool[Array, " B"] | None = None
     #: The transported fraction of each atom.
     inliers: Float[Array, "B n"] | None = None
     #: The `jdam.Pose` that aligns each pattern with the query.
-    pose: Any = None
+    pose: PyTree = None
 
 
 class Embedding(NamedTuple):
@@ -75,9 +75,9 @@ class Retraction(NamedTuple):
 
     Tangents are pytrees of arrays, zero at the query."""
 
-    masses: Any  # mⱼ ≥ 0 of the metric |s|² = Σ mⱼsⱼ²; coordinates of mass 0 do not move
-    retract: Callable[[Any], AnyMeasure]  # tangent ↦ measure
-    slope: Callable[[AnyView, AnyMeasure], Any]  # (view, average pull) ↦ ∂E/∂s
+    masses: PyTree  # mⱼ ≥ 0 of the metric |s|² = Σ mⱼsⱼ²; coordinates of mass 0 do not move
+    retract: Callable[[PyTree], AnyMeasure]  # tangent ↦ measure
+    slope: Callable[[AnyView, AnyMeasure], PyTree]  # (view, average pull) ↦ ∂E/∂s
 
 
 #: Lower bounds on the divergences between the query of a view and some patterns, (B,).
@@ -242,14 +242,14 @@ class Geometry(eqx.Module):
         """Return the query, padded to array shapes that are compatible with the patterns'."""
         return query
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         """Return what `compare` needs of the patterns besides themselves, computed once when they
         are stored.
 
         Leaves lead with (B,) and carry no derivative."""
         return None
 
-    def first_guess(self, prepared: Any) -> Any:
+    def first_guess(self, prepared: PyTree) -> PyTree:
         """Return the warm start of a first comparison."""
         return None
 
@@ -278,7 +278,7 @@ class Geometry(eqx.Module):
         need not compare all patterns."""
         return ()
 
-    def embed(self, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
+    def embed(self, measures: AnyMeasure, prepared: PyTree = None) -> Embedding | None:
         """Return vectors Φ(X) with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X), or None if there are none.
 
         `Memory.indexed` makes cells of them, so that a search need not look at all patterns. By
@@ -329,7 +329,7 @@ def batch_sizes_of(numbers: int) -> BatchSizes:
     return BatchSizes(by_platform(16, 256), at_once, at_once)
 
 
-def check_batch_ndim(name: str, measure: Any, batch_ndim: int) -> None:
+def check_batch_ndim(name: str, measure: PyTree, batch_ndim: int) -> None:
     """Raise `ValueError` unless the `jdam.Measure` has `batch_ndim` batch axes."""
     if len(measure.batch_shape) != batch_ndim:
         expected = "(N,)" if batch_ndim else "(), one measure: use jax.vmap over a batch"

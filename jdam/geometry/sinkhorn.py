@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
@@ -214,7 +214,7 @@ class Sinkhorn(SHKGeometry):
             raise ValueError(f"{name} must have no features for {self}, whose cost is of points")
         return measure
 
-    def prepare(self, patterns: AnyMeasure) -> Any:
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
         patterns = self.lifted(patterns)
         centre = self._centre(patterns)
         centred = relative_to(centre, patterns, self.epsilon)
@@ -224,7 +224,7 @@ class Sinkhorn(SHKGeometry):
         radius = None if self.rho is None else radius_of(centred, patterns.weights)
         return Prepared(centre, *jax.lax.stop_gradient((offset, solution, radius)))
 
-    def first_guess(self, prepared: Any) -> Any:
+    def first_guess(self, prepared: PyTree) -> PyTree:
         return prepared.self_transport.potential
 
     def view(self, query: AnyMeasure) -> AnyView:
@@ -315,7 +315,7 @@ class Sinkhorn(SHKGeometry):
         duals = (partial(dual, self._solver) for dual in values)
         return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in duals)
 
-    def embed(self, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
+    def embed(self, measures: AnyMeasure, prepared: PyTree = None) -> Embedding | None:
         """Return m/√2 for the means m, features included: S_ε ≥ ½|m_q − m_X|²."""
         if self.cost_scale is None:
             return None

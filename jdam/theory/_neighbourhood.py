@@ -7,12 +7,12 @@ may take their place, and few exact comparisons are needed.
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from jdam._core.batching import map_in_batches
 from jdam._core.linalg import rounding
@@ -39,7 +39,7 @@ class Neighbourhood(NamedTuple):
     log_odds: Float[Array, " K"]
 
 
-def check_memory(memory: Any, *, metric: bool = False) -> None:
+def check_memory(memory: PyTree, *, metric: bool = False) -> None:
     """Raise `TypeError` unless D of the memory's geometry is at least c|Δm|², or with `metric` c
     times a squared metric; raise `ValueError` for a sharded memory."""
     check_is_memory(memory)

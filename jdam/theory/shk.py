@@ -5,13 +5,13 @@ At q = Σ pⱼδ(xⱼ) the metric is Σ pⱼ|vⱼ|² + κ⁻¹ Σ uⱼ²/pⱼ fo
 the weights; for κ = 0 weights are constant. d_SHK is its geodesic distance.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core import checks
 from jdam._core.compile import compiled, working_dtype
@@ -164,7 +164,7 @@ def weight_stiffness(memory: Memory) -> Float[Array, " N"]:
 def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
     epsilon = memory.geometry.epsilon  # type: ignore[attr-defined]
 
-    def of_pattern(pattern: tuple[Any, ...]) -> Array:
+    def of_pattern(pattern: tuple[PyTree, ...]) -> Array:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
         problem = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
