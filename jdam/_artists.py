@@ -72,7 +72,7 @@ def styled(style: dict[str, Any], artist: type, **default: Any) -> dict[str, Any
     return default | normalize_kwargs(style, artist)
 
 
-def faded(colours: Any, weights: np.ndarray) -> np.ndarray:
+def faded(colours: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the colours (N·K, 4) of components: those of their mixtures, more transparent for
     smaller weights (…, K).
     """
@@ -85,7 +85,7 @@ def faded(colours: Any, weights: np.ndarray) -> np.ndarray:
     return result
 
 
-def dots(ax: "Axes", outlines: np.ndarray, colours: Any) -> None:
+def dots(ax: "Axes", outlines: np.ndarray, colours: np.ndarray) -> None:
     """Draw a dot for each outline that is a single point, which a polygon would not show."""
     from matplotlib.colors import to_rgba_array
 
@@ -96,7 +96,9 @@ def dots(ax: "Axes", outlines: np.ndarray, colours: Any) -> None:
         ax.scatter(xs, ys, s=16, c=colours[points], zorder=2)
 
 
-def contours(ax: "Axes", xs: Any, ys: Any, energies: np.ndarray, style: dict[str, Any]) -> None:
+def contours(
+    ax: "Axes", xs: np.ndarray, ys: np.ndarray, energies: np.ndarray, style: dict[str, Any]
+) -> None:
     """Draw filled contours of energies (len(ys), len(xs)), with denser levels near the minimum."""
     from matplotlib.colors import PowerNorm
 

@@ -7,6 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
 
 from jdam._energy.energy import divergences, fit_query
 from jdam._energy.match import positions
@@ -30,7 +32,7 @@ MOVED: dict[Any, str] = {PointCloud: "points", GaussianMixture: "means"}
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
-def numpy(array: Any) -> np.ndarray:
+def numpy(array: ArrayLike) -> np.ndarray:
     """Return the values as a NumPy array of float64."""
     return np.asarray(array, np.float64)
 
@@ -119,7 +121,7 @@ def places(measures: AnyMeasure) -> np.ndarray:
     return numpy(measures.mean if has_mean else measures)
 
 
-def stages(trace: Any, start: AnyMeasure | None) -> AnyMeasure:
+def stages(trace: object, start: AnyMeasure | None) -> AnyMeasure:
     """Return the measures of one recall in order, as a batch that ends with the last change.
     `start`, if given, is the first of them.
     """
@@ -180,7 +182,7 @@ def kind(memory: Memory, allowed: tuple[str, ...]) -> str:
     return full_name
 
 
-def check_type(name: str, measure: Any, *allowed: type) -> None:
+def check_type(name: str, measure: object, *allowed: type) -> None:
     """Raise `TypeError` unless the measure has one of the types `allowed`."""
     if not isinstance(measure, allowed):
         names = " or ".join(f"jdam.{kind.__name__}" for kind in allowed)
@@ -188,7 +190,7 @@ def check_type(name: str, measure: Any, *allowed: type) -> None:
 
 
 def links(
-    query: AnyMeasure, pattern: AnyMeasure, plan: Any, pair: list[int]
+    query: AnyMeasure, pattern: AnyMeasure, plan: Array, pair: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the lines (L, 2, 2) between atoms or components, and their masses (L,) in the
     transport plan. Masses below 1 % of the largest are omitted, since they would be invisible.
@@ -246,13 +248,14 @@ def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
     return where, 0.3 * np.ptp(where, axis=0).max(keepdims=True)
 
 
-def points(xs: np.ndarray, ys: np.ndarray | None) -> np.ndarray:
+def points(xs: np.ndarray | None, ys: np.ndarray | None | None) -> np.ndarray:
     """Return the points (M, 2) of a grid, row by row, or (M, 1) of a line if `ys` is None."""
-    return np.stack([a.ravel() for a in np.meshgrid(*([xs] if ys is None else [xs, ys]))], -1)
+    grid = [xs] if ys is None else np.meshgrid(xs, ys)
+    return np.stack([axis.ravel() for axis in grid], -1)
 
 
 def queries(
-    memory: Memory, query: AnyMeasure | None, pair: list[int], xs: Any, ys: Any
+    memory: Memory, query: AnyMeasure | None, pair: list[int], xs: np.ndarray, ys: np.ndarray | None
 ) -> AnyMeasure:
     """Return a batch of measures, one for each point of the grid, row by row.
 
@@ -299,7 +302,9 @@ def transported(
     return result
 
 
-def measured(dims: Any, counts: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+def measured(
+    dims: ArrayLike, counts: ArrayLike, errors: ArrayLike | None
+) -> tuple[np.ndarray, np.ndarray, Any]:
     """Return the dimensions, log counts, and standard errors of log counts (or None), checked."""
     d, n = numpy(dims), numpy(counts)
     given = {"dims": d, "counts": n} | ({} if errors is None else {"errors": numpy(errors)})

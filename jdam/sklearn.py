@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import PyTree
 from scipy.special import softmax
 from sklearn.base import (
     BaseEstimator,
@@ -78,7 +79,7 @@ class _MemoryEstimator(BaseEstimator):  # type: ignore[misc]
         tags.input_tags.three_d_array = True
         return tags
 
-    def _store(self, X: Any, labels: np.ndarray | None) -> None:
+    def _store(self, X: PyTree, labels: np.ndarray | None) -> None:
         """Store the measures, and choose β if it is None."""
         if self.measure not in MEASURES:
             raise ValueError(f"measure must be one of {MEASURES}; got {self.measure!r}")
@@ -98,7 +99,7 @@ class _MemoryEstimator(BaseEstimator):  # type: ignore[misc]
         self.n_features_in_ = int(patterns.dim)
         self._num_atoms = num_atoms
 
-    def _gibbs_weights(self, X: Any) -> np.ndarray:
+    def _gibbs_weights(self, X: PyTree) -> np.ndarray:
         """Return the Gibbs weights (Q, N) at β."""
         check_is_fitted(self)
         batch = _as_batch(X)
@@ -195,7 +196,7 @@ class MemoryClassifier(ClassifierMixin, _MemoryEstimator):  # type: ignore[misc]
     ranges, for ε or ρ with a geometry that is not given by name, and as `jdam.store`.
     """
 
-    def fit(self, X: Any, y: Any) -> "MemoryClassifier":
+    def fit(self, X: PyTree, y: Any) -> "MemoryClassifier":
         """Store the measures X with their classes y (N,), and choose β."""
         if y is None:
             raise ValueError("requires y to be passed, but the target y is None")
@@ -206,7 +207,7 @@ class MemoryClassifier(ClassifierMixin, _MemoryEstimator):  # type: ignore[misc]
         self.classes_ = classes
         return self
 
-    def predict_proba(self, X: Any) -> np.ndarray:
+    def predict_proba(self, X: PyTree) -> np.ndarray:
         """Return the Gibbs weights of each class: (Q, number of classes), rows of sum 1.
 
         They are the probabilities of the model, and calibrated if β is.
@@ -216,7 +217,7 @@ class MemoryClassifier(ClassifierMixin, _MemoryEstimator):  # type: ignore[misc]
         probabilities: np.ndarray = weights @ (labels[:, None] == np.arange(len(self.classes_)))
         return probabilities
 
-    def predict(self, X: Any) -> np.ndarray:
+    def predict(self, X: PyTree) -> np.ndarray:
         """Return the class of largest probability for each query, (Q,)."""
         probabilities = self.predict_proba(X)
         classes: np.ndarray = self.classes_[probabilities.argmax(1)]
@@ -236,19 +237,19 @@ class MemoryTransformer(ClassNamePrefixFeaturesOutMixin, TransformerMixin, _Memo
         tags.transformer_tags.preserves_dtype = []
         return tags
 
-    def fit(self, X: Any, y: Any = None) -> "MemoryTransformer":
+    def fit(self, X: PyTree, y: Any = None) -> "MemoryTransformer":
         """Store the measures X, and choose β, from the classes y (N,) if they are given."""
         labels = None if y is None else np.unique(column_or_1d(y), return_inverse=True)[1]
         self._store(X, None if labels is None else labels.astype(np.int32))
         self._n_features_out = len(self.memory_)
         return self
 
-    def transform(self, X: Any) -> np.ndarray:
+    def transform(self, X: PyTree) -> np.ndarray:
         """Return the Gibbs weights wᵢ(ξ) ∝ exp(−β D(ξ, Xᵢ)): (Q, N), rows of sum 1."""
         return self._gibbs_weights(X)
 
 
-def _as_batch(X: Any) -> Measure:
+def _as_batch(X: PyTree) -> Measure:
     """Return X as a batch of measures; arrays become clouds, in JAX's default dtype."""
     if isinstance(X, Measure):
         if len(X.batch_shape) != 1:

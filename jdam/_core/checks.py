@@ -66,7 +66,7 @@ def _is_ragged(value: Any) -> bool:
         return True
 
 
-def _shape(entry: Any) -> tuple[int, ...]:
+def _shape(entry: object) -> tuple[int, ...]:
     return np.shape(entry) if isinstance(entry, list | tuple) else getattr(entry, "shape", ())
 
 
@@ -162,26 +162,26 @@ def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
     return positive(name, value, dtype, or_zero=True)
 
 
-def scalar_dtype(value: Any) -> jnp.dtype:
+def scalar_dtype(value: object) -> jnp.dtype:
     """Return the dtype of a floating array, else JAX's default floating dtype."""
     if isinstance(value, Array) and jnp.issubdtype(value.dtype, jnp.floating):
         return value.dtype
     return jnp.zeros(()).dtype
 
 
-def index(i: Any, size: int, what: str) -> None:
+def index(i: object, size: int, what: str) -> None:
     """Raise `IndexError` if the concrete integer `i` is out of range, because JAX would clamp it;
     other indices pass."""
     if isinstance(i, int | np.integer) and not -size <= i < size:
         raise IndexError(f"index {i} is out of range for {what} of {size}")
 
 
-def positive_int(name: str, value: Any) -> int:
+def positive_int(name: str, value: object) -> int:
     """Return `value` as an int ≥ 1, or raise `TypeError` or `ValueError`."""
     return int_at_least(1, name, value)
 
 
-def int_at_least(least: int, name: str, value: Any) -> int:
+def int_at_least(least: int, name: str, value: object) -> int:
     """Return `value` as an int ≥ `least`, or raise `TypeError` or `ValueError`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an int; got {value!r}")

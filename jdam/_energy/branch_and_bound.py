@@ -10,12 +10,13 @@ where they are too coarse, and patterns are compared in the order of their bound
 
 from abc import abstractmethod
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop, by_platform
@@ -58,7 +59,7 @@ class Goal(eqx.Module):
         """Return one bound for all patterns along the last axis."""
 
     @abstractmethod
-    def matters(self, bound: Array, result: PyTree, share: Any) -> Bool[Array, ""]:
+    def matters(self, bound: Array, result: PyTree, share: ArrayLike) -> Bool[Array, ""]:
         """Return whether patterns of this `least` bound may matter. Their error may be the fraction
         `share` of the error allowed."""
 
@@ -167,7 +168,7 @@ def _cond_fun(rounds: int, state: Explored, args: tuple[Goal, Memory, AnyView]) 
     return (state.rounds == 0) | _goes_on(goal, state.rest, state, 0.5, rounds)
 
 
-def _goes_on(goal: Goal, bound: Array, state: Explored, share: Any, rounds: int) -> Array:
+def _goes_on(goal: Goal, bound: Array, state: Explored, share: ArrayLike, rounds: int) -> Array:
     ends = jnp.asarray(goal.gives_up(state.result, state.rounds)) | (state.rounds >= rounds)
     return goal.matters(bound, state.result, share) & ~ends
 

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
@@ -190,7 +191,7 @@ class Mass(Goal):
         bound: Array = lowest - jnp.log(total) / self.beta
         return bound
 
-    def matters(self, bound: Array, result: Sums, share: Any) -> Bool[Array, ""]:
+    def matters(self, bound: Array, result: Sums, share: ArrayLike) -> Bool[Array, ""]:
         matters: Array = self.relative_mass(bound, result) > self.tol * share
         return matters
 

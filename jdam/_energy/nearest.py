@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
@@ -100,7 +100,7 @@ class Closest(Goal):
         bound: Array = bounds.min(-1)
         return bound
 
-    def matters(self, bound: Array, result: PyTree, share: Any) -> Bool[Array, ""]:
+    def matters(self, bound: Array, result: PyTree, share: ArrayLike) -> Bool[Array, ""]:
         # A NaN bound proves nothing, and the pattern is compared; of an invalid query nothing is.
         invalid = jnp.isnan(result[0][0]) & (result[1][0] >= 0)
         matters: Array = ~(result[0][-1] <= bound) & (bound != jnp.inf) & ~invalid

@@ -110,7 +110,7 @@ class Learner:
         return FitState(memory, beta, free, self.optimizer.init(free))
 
     def update(
-        self, state: FitState, queries: AnyMeasure, targets: Any
+        self, state: FitState, queries: AnyMeasure, targets: PyTree
     ) -> tuple[FitState, Float[Array, ""]]:
         """Take one step of the optimizer on a batch.
 
@@ -130,7 +130,7 @@ class Learner:
 
 @partial(jax.jit, static_argnums=0)
 def _update(
-    learner: Learner, state: FitState, queries: AnyMeasure, targets: Any
+    learner: Learner, state: FitState, queries: AnyMeasure, targets: PyTree
 ) -> tuple[FitState, Float[Array, ""]]:
     def mean_loss(free: dict[str, Any]) -> Float[Array, ""]:
         memory, beta = _constrained(state, free)
@@ -180,7 +180,7 @@ def fit(
     memory: Memory,
     beta: ArrayLike,
     queries: AnyMeasure,
-    targets: Any,
+    targets: PyTree,
     optimizer: optax.GradientTransformation,
     *,
     loss: Loss = recall_error,
