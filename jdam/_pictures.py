@@ -248,7 +248,7 @@ def spread(patterns: AnyMeasure) -> tuple[np.ndarray, np.ndarray]:
     return where, 0.3 * np.ptp(where, axis=0).max(keepdims=True)
 
 
-def points(xs: np.ndarray | None, ys: np.ndarray | None | None) -> np.ndarray:
+def points(xs: np.ndarray, ys: np.ndarray | None) -> np.ndarray:
     """Return the points (M, 2) of a grid, row by row, or (M, 1) of a line if `ys` is None."""
     grid = [xs] if ys is None else np.meshgrid(xs, ys)
     return np.stack([axis.ravel() for axis in grid], -1)
