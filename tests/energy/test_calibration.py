@@ -120,16 +120,14 @@ class Plain(jdam.Euclidean):
         return ()
 
 
-SEARCHES = [
-    jdam.Certified(tol=1e-6),
-    jdam.Certified(4, max_candidates=4, tol=1e-6),  # which often proves little
-]
+PROVED = jdam.Certified(tol=1e-6)
+CUT_SHORT = jdam.Certified(4, max_candidates=4, tol=1e-6)  # often proves little
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("search", SEARCHES, ids=["proved", "cut short"])
-@pytest.mark.parametrize("coverage", [0.8, 0.95])
-@pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize(
+    ("search", "coverage", "by_class"), [(PROVED, 0.8, False), (CUT_SHORT, 0.95, True)]
+)
 def test_certified_sets_hold_the_exhaustive_ones(many, search, coverage, by_class):
     memory, (queries, owner), (new, truth) = many
     classes = np.arange(600) % 7 if by_class else None

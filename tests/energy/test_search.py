@@ -188,8 +188,6 @@ def test_certified_is_exhaustive(kind, rng):
     ("name", "adjoint"),
     [
         ("Gaussians", jdam.Unrolled()),
-        ("Gaussians", jdam.Implicit()),
-        ("Gaussians", jdam.OneStep()),
         ("clouds", jdam.OneStep()),  # the quickest to compile
     ],
 )

@@ -304,14 +304,13 @@ def test_rho_is_traced_and_checked(rng):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("dtype", ["f4", "f8"])
-def test_far_clouds_cost_no_more_than_being_given_up(rng, dtype):
+def test_far_clouds_cost_no_more_than_being_given_up(rng):
     """D is that of clouds without a partner, ρ(m_α + m_β) less self terms, at any distance; alone
     and in a batch; and one far pattern spoils no energy."""
     epsilon, rho = 0.05, 0.5
-    x = rng.normal(size=(6, 2)).astype(dtype)
-    powers = (1e3, 1e5, 1e8, 1e15) if dtype == "f4" else (1e5, 1e12, 1e100)
-    points = np.stack([x + 0.05, *(x * 0 + far + x[0] for far in powers)]).astype(dtype)
+    x = rng.normal(size=(6, 2)).astype("f4")
+    powers = 1e3, 1e5, 1e8, 1e15
+    points = np.stack([x + 0.05, *(x * 0 + far + x[0] for far in powers)]).astype("f4")
     memory = memory_of(points, epsilon=epsilon, rho=rho)
     query, beta = jdam.PointCloud(x), 50.0
 

@@ -206,19 +206,3 @@ def test_implicit_where_a_step_leaves_a_leaf_as_it_is(rng):
     slope = jax.jit(jax.grad(recalled), static_argnums=1)
     found = [slope(points, adjoint) for adjoint in ADJOINTS[:2]]
     np.testing.assert_allclose(found[1], found[0], atol=1e-9)
-
-
-@pytest.mark.full
-def test_memory_of_derivatives_of_clouds(rng):
-    """A few n×n arrays for each query, however many patterns there are."""
-    size, queries = 30, 16
-    patterns = clouds(rng, 12, 2, n=size, dtype=np.float32)
-    query = near(rng, clouds(rng, queries, 2, n=size, dtype=np.float32), 0.1)
-
-    def loss(points):
-        memory = jdam.store(jdam.PointCloud(points, patterns.weights), jdam.Sinkhorn(0.3))
-        return jax.vmap(jdam.step, (None, 0, None))(memory, query, 5.0).points.sum()
-
-    program = jax.jit(jax.grad(loss)).lower(patterns.points).compile()
-    matrices = program.memory_analysis().temp_size_in_bytes / (4 * queries * size**2)
-    assert matrices < 12 * 3  # where 12 patterns at once took more than 8 each
