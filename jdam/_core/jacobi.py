@@ -43,7 +43,7 @@ class Rotated(NamedTuple):
 class _Turn(NamedTuple):
     """Carry of the Jacobi iterations."""
 
-    held: Rotated
+    rotated: Rotated
     inner: list[Float[Array, " B"]]  # ⟨wᵢ, wⱼ⟩ of the pairs to rotate next
 
 
@@ -62,7 +62,7 @@ def rotate(matrices: Float[Array, "B m n"]) -> Rotated:
         return _Turn(Rotated(columns, squares), inner)
 
     def body_fun(_: Array, carry: _Turn) -> _Turn:
-        columns, squares = list(carry.held.columns), carry.held.squares
+        columns, squares = list(carry.rotated.columns), carry.rotated.squares
         for i in range(half):
             j = half + i
             cosine, sine = _angle(squares[i], squares[j], carry.inner[i])
@@ -71,7 +71,7 @@ def rotate(matrices: Float[Array, "B m n"]) -> Rotated:
         return with_products(_next_pairs(columns))
 
     end: _Turn = jax.lax.fori_loop(0, _TURNS[size], body_fun, with_products(list(stacked)))
-    return _sorted(end.held)
+    return _sorted(end.rotated)
 
 
 def _next_pairs(columns: list[Column]) -> list[Column]:

@@ -61,13 +61,13 @@ class Columns(NamedTuple):
     """Column sums of the plan of g and its c-transform f, whose row sums are exact."""
 
     response: CTransform
-    found: Float[Array, " m"]  # column sums of the plan
-    wanted: Float[Array, " m"]  # their targets, b e^(−g/ρ)
+    sums: Float[Array, " m"]  # column sums of the plan
+    targets: Float[Array, " m"]  # their targets, b e^(−g/ρ)
 
     @property
     def marginal_error(self) -> Float[Array, ""]:
         """The L1 error of the column sums."""
-        return jnp.abs(self.found - self.wanted).sum()
+        return jnp.abs(self.sums - self.targets).sum()
 
 
 def columns_of(cost: Cost, g: Float[Array, " m"], pair: Pair) -> Columns:

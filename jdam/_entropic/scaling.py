@@ -46,7 +46,7 @@ class _Plan(NamedTuple):
     v: Float[Array, " m"]
     sums: Float[Array, " n"]  # M v
     columns: Float[Array, " m"]  # (a u)ᵀ M; the plan's column sums are columns·v
-    wanted: Float[Array, " m"]  # their targets, b e^(−g/ρ)
+    targets: Float[Array, " m"]  # their targets, b e^(−g/ρ)
 
 
 def solve(solver: Solver, pair: Pair, guess: Float[Array, " m"]) -> State:
@@ -175,9 +175,9 @@ class _Kernel(NamedTuple):
         sums = jnp.where(self.b > 0, plan.columns * plan.v, 0)
         if self.marginals.rho is None:
             return jnp.abs(sums - self.b).sum()
-        mass, target = sums.sum(), plan.wanted.sum()
+        mass, target = sums.sum(), plan.targets.sum()
         least = _least(mass)
-        difference = sums / jnp.maximum(mass, least) - plan.wanted / jnp.maximum(target, least)
+        difference = sums / jnp.maximum(mass, least) - plan.targets / jnp.maximum(target, least)
         return jnp.maximum(mass, target) * jnp.abs(difference).sum()
 
     def f(self, plan: _Plan) -> Float[Array, " n"]:
@@ -304,12 +304,12 @@ def _newton_step(
     s, rho = kernel.marginals.tau, kernel.marginals.rho
     plan = kernel.plan(jnp.ones_like(kernel.b))
     columns, weight = plan.columns, kernel.a * plan.u / plan.sums  # v = 1
-    diagonal = columns if rho is None else columns + plan.wanted / rho
+    diagonal = columns if rho is None else columns + plan.targets / rho
 
     def hessian(d: Array) -> Array:
         return diagonal * d - s * (weight * (kernel.matrix @ d)) @ kernel.matrix
 
-    gradient = jnp.where(kernel.b > 0, plan.wanted - columns, 0)
+    gradient = jnp.where(kernel.b > 0, plan.targets - columns, 0)
     # This precision suffices for superlinear convergence.
     error = jnp.abs(gradient).sum()
     precision = jnp.minimum(0.1, error)

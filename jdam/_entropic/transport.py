@@ -94,7 +94,7 @@ def _solve_pair_jvp(
         precision = float(jnp.finfo(right.dtype).eps)
         return conjugate_gradients(matvec, right, scale, precision, 2 * right.size + 50)[0]
 
-    right = marginals.epsilon * jnp.where(on, tangent.wanted - tangent.found, 0)
+    right = marginals.epsilon * jnp.where(on, tangent.targets - tangent.sums, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
     df, dgradient = c_transform_change(solver.cost, response, dg, pair.turned())
     df, dgradient = df + tangent.response.potential, dgradient + tangent.response.gradient

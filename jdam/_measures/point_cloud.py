@@ -89,8 +89,8 @@ class PointCloud(Measure):
 
     def describe(self) -> str:
         sizes = {"dim": "d", "num_atoms": "n", "num_features": "k"}
-        held = (f"{name}={self.sizes[x]}" for name, x in sizes.items() if x in self.sizes)
-        return f"PointCloud({', '.join(held)})"
+        entries = (f"{name}={self.sizes[x]}" for name, x in sizes.items() if x in self.sizes)
+        return f"PointCloud({', '.join(entries)})"
 
     def pad(self, num_atoms: int) -> "PointCloud":
         """The same cloud with atoms of weight 0 added, copies of its last, up to `num_atoms`."""
@@ -157,10 +157,10 @@ def _checked_features(features: ArrayLike, points: Array) -> Array:
     array = checks.float_array("features", array, ragged=RAGGED)
     checks.same_dtype(points=points, features=array)
     if array.shape[:-1] != points.shape[:-1] or array.shape[-1] == 0:
-        wanted = f"(…, n, k) = (*{points.shape[:-1]}, k), k numbers for each of points"
+        expected = f"(…, n, k) = (*{points.shape[:-1]}, k), k numbers for each of points"
         labels = array.shape == points.shape[:-1]
         cure = ": jax.nn.one_hot(labels, k) makes features of labels" if labels else ""
-        raise ValueError(f"features must have shape {wanted}; got {array.shape}{cure}")
+        raise ValueError(f"features must have shape {expected}; got {array.shape}{cure}")
     checks.finite("features", array)
     return array
 

@@ -22,14 +22,14 @@ def check_ragged(
     points = _listed(name, one, points)
     if len(points) == 0:
         raise ValueError(f"{name} must hold at least one {one}; got an empty list")
-    held = [_held(f"{name} of {one} {i}", array) for i, array in enumerate(points)]
-    for i, array in enumerate(held):
-        if array.ndim != 2 or 0 in array.shape or array.shape[1] != held[0].shape[1]:
-            wanted = "(n, d), n, d ≥ 1, with one d for all"
-            raise ValueError(f"{name} of {one} {i} must have shape {wanted}; got {array.shape}")
-    rows = {i: (array,) for i, array in enumerate(held)}
+    checked = [_as_host_array(f"{name} of {one} {i}", array) for i, array in enumerate(points)]
+    for i, array in enumerate(checked):
+        if array.ndim != 2 or 0 in array.shape or array.shape[1] != checked[0].shape[1]:
+            expected = "(n, d), n, d ≥ 1, with one d for all"
+            raise ValueError(f"{name} of {one} {i} must have shape {expected}; got {array.shape}")
+    rows = {i: (array,) for i, array in enumerate(checked)}
     if weights is None:
-        weights = [np.full(len(array), 1 / len(array), array.dtype) for array in held]
+        weights = [np.full(len(array), 1 / len(array), array.dtype) for array in checked]
     return with_arrays("weights", name, one, rows, weights)
 
 
@@ -42,13 +42,13 @@ def with_arrays(
         raise ValueError(
             f"{label} must hold one array for each of {len(rows)} {one}s; got {len(arrays)}"
         )
-    held = [_held(f"{label} of {one} {i}", array) for i, array in enumerate(arrays)]
-    for i, array in enumerate(held):
-        points, shape = rows[i][0], held[0].shape[1:]
+    checked = [_as_host_array(f"{label} of {one} {i}", array) for i, array in enumerate(arrays)]
+    for i, array in enumerate(checked):
+        points, shape = rows[i][0], checked[0].shape[1:]
         if array.shape[:1] != points.shape[:1] or array.shape[1:] != shape:
-            wanted = f"one for each of {len(points)} {name}"
-            raise ValueError(f"{label} of {one} {i} must be {wanted}; got shape {array.shape}")
-    return {i: (*row, array) for (i, row), array in zip(rows.items(), held, strict=True)}
+            expected = f"one for each of {len(points)} {name}"
+            raise ValueError(f"{label} of {one} {i} must be {expected}; got shape {array.shape}")
+    return {i: (*row, array) for (i, row), array in zip(rows.items(), checked, strict=True)}
 
 
 def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[PyTree, ...]]) -> T:
@@ -76,8 +76,8 @@ def rows_of_groups(
     (nᵢ, k) of each, None where there are none."""
     labels = np.asarray(groups)
     if labels.shape != points.shape[:1]:
-        wanted = f"(R,) = ({len(points)},), a label for each row of points"
-        raise ValueError(f"groups must have shape {wanted}; got {labels.shape}")
+        expected = f"(R,) = ({len(points)},), a label for each row of points"
+        raise ValueError(f"groups must have shape {expected}; got {labels.shape}")
     try:
         names, owner = np.unique(labels, return_inverse=True)
     except TypeError as error:
@@ -91,8 +91,8 @@ def rows_of_groups(
     if features is not None:
         rows = np.asarray(features)
         if rows.ndim != 2 or len(rows) != len(points):
-            wanted = f"(R, k) = ({len(points)}, k), k numbers for each row of points"
-            raise ValueError(f"features must have shape {wanted}; got {rows.shape}")
+            expected = f"(R, k) = ({len(points)}, k), k numbers for each row of points"
+            raise ValueError(f"features must have shape {expected}; got {rows.shape}")
         columns[2] = np.split(rows[order], ends)
     return names, columns
 
@@ -103,8 +103,8 @@ def _shares(
     """The weights of rows, divided by their sums over groups."""
     masses = np.asarray(weights, points.dtype)
     if masses.shape != owner.shape:
-        wanted = f"(R,) = ({len(owner)},), one for each row of points"
-        raise ValueError(f"weights must have shape {wanted}; got {masses.shape}")
+        expected = f"(R,) = ({len(owner)},), one for each row of points"
+        raise ValueError(f"weights must have shape {expected}; got {masses.shape}")
     if not (masses >= 0).all() or not np.isfinite(masses).all():
         raise ValueError("weights must be ≥ 0 and finite; got some that are not")
     sums = np.bincount(owner, masses)
@@ -122,7 +122,7 @@ def _listed(name: str, one: str, arrays: PyTree) -> list[Any]:
         raise TypeError(f"{name} must be a list of an array for each {one}; got {kind}") from error
 
 
-def _held(name: str, array: ArrayLike) -> PyTree:
+def _as_host_array(name: str, array: ArrayLike) -> PyTree:
     # On the host where possible: padding each shape by JAX would compile each.
     if isinstance(array, jax.core.Tracer):
         return array

@@ -256,9 +256,9 @@ class Memory(eqx.Module):
                 rows = self.patterns, self.log_prior, self.values
                 patterns, prior, values = jax.tree.map(lambda leaf: leaf[remaining], rows)
                 shorter = store(patterns, self.geometry, log_prior=prior, values=values)
-                kept = jnp.asarray(np.isin(np.arange(len(self)), remaining))
+                remains = jnp.asarray(np.isin(np.arange(len(self)), remaining))
                 cells = self.validated().cells
-                return slots.with_cells(shorter, cells, len(shorter), kept)
+                return slots.with_cells(shorter, cells, len(shorter), remains)
         result: Memory = slots.remove(self, drop.reshape(-1))
         return result
 

@@ -33,7 +33,7 @@ class Minimum(NamedTuple):
 class _Iterate(NamedTuple):
     """State of the conjugate gradients."""
 
-    found: Minimum
+    minimum: Minimum
     slope: Float[Array, " z"]  # of the model at the step
     direction: Float[Array, " z"]
     squares: Float[Array, ""]  # |slope|², in the dual of the norm
@@ -55,7 +55,7 @@ def minimise(model: Quadratic, radius: Float[Array, ""], most: int) -> Minimum:
     squares = jnp.vdot(model.slope, raised)
     zero = jnp.zeros_like(radius)
     start = _Iterate(
-        found=Minimum(jnp.zeros_like(model.slope), zero, zero),
+        minimum=Minimum(jnp.zeros_like(model.slope), zero, zero),
         slope=model.slope,
         direction=-raised,
         squares=squares,
@@ -74,19 +74,19 @@ def minimise(model: Quadratic, radius: Float[Array, ""], most: int) -> Minimum:
         curvature = jnp.vdot(state.direction, image)
         convex = curvature > 0
         newton = state.squares / jnp.where(convex, curvature, 1)
-        gap = jnp.maximum(radius**2 - state.found.length**2, 0)
+        gap = jnp.maximum(radius**2 - state.minimum.length**2, 0)
         # To the boundary: |step + t·direction| = radius.
         edge = gap / (state.along + safe_sqrt(state.along**2 + state.speed * gap))
         ended = ~convex | (newton >= edge)
         t = jnp.where(ended, edge, newton)
-        length = safe_sqrt(state.found.length**2 + t * (2 * state.along + t * state.speed))
-        decrease = state.found.decrease + t * (state.squares - t * curvature / 2)
+        length = safe_sqrt(state.minimum.length**2 + t * (2 * state.along + t * state.speed))
+        decrease = state.minimum.decrease + t * (state.squares - t * curvature / 2)
         slope = state.slope + t * image
         raised = inverse * slope
         squares = jnp.vdot(slope, raised)
         ratio = squares / state.squares
         return _Iterate(
-            found=Minimum(state.found.step + t * state.direction, decrease, length),
+            minimum=Minimum(state.minimum.step + t * state.direction, decrease, length),
             slope=slope,
             direction=ratio * state.direction - raised,
             squares=squares,
@@ -96,4 +96,4 @@ def minimise(model: Quadratic, radius: Float[Array, ""], most: int) -> Minimum:
             ended=ended,
         )
 
-    return while_loop(cond_fun, body_fun, start, model.slope, model.masses, radius).found
+    return while_loop(cond_fun, body_fun, start, model.slope, model.masses, radius).minimum

@@ -39,8 +39,8 @@ class Vectors(Geometry):
             raise TypeError(f"{name} must be an array for {self}; got {type(measure).__name__}")
         array = checks.float_array(name, measure)
         if array.ndim != batch_ndim + 1 or array.shape[-1] == 0:
-            wanted = "(N, d)" if batch_ndim else "(d,)"
-            raise ValueError(f"{name} must have shape {wanted}, d ≥ 1; got {array.shape}")
+            expected = "(N, d)" if batch_ndim else "(d,)"
+            raise ValueError(f"{name} must have shape {expected}, d ≥ 1; got {array.shape}")
         return array
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
@@ -61,7 +61,7 @@ class Euclidean(Vectors):
         return Comparison(squared_distances(view, patterns.measures), patterns.measures)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        return (lambda view, held: squared_distances_less_rounding(view, held.measures),)
+        return (lambda view, block: squared_distances_less_rounding(view, block.measures),)
 
     def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
