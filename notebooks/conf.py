@@ -41,7 +41,7 @@ toc_object_entries_show_parents = "hide"
 suppress_warnings = ["mystnb.unknown_mime_type"]
 
 html_theme = "furo"
-html_title = "jdam"
+html_title = f"jdam {release}"
 html_static_path = ["static"]
 html_css_files = ["jdam.css"]
 html_show_sphinx = False
