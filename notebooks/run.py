@@ -38,6 +38,7 @@ def execute(notebook: nbformat.NotebookNode) -> list[str]:
         kernel_name="python3",
         resources=where,
         record_timing=False,
+        coalesce_streams=True,
         # Kernels warn that whoever may listen to 127.0.0.1 can read what they say.
         extra_arguments=["--log-level=ERROR"],
     )
