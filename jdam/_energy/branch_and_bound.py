@@ -60,8 +60,8 @@ class Goal(eqx.Module):
 
     @abstractmethod
     def matters(self, bound: Array, result: PyTree, share: ArrayLike) -> Bool[Array, ""]:
-        """Return whether patterns of this `least` bound may matter. Their error may be the fraction
-        `share` of the error allowed."""
+        """Return whether patterns of this `least` bound may contribute more than the fraction
+        `share` of the error that the search may make."""
 
     def refines(self, result: PyTree) -> Bool[Array, ""] | bool:
         """Return whether closer bounds may pay."""

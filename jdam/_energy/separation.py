@@ -1,8 +1,8 @@
 """Separations: functions that turn the divergences D₁ … D_N into an energy and weights.
 
-The energy E(D₁ … D_N) is nondecreasing in every Dᵢ. The weights wᵢ ≥ 0, Σ wᵢ = 1, are such that a
-decrease of Σ wᵢDᵢ is a decrease of E. A step of recall moves the query towards the barycentre of
-the patterns with weights wᵢ, so it descends on every one of these energies.
+The energy E(D₁ … D_N) is nondecreasing in every Dᵢ. The weights wᵢ ≥ 0, with Σ wᵢ = 1 or all 0, are
+such that a decrease of Σ wᵢDᵢ is a decrease of E. A step of recall moves the query towards the
+barycentre of the patterns with weights wᵢ, so it descends on every one of these energies.
 """
 
 from abc import ABC, abstractmethod
@@ -23,9 +23,14 @@ from jdam._measures.base import AnyMeasure
 from jdam.geometry.protocol import AnyView, Comparison
 
 
-@dataclass(frozen=True)
 class Separation(ABC):
-    """An energy of the divergences (N,), and its weights."""
+    """An energy of the divergences (N,), and its weights. Subclasses are frozen dataclasses, or
+    other hashable values: a program is compiled for each that differs.
+
+    Steps descend if E is nondecreasing and concave in D, and the weights are proportional to its
+    slopes. `log_prior` is −∞ for patterns that do not count, as free slots, whose D may be ∞; D of
+    `DotProduct` may be negative. The weights are all zero if no pattern counts.
+    """
 
     @abstractmethod
     def energy(
@@ -76,7 +81,7 @@ class LogSumExp(Separation):
         (online softmax).
         """
         shifted = with_prior(comparison.divergence, block.log_prior, beta)
-        # The reference affects only the rounding of the energy and the average.
+        # Every reference gives the same energy and average; the lowest D̃ overflows nowhere.
         fixed = jax.lax.stop_gradient(shifted)
         low = fixed.min()
         lowest = jnp.minimum(sums.lowest, low)

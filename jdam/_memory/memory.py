@@ -344,8 +344,8 @@ def store(
 
     - `patterns`: measures with one batch axis, a list of single ones, or an array (N, d).
     - `geometry`: None for `Bures()` with Gaussians, `MixtureWasserstein()` with mixtures of them
-      and `Euclidean()` with arrays; point clouds need a `Sinkhorn(epsilon)`, whose self terms
-      OT_ε(Xᵢ, Xᵢ) are computed here, once.
+      and `Euclidean()` with arrays; point clouds need one, as `Sinkhorn(epsilon)` or
+      `Chamfer(epsilon)`, whose self terms, as OT_ε(Xᵢ, Xᵢ), are computed here, once.
     - `log_prior` (N,): log πᵢ of the energy −β⁻¹ log Σ πᵢ exp(−βDᵢ), up to a constant. None is 0
       for all patterns; −inf switches a pattern off.
     - `values`: an array (N, …) of numbers or booleans or a pytree of them, as `memory.values`:
@@ -380,8 +380,8 @@ def _default_geometry(patterns: AnyMeasure) -> Geometry:
     """Return the default geometry of these measures."""
     if isinstance(patterns, PointCloud):
         raise ValueError(
-            "geometry must be given for point clouds, because it needs its epsilon: "
-            "jdam.store(patterns, jdam.Sinkhorn(epsilon=…))"
+            "geometry must be given for point clouds, because it needs its epsilon: jdam.store("
+            "patterns, jdam.Sinkhorn(epsilon=…)), or jdam.Chamfer(epsilon=…) for partial cues"
         )
     if isinstance(patterns, Gaussian | DiagonalGaussian):
         return Bures()

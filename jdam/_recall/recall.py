@@ -38,7 +38,7 @@ from jdam.geometry.protocol import Geometry
 #: Delay of the default acceleration: short recalls are then sequences of `step`.
 PLAIN = 8
 #: Value of `tol` for the tolerances of the geometry; None would compile another program.
-DEFAULT = float("inf")
+DEFAULT = -1.0
 
 
 def step(
@@ -255,7 +255,7 @@ def recall_batch(
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
     step_size = _positive(memory, "step_size", step_size)
-    tol = check_tolerance(memory, tol)
+    tol = None if tol is None else check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
     progress = check_progress(progress)
     settings = (
@@ -298,12 +298,12 @@ def _recall_batch(
     queries: AnyMeasure,
     beta: Array,
     step_size: Array,
-    tol: Array,
+    tol: Array | None,
     *,
     batch_size: int,
     settings: tuple[tuple[str, Any], ...],
 ) -> Recall:
-    def on_one_device(memory: Memory, queries: AnyMeasure, *others: Array) -> Recall:
+    def on_one_device(memory: Memory, queries: AnyMeasure, *others: Any) -> Recall:
         beta, step_size, tol = others
 
         def one(query: AnyMeasure) -> Recall:

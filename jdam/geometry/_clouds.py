@@ -68,7 +68,8 @@ def check_cloud(geometry: Geometry, name: str, measure: AnyMeasure, batch_ndim: 
     """Implement `Geometry.check` for a geometry of point clouds."""
     if not isinstance(measure, PointCloud):
         raise TypeError(
-            f"{name} must be a jdam.PointCloud for {geometry}; got {type(measure).__name__}"
+            f"{name} must be a jdam.PointCloud for {geometry}; got {type(measure).__name__}: "
+            "jdam.PointCloud(points) makes one"
         )
     check_batch_ndim(name, measure, batch_ndim)
     return measure

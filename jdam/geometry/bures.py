@@ -49,7 +49,7 @@ class Gaussians(Geometry):
         if not isinstance(measure, Gaussian | DiagonalGaussian):
             raise TypeError(
                 f"{name} must be a jdam.Gaussian or jdam.DiagonalGaussian for {self}; "
-                f"got {type(measure).__name__}"
+                f"got {type(measure).__name__}: jdam.Gaussian.from_samples makes one of samples"
             )
         check_batch_ndim(name, measure, batch_ndim)
         return measure

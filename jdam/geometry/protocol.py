@@ -163,7 +163,7 @@ class Geometry(eqx.Module):
         `Measure.unconstrained` coordinates, in which `Anderson` combines steps; None stands for 1.
 
         Coordinates of mass 0 take plain steps. Override it if coordinates have different units, or
-        hardly change the energy."""
+        if some of them hardly change the energy."""
         return None
 
     def retraction(self, query: AnyMeasure) -> Retraction | None:
@@ -181,8 +181,8 @@ class Geometry(eqx.Module):
     def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Float[Array, ""]:
         """Return the residual of the step that `backtrack` takes after `times` attempts.
 
-        Override it if caution is permanent, as for a stiff part of the measure that only small
-        steps improve."""
+        By default it does not depend on `times`. Override it if `backtrack` changes the direction
+        of the step, and not its length alone."""
         return self.residual(view, pull)
 
     def tolerances(

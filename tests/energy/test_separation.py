@@ -76,6 +76,29 @@ def test_epanechnikov_is_its_definition(rng):
     )
 
 
+class Power(jdam.Separation):
+    """Not a dataclass: two of them are equal only if they are one object."""
+
+    def __init__(self, power):
+        self.power = power
+
+    def energy(self, divergences, log_prior, beta):
+        return (divergences**self.power).mean()
+
+    def weights(self, divergences, log_prior, beta):
+        slopes = divergences ** (self.power - 1)
+        return slopes / slopes.sum()
+
+
+def test_separations_of_other_parameters_are_other_programs():
+    distances = np.array([0.25, 0.25, 4.0])
+    memory, query = jdam.store(np.array([[0.0], [1.0], [2.5]])), np.array([0.5])
+    for power in (1, 3):
+        weights = jdam.gibbs_weights(memory, query, 1.0, separation=Power(power))
+        expected = distances ** (power - 1)
+        np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-12)
+
+
 @every_separation
 def test_slopes_are_weights(rng, separation):
     """∂E/∂Dᵢ ∝ wᵢ, with factor 1 but for `Epanechnikov`; both modes, β and prior too."""
