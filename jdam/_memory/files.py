@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -44,9 +45,9 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
 
     The format is that of safetensors: a header in JSON, then the arrays. The prepared arrays are
     among them, so that nothing is computed again, and there is a checksum. A file of this name is
-    replaced atomically, after all is written. A sharded memory is written whole and can be loaded
-    onto other devices; if these belong to several processes, all of them have to call this
-    function, and the first one writes.
+    replaced atomically, after all is written. Arrays of a CPU are written without a copy. A sharded
+    memory is written whole and can be loaded onto other devices; if these belong to several
+    processes, all of them have to call this function, and the first one writes.
 
     **Arguments:**
 
@@ -59,13 +60,11 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     `OSError` as `open`.
     """
     check_memory(memory)
-    if memory.cells is not None and memory.layout is None:
-        cells = memory.validated().cells
-        if cells is None or bool(np.isnan(cells.radii).any()):
-            raise ValueError(
-                "memory must have the patterns that were indexed; they were changed since: "
-                "memory.indexed() again"
-            )
+    if memory.cells is not None and memory.layout is None and bool(_was_changed(memory)):
+        raise ValueError(
+            "memory must have the patterns that were indexed; they were changed since: "
+            "memory.indexed() again"
+        )
     path = Path(os.path.realpath(path))
     arrays: dict[str, Any] = {}
     length = batch_size(memory.patterns) if memory.layout is None else len(memory)
@@ -98,17 +97,27 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         multihost_utils.sync_global_devices("jdam.save")
 
 
+@jax.jit
+def _was_changed(memory: Memory) -> Array:
+    """Return whether the patterns are others than those that were indexed."""
+    cells = memory.validated().cells
+    assert cells is not None
+    return jnp.isnan(cells.radii).any()
+
+
 def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
     """Write the arrays and the header to a temporary file, and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(safetensors.numpy.save(arrays, header))
-            file.flush()
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode
+        safetensors.numpy.save_file(arrays, temporary, header)  # copies nothing
+        temporary.chmod(stat.S_IMODE(mode))  # the file is another one now
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
