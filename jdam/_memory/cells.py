@@ -6,6 +6,7 @@ A cell holds patterns whose embeddings Φ lie in a ball of centre c and radius r
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
@@ -159,10 +160,23 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
     for first in range(0, size * layout.parts, size):
         local = jax.tree.map(lambda leaf, first=first: leaf[first : first + size], rows)
         shards.append(cells_of(local, min(each, max(1, len(local.errors)))))
-    count, width = np.max([cells.members.shape for cells in shards], axis=0)
+    count = max(len(cells.members) for cells in shards)
+
+    def put(leaf: np.ndarray) -> Array:
+        return layout.put(leaf.shape, PartitionSpec(layout.axis), leaf.__getitem__)
+
+    cells: Cells = jax.tree.map(put, joined(shards, count))
+    return cells
+
+
+def joined(parts: Sequence[Cells], count: int | None = None) -> Cells:
+    """Return the cells of all parts, with room for as many members as the largest; each part is
+    padded to `count` cells, unless that is None."""
+    width = max(cells.members.shape[1] for cells in parts)
 
     def padded(cells: Cells) -> Cells:
-        more, columns = count - len(cells.radii), width - cells.members.shape[1]
+        more = 0 if count is None else count - len(cells.members)
+        columns = width - cells.members.shape[1]
         return Cells(
             jnp.pad(cells.members, ((0, more), (0, columns)), constant_values=-1),
             jnp.pad(cells.counts, (0, more)),
@@ -170,13 +184,7 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
             jnp.pad(cells.radii, (0, more)),
         )
 
-    sharding = NamedSharding(layout.mesh, PartitionSpec(layout.axis))
-
-    def put(*leaves: np.ndarray) -> Array:
-        whole = np.concatenate(leaves)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    cells: Cells = jax.tree.map(put, *map(padded, shards))
+    cells: Cells = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(padded, parts))
     return cells
 
 
