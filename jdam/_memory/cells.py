@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Parts into which k-means cuts a large cluster, and points from which it computes their centres.
 BRANCHES, SAMPLE = 32, 2048
+#: Distance of strays from the centre of their group, in root mean squares of its members'.
+FAR = 2.0
 
 
 class Cells(eqx.Module):
@@ -83,13 +85,35 @@ def cells_of(embedding: Embedding, num_cells: int) -> Cells:
             squares = ((rows - rows.mean(0)) ** 2).sum() if len(groups) > 1 else 0.0
             heapq.heappush(clusters, (-float(squares), next(created), group))
     width = -(-3 * num // (2 * num_cells))
-    groups = [group for *_, group in clusters]
+    groups = _without_strays(vectors, [group for *_, group in clusters])
     parts = [part for group in groups for part in np.array_split(group, -(-len(group) // width))]
     members = np.full((len(parts), width), -1, np.int32)
     for row, part in zip(members, parts, strict=True):
         row[: len(part)] = part
     cells: Cells = _with_balls(embedding, jnp.asarray(members))
     return cells
+
+
+def _without_strays(vectors: np.ndarray, groups: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the groups, after patterns far from their own centre were moved to the group of
+    nearest centre, if they lie in its ball. A cut through a cluster leaves a few of its patterns in
+    other groups, whose radii would be large."""
+    cores, centres, radii, strays = [], [], [], []
+    for number, group in enumerate(groups):
+        rows = vectors[group]
+        lengths = np.linalg.norm(rows - rows.mean(0), axis=1)
+        far = lengths > FAR * np.sqrt(np.mean(lengths**2))
+        core = rows[~far]
+        cores.append([group[~far]])
+        centres.append(core.mean(0))
+        radii.append(np.linalg.norm(core - centres[-1], axis=1).max())
+        strays += [(number, index) for index in group[far]]
+    all_centres = np.stack(centres)
+    for own, index in strays:
+        lengths = np.linalg.norm(all_centres - vectors[index], axis=1)
+        nearest = int(lengths.argmin())
+        cores[nearest if lengths[nearest] <= radii[nearest] else own].append(np.array([index]))
+    return [np.concatenate(group) for group in cores]
 
 
 def _nearest_centres(rows: np.ndarray, num: int) -> np.ndarray:
