@@ -1,6 +1,7 @@
 """A memory in files that are mapped, not read: `jdam.open`."""
 
 import json
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -208,13 +209,15 @@ def _mapped_arrays(path: Path) -> Callable[[str], np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)  # rows of a cell are far apart: nothing is read ahead
 
     def array(name: str) -> np.ndarray:
         entry = header[name]
+        dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if first == last:
-            return np.zeros(shape, dtype)
-        return np.memmap(path, dtype, "r", 8 + length + first, shape)
+        numbers = np.frombuffer(mapped, dtype, (last - first) // dtype.itemsize, 8 + length + first)
+        return numbers.reshape(shape)
 
     return array
