@@ -36,6 +36,10 @@ class Layout:
         result: int = self.mesh.shape[self.axis]
         return result
 
+    def put(self, shape: tuple[int, ...], spec: PartitionSpec, read: Callable[..., Any]) -> Array:
+        """Return an array on the mesh; `read(index)` returns the part of a device."""
+        return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), read)
+
 
 def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
     """Call `function(memory, *args)` on each device, with its shard of the memory; the result must

@@ -48,8 +48,10 @@ def with_cells(
 
     The first cells are those of least bounds, (Q, C). `may_matter(result, closed)` marks the closed
     cells that have to be read for the result; the computation is repeated until there are none.
+    Each time at most as many cells are read as are open, those of least bounds: with them the
+    others may no longer matter.
     """
-    cells = memory.cells
+    cells, least = memory.cells, bounds.min(0)
     first = np.unique(np.argsort(bounds, axis=1)[:, :FIRST])
     closed = np.ones(bounds.shape[1], bool)
     members = np.asarray(cells.members)
@@ -61,6 +63,7 @@ def with_cells(
         first = np.flatnonzero(may_matter(result, closed) & closed)
         if first.size == 0:
             return result, index, closed
+        first = first[np.argsort(least[first])[: (~closed).sum()]]
 
 
 def nearest_in_file(

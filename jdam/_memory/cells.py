@@ -6,6 +6,7 @@ A cell holds patterns whose embeddings Φ lie in a ball of centre c and radius r
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 #: Parts into which k-means cuts a large cluster, and points from which it computes their centres.
 BRANCHES, SAMPLE = 32, 2048
+#: Distance of strays from the centre of their group, in root mean squares of its members'.
+FAR = 2.0
 
 
 class Cells(eqx.Module):
@@ -82,13 +85,35 @@ def cells_of(embedding: Embedding, num_cells: int) -> Cells:
             squares = ((rows - rows.mean(0)) ** 2).sum() if len(groups) > 1 else 0.0
             heapq.heappush(clusters, (-float(squares), next(created), group))
     width = -(-3 * num // (2 * num_cells))
-    groups = [group for *_, group in clusters]
+    groups = _without_strays(vectors, [group for *_, group in clusters])
     parts = [part for group in groups for part in np.array_split(group, -(-len(group) // width))]
     members = np.full((len(parts), width), -1, np.int32)
     for row, part in zip(members, parts, strict=True):
         row[: len(part)] = part
     cells: Cells = _with_balls(embedding, jnp.asarray(members))
     return cells
+
+
+def _without_strays(vectors: np.ndarray, groups: list[np.ndarray]) -> list[np.ndarray]:
+    """Return the groups, after patterns far from their own centre were moved to the group of
+    nearest centre, if they lie in its ball. A cut through a cluster leaves a few of its patterns in
+    other groups, whose radii would be large."""
+    cores, centres, radii, strays = [], [], [], []
+    for number, group in enumerate(groups):
+        rows = vectors[group]
+        lengths = np.linalg.norm(rows - rows.mean(0), axis=1)
+        far = lengths > FAR * np.sqrt(np.mean(lengths**2))
+        core = rows[~far]
+        cores.append([group[~far]])
+        centres.append(core.mean(0))
+        radii.append(np.linalg.norm(core - centres[-1], axis=1).max())
+        strays += [(number, index) for index in group[far]]
+    all_centres = np.stack(centres)
+    for own, index in strays:
+        lengths = np.linalg.norm(all_centres - vectors[index], axis=1)
+        nearest = int(lengths.argmin())
+        cores[nearest if lengths[nearest] <= radii[nearest] else own].append(np.array([index]))
+    return [np.concatenate(group) for group in cores]
 
 
 def _nearest_centres(rows: np.ndarray, num: int) -> np.ndarray:
@@ -159,10 +184,23 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
     for first in range(0, size * layout.parts, size):
         local = jax.tree.map(lambda leaf, first=first: leaf[first : first + size], rows)
         shards.append(cells_of(local, min(each, max(1, len(local.errors)))))
-    count, width = np.max([cells.members.shape for cells in shards], axis=0)
+    count = max(len(cells.members) for cells in shards)
+
+    def put(leaf: np.ndarray) -> Array:
+        return layout.put(leaf.shape, PartitionSpec(layout.axis), leaf.__getitem__)
+
+    cells: Cells = jax.tree.map(put, joined(shards, count))
+    return cells
+
+
+def joined(parts: Sequence[Cells], count: int | None = None) -> Cells:
+    """Return the cells of all parts, with room for as many members as the largest; each part is
+    padded to `count` cells, unless that is None."""
+    width = max(cells.members.shape[1] for cells in parts)
 
     def padded(cells: Cells) -> Cells:
-        more, columns = count - len(cells.radii), width - cells.members.shape[1]
+        more = 0 if count is None else count - len(cells.members)
+        columns = width - cells.members.shape[1]
         return Cells(
             jnp.pad(cells.members, ((0, more), (0, columns)), constant_values=-1),
             jnp.pad(cells.counts, (0, more)),
@@ -170,13 +208,7 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
             jnp.pad(cells.radii, (0, more)),
         )
 
-    sharding = NamedSharding(layout.mesh, PartitionSpec(layout.axis))
-
-    def put(*leaves: np.ndarray) -> Array:
-        whole = np.concatenate(leaves)
-        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-    cells: Cells = jax.tree.map(put, *map(padded, shards))
+    cells: Cells = jax.tree.map(lambda *leaves: np.concatenate(leaves), *map(padded, parts))
     return cells
 
 

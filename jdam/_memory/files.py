@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -44,9 +45,9 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
 
     The format is that of safetensors: a header in JSON, then the arrays. The prepared arrays are
     among them, so that nothing is computed again, and there is a checksum. A file of this name is
-    replaced atomically, after all is written. A sharded memory is written whole and can be loaded
-    onto other devices; if these belong to several processes, all of them have to call this
-    function, and the first one writes.
+    replaced atomically, after all is written. Arrays of a CPU are written without a copy. A sharded
+    memory is written whole and can be loaded onto other devices; if these belong to several
+    processes, all of them have to call this function, and the first one writes.
 
     **Arguments:**
 
@@ -59,13 +60,11 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
     `OSError` as `open`.
     """
     check_memory(memory)
-    if memory.cells is not None and memory.layout is None:
-        cells = memory.validated().cells
-        if cells is None or bool(np.isnan(cells.radii).any()):
-            raise ValueError(
-                "memory must have the patterns that were indexed; they were changed since: "
-                "memory.indexed() again"
-            )
+    if memory.cells is not None and memory.layout is None and bool(_was_changed(memory)):
+        raise ValueError(
+            "memory must have the patterns that were indexed; they were changed since: "
+            "memory.indexed() again"
+        )
     path = Path(os.path.realpath(path))
     arrays: dict[str, Any] = {}
     length = batch_size(memory.patterns) if memory.layout is None else len(memory)
@@ -98,17 +97,27 @@ def save(path: str | os.PathLike[str], memory: Memory) -> None:
         multihost_utils.sync_global_devices("jdam.save")
 
 
+@jax.jit
+def _was_changed(memory: Memory) -> Array:
+    """Return whether the patterns are others than those that were indexed."""
+    cells = memory.validated().cells
+    assert cells is not None
+    return jnp.isnan(cells.radii).any()
+
+
 def _write(path: Path, arrays: dict[str, np.ndarray], header: dict[str, str]) -> None:
     """Write the arrays and the header to a temporary file, and rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(temporary, "wb") as file:
-            file.write(safetensors.numpy.save(arrays, header))
-            file.flush()
+        temporary.touch()
+        mode = (path if path.exists() else temporary).stat().st_mode
+        safetensors.numpy.save_file(arrays, temporary, header)  # copies nothing
+        temporary.chmod(stat.S_IMODE(mode))  # the file is another one now
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, temporary)
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -222,16 +231,15 @@ def _checksum(text: str, parts: Any) -> str:
 
 def _read(file: Any, description: dict[str, Any], classes: dict[str, type]) -> Memory:
     """Return the memory on one device."""
-    memory = _assemble(description, classes, partial(whole_array, file))
-    size = decode(description["size"], partial(whole_array, file), classes)
-    cells = decode(description.get("cells"), partial(whole_array, file), classes)
-    return dataclasses.replace(memory, size=size, cells=Cells(*cells) if cells else None)
+    fields = fields_of(description, partial(whole_array, file), classes)
+    return _checked(Memory(**fields | {"units": None}))
 
 
 def _read_parts(
     file: Any, description: dict[str, Any], classes: dict[str, type], mesh: Mesh, axis: str
 ) -> Memory:
-    """Return the memory in equal parts along an axis of a mesh, without its free slots."""
+    """Return the memory in equal parts along an axis of a mesh, without its free slots and its
+    cells."""
     size = decode(description["size"], partial(whole_array, file), classes)
     parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
 
@@ -242,31 +250,43 @@ def _read_parts(
         _check_dtype(name, file.get_slice(name)[:1])
         return parts.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
 
-    memory = _assemble(description, classes, array)
+    fields = fields_of(description | {"size": None, "cells": None}, array, classes)
+    memory = _checked(Memory(**fields, layout=parts.layout))
     prior = memory.log_prior
     prior = parts.prior(None, memory.dtype) if prior is None else prior
-    units = decode(description["units"], array, classes)
-    return dataclasses.replace(memory, log_prior=prior, units=units, layout=parts.layout)
+    return dataclasses.replace(memory, log_prior=prior)
 
 
-def _assemble(
-    description: dict[str, Any], classes: dict[str, type], array: Callable[[str], Array]
-) -> Memory:
-    """Return the memory without `size`, `units` and `layout`; `array` reads arrays by name."""
-    names = ("geometry", "patterns", "log_prior", "prepared", "fingerprint", "values")
-    description = {"values": None} | description  # older files have no values
-    decoded = {name: decode(description[name], array, classes) for name in names}
-    patterns, prior, fingerprint = decoded["patterns"], decoded["log_prior"], decoded["fingerprint"]
-    geometry = in_dtype(decoded["geometry"], working_dtype(float_dtype(patterns)))
-    patterns = geometry.check("patterns", patterns, 1)
-    expected, _ = jax.eval_shape(prepare, patterns, geometry)
-    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(expected)]
-    if shapes != [(leaf.shape, leaf.dtype) for leaf in decoded["prepared"]]:
+def _checked(memory: Memory) -> Memory:
+    """Return the memory with patterns as its geometry checks them."""
+    patterns = memory.geometry.check("patterns", memory.patterns, 1)
+    return dataclasses.replace(memory, patterns=patterns)
+
+
+def fields_of(
+    description: dict[str, Any], array: Callable[[str], Any], classes: dict[str, type]
+) -> dict[str, Any]:
+    """Return the fields of the memory; `array` reads arrays by name.
+
+    **Raises:** `ValueError` for a geometry that would prepare other arrays than those of the file.
+    """
+    names = ("geometry", *ROWS, "size", "units", "cells")
+    # Older files have no values and no cells.
+    fields = {name: decode(description.get(name), array, classes) for name in names}
+    dtype = working_dtype(float_dtype(fields["patterns"]))
+    geometry = fields["geometry"] = in_dtype(fields["geometry"], dtype)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
+        (fields["patterns"], fields["prepared"]),
+    )
+    expected, _ = jax.eval_shape(prepare, shapes[0], geometry)
+    if jax.tree.leaves(expected) != shapes[1]:
         raise ValueError(
             f"what was prepared is not what {geometry} prepares now: store the patterns again"
         )
-    prepared = jax.tree.unflatten(jax.tree.structure(expected), decoded["prepared"])
-    return Memory(patterns, geometry, prior, prepared, fingerprint, values=decoded["values"])
+    fields["prepared"] = jax.tree.unflatten(jax.tree.structure(expected), fields["prepared"])
+    fields["cells"] = Cells(*fields["cells"]) if fields["cells"] else None
+    return fields
 
 
 def whole_array(file: Any, name: str) -> Array:

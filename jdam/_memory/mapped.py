@@ -1,9 +1,10 @@
-"""A memory in a file that is mapped, not read: `jdam.open`."""
+"""A memory in files that are mapped, not read: `jdam.open`."""
 
 import json
+import mmap
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,13 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.batching import batch_size, power_of_two
-from jdam._core.compile import float_dtype, working_dtype
+from jdam._core.compile import float_dtype
 from jdam._measures.base import AnyMeasure, describe
-from jdam._memory.cells import Cells
-from jdam._memory.encoding import OWN, decode, name_of
-from jdam._memory.files import read_header, whole_array
+from jdam._memory.cells import Cells, joined
+from jdam._memory.encoding import OWN, name_of
+from jdam._memory.files import ROWS, fields_of, read_header, whole_array
 from jdam._memory.memory import Memory
-from jdam._memory.prepared import in_dtype, prepare
+from jdam._memory.rows import Rows
 from jdam.geometry import Geometry
 
 #: Types of safetensors.
@@ -47,13 +48,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class MappedMemory:
-    """N measures in a file, of which `recall_batch`, `nearest` and `pairwise` read what they need.
+    """N measures in files, of which `recall_batch`, `nearest` and `pairwise` read what they need.
 
-    `len(memory)` is N and `memory[i]` pattern i. `memory.values` are arrays of the file, read when
+    `len(memory)` is N and `memory[i]` pattern i. `memory.values` are arrays of the files, read when
     indexed. Everything else needs `jdam.load`.
     """
 
-    path: Path
+    paths: tuple[Path, ...]
     geometry: Geometry
     cells: Cells  # in memory
     patterns: AnyMeasure  # of arrays that are mapped, as the next ones
@@ -72,7 +73,8 @@ class MappedMemory:
 
     def __repr__(self) -> str:
         kind = describe(jax.tree.map(lambda leaf: leaf[:1], self.patterns))
-        return f"MappedMemory({self.num} × {kind}, {self.geometry}, {str(self.path)!r})"
+        paths = ", ".join(repr(str(path)) for path in self.paths)
+        return f"MappedMemory({self.num} × {kind}, {self.geometry}, {paths})"
 
     @property
     def cell_log_prior(self) -> Float[Array, " C"]:
@@ -100,22 +102,40 @@ class MappedMemory:
 
 
 def open(
-    path: str | os.PathLike[str], *, classes: tuple[type[eqx.Module], ...] = ()
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    classes: tuple[type[eqx.Module], ...] = (),
 ) -> MappedMemory:
     """Return the memory that `jdam.save` wrote, without reading its patterns.
 
     `recall_batch`, `nearest` and `pairwise` read the cells that a query needs, so that a memory may
     be larger than the machine's. Results and certificates are those of the memory itself.
 
+    Several files are one memory, of the patterns of the first file, then of the second, and so on.
+    Thus patterns that do not fit in memory together can be saved in parts, each with its cells.
+    Patterns that are near to each other should be in the same part. If only some files have a
+    prior, that of the others is log 1 = 0.
+
     **Arguments:**
 
-    - `path`: the file of a memory with cells, `jdam.save(path, memory.indexed())`.
+    - `path`: the file of a memory with cells, `jdam.save(path, memory.indexed())`, or a list of
+      such files.
     - `classes`: as in `jdam.load`.
 
     **Raises:** as `jdam.load`, but the checksum of the patterns is not computed; `ValueError` for a
-    file without cells.
+    file without cells, for no file, and for files whose memories differ in their geometry or in
+    the shapes or dtypes of their patterns and values.
     """
-    path, classes = Path(path), (classes if isinstance(classes, tuple | list) else (classes,))
+    classes = classes if isinstance(classes, tuple | list) else (classes,)
+    paths = [path] if isinstance(path, str | os.PathLike) else path
+    parts = [_one_file(Path(path), classes) for path in paths]
+    if not parts:
+        raise ValueError("path must be a file or a list of files; got none")
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _one_file(path: Path, classes: tuple[type[eqx.Module], ...]) -> MappedMemory:
+    """Return the memory in one file."""
     description, _ = read_header(path)
     if not description.get("cells") or not description["cells"].get("list"):
         raise ValueError(
@@ -123,31 +143,65 @@ def open(
             "jdam.save(path, jdam.load(path).indexed())"
         )
     known: dict[str, type] = {name_of(kind): kind for kind in OWN + tuple(classes)}
-    with safetensors.safe_open(path, "numpy") as file:
-        read = partial(whole_array, file)
-        geometry = decode(description["geometry"], read, known)
-        cells = Cells(*decode(description["cells"], read, known))
-        units = decode(description["units"], read, known)
-        size = decode(description["size"], read, known)
     mapped = _mapped_arrays(path)
-    names = ("patterns", "log_prior", "prepared", "fingerprint", "values")
-    arrays = {name: decode(description.get(name), mapped, known) for name in names}
-    patterns = arrays["patterns"]
-    geometry = in_dtype(geometry, working_dtype(float_dtype(patterns)))
-    some = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), patterns)
-    expected, _ = jax.eval_shape(prepare, some, geometry)
+    with safetensors.safe_open(path, "numpy") as file:
+
+        def array(name: str) -> Any:
+            return mapped(name) if name.split(".")[0] in ROWS else whole_array(file, name)
+
+        fields = fields_of(description, array, known)
+    size = fields.pop("size")
+    num = batch_size(fields["patterns"]) if size is None else int(size)
+    rows = {name: fields[name] for name in ROWS}  # free slots are left out
+    return MappedMemory((path,), num=num, **fields | jax.tree.map(lambda leaf: leaf[:num], rows))
+
+
+def _joined(parts: Sequence[MappedMemory]) -> MappedMemory:
+    """Return the memory of the patterns of all parts."""
+    if any(part.log_prior is not None for part in parts):
+        parts = [replace(part, log_prior=_prior(part)) for part in parts]
+    first, kind = parts[0], _kind(parts[0])
+    for part in parts[1:]:
+        if _kind(part) != kind:
+            raise ValueError(
+                "files must hold memories of one geometry, of the same shapes and dtypes; "
+                f"got {first} and {part}"
+            )
+    lengths = np.array([len(part) for part in parts])
+    starts = np.cumsum(lengths) - lengths
+    shares = lengths / lengths.sum()
+    norms, tolerances = np.transpose([part.units for part in parts])
+    units = np.sqrt(shares @ norms**2), shares @ tolerances
+    cells = [
+        replace(cells, members=jnp.where(cells.members >= 0, cells.members + int(start), -1))
+        for cells, start in zip((part.cells for part in parts), starts, strict=True)
+    ]
+    rows = {
+        name: jax.tree.map(lambda *leaves: Rows(leaves), *(getattr(part, name) for part in parts))
+        for name in ROWS
+    }
     return MappedMemory(
-        path=path,
-        geometry=geometry,
-        cells=cells,
-        patterns=patterns,
-        prepared=jax.tree.unflatten(jax.tree.structure(expected), arrays["prepared"]),
-        fingerprint=arrays["fingerprint"],
-        log_prior=arrays["log_prior"],
-        values=arrays["values"],
-        units=units,
-        num=batch_size(patterns) if size is None else int(size),
+        tuple(path for part in parts for path in part.paths),
+        first.geometry,
+        jax.tree.map(jnp.asarray, joined(cells)),
+        units=tuple(jnp.asarray(unit, norms.dtype) for unit in units),
+        num=int(lengths.sum()),
+        **rows,
     )
+
+
+def _prior(memory: MappedMemory) -> np.ndarray:
+    """Return the prior of the patterns, of which each is 0 unless there is one."""
+    prior: np.ndarray = memory.log_prior
+    return np.zeros(len(memory), float_dtype(memory.patterns)) if prior is None else prior
+
+
+def _kind(memory: MappedMemory) -> Any:
+    """Return what has to be equal for memories to be joined."""
+    rows = {name: getattr(memory, name) for name in ROWS}
+    arrays = [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(rows)]
+    parameters = [np.asarray(leaf).tolist() for leaf in jax.tree.leaves(memory.geometry)]
+    return jax.tree.structure((memory.geometry, rows)), arrays, parameters
 
 
 def _mapped_arrays(path: Path) -> Callable[[str], np.ndarray]:
@@ -155,13 +209,15 @@ def _mapped_arrays(path: Path) -> Callable[[str], np.ndarray]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)  # rows of a cell are far apart: nothing is read ahead
 
     def array(name: str) -> np.ndarray:
         entry = header[name]
+        dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
         first, last = entry["data_offsets"]
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if first == last:
-            return np.zeros(shape, dtype)
-        return np.memmap(path, dtype, "r", 8 + length + first, shape)
+        numbers = np.frombuffer(mapped, dtype, (last - first) // dtype.itemsize, 8 + length + first)
+        return numbers.reshape(shape)
 
     return array

@@ -396,5 +396,5 @@ def check_memory(memory: object) -> None:
     """Raise `TypeError` unless it is a memory."""
     if not isinstance(memory, Memory):
         kind = type(memory).__name__
-        how = "jdam.load reads all of it" if hasattr(memory, "path") else "jdam.store makes one"
+        how = "jdam.load reads all of it" if hasattr(memory, "paths") else "jdam.store makes one"
         raise TypeError(f"memory must be a jdam.Memory; got {kind}: {how}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jdam._core.mesh import Layout
 from jdam._memory.memory import Memory, check_memory
@@ -87,7 +87,7 @@ class Parts(NamedTuple):
             num_stored = max(0, min(stop, length) - start)
             return np.concatenate([rows[:num_stored], *[last] * (stop - start - num_stored)])
 
-        return self._put(shape, PartitionSpec(axis), part)
+        return self.layout.put(shape, PartitionSpec(axis), part)
 
     def prior(self, log_prior: Any, dtype: jnp.dtype) -> Array | None:
         """Return the prior in parts, −inf for the padding; None if there is neither a prior
@@ -103,12 +103,9 @@ class Parts(NamedTuple):
 
         def put(leaf: Any) -> Array:
             whole = np.asarray(leaf)
-            return self._put(whole.shape, PartitionSpec(), lambda index: whole[index])
+            return self.layout.put(whole.shape, PartitionSpec(), lambda index: whole[index])
 
         return jax.tree.map(put, tree)
-
-    def _put(self, shape: tuple[int, ...], spec: PartitionSpec, read: Any) -> Array:
-        return jax.make_array_from_callback(shape, NamedSharding(self.layout.mesh, spec), read)
 
 
 def parts_of(mesh: Mesh, axis: str, length: int) -> Parts:

@@ -1,20 +1,22 @@
 """Recall from a memory in a file."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jaxtyping import Float
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
 from jdam._core.batching import equal_parts
-from jdam._core.compile import float_dtype
+from jdam._core.compile import compiled, float_dtype
 from jdam._energy.certified import Certified
-from jdam._energy.energy import energy, fit_queries, inverse_temperature
+from jdam._energy.energy import fit_queries, inverse_temperature
 from jdam._energy.mapped import cell_bounds, with_cells
 from jdam._energy.search import Search
 from jdam._energy.separation import LogSumExp
@@ -70,8 +72,8 @@ def recall_from_file(
 
         def compute(some: Memory) -> tuple[Recall, np.ndarray]:
             result = recall_batch(some, queries, beta, search=half, save_trace=True, **settings)
-            start = np.asarray(jax.vmap(energy, (None, 0, None))(some, queries, beta))
-            return result, _relative_masses(memory, result, bounds, start, float(beta))
+            start = jax.vmap(partial(_energy, search=half), (None, 0, None))(some, queries, beta)
+            return result, _relative_masses(memory, result, bounds, np.asarray(start), float(beta))
 
         def may_matter(found: tuple[Recall, np.ndarray], closed: np.ndarray) -> np.ndarray:
             masses = np.where(closed, found[1], 0)
@@ -92,6 +94,15 @@ def recall_from_file(
         parts.append(part)
     joined: Recall = jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:num], *parts)
     return joined
+
+
+@compiled(static=("search",), batch_size=lambda memory, search: search.query_batch_size(memory))
+def _energy(
+    memory: Memory, query: AnyMeasure, beta: Float[Array, ""], *, search: Certified
+) -> Float[Array, ""]:
+    """Return the energy of the patterns that the search compares; that of all is not higher."""
+    guess = search.first_guess(memory)
+    return search.evaluate(memory, query, beta, guess, separation=LogSumExp()).energy
 
 
 def _relative_masses(

@@ -12,6 +12,7 @@ import pytest
 import jdam
 from jdam._energy import branch_and_bound, certified
 from jdam._energy.average import view_of
+from jdam._memory.cells import _without_strays
 from tests.helpers import clouds, diagonals, gaussians, vectors
 
 NUM, DIM, BETA = 300, 3, 30.0
@@ -271,3 +272,15 @@ def test_not_inside_jit(rng):
     memory = jdam.store(vectors(rng, 8, DIM))
     with pytest.raises(TypeError, match="outside of jax.jit"):
         jax.jit(lambda memory: memory.indexed(2))(memory)
+
+
+def test_strays_move_to_the_group_whose_ball_they_are_in(rng):
+    points = rng.normal(size=(121, 4))
+    points[60:120, 0] += 50
+    points[60:62] = (50, 0, 0, 0)
+    points[120] = 400  # near to no group
+    groups = [np.arange(62), np.arange(62, 121)]
+    found = _without_strays(points, groups)
+    np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(121))
+    assert {60, 61, 120} <= set(found[1])
+    assert len(found[0]) == 60

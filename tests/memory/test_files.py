@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors
 import safetensors.numpy
 from jaxtyping import Array, Float
 
@@ -140,6 +141,36 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(rng, tmp_path, monkeyp
         jdam.save(path, memory.append(memory[0]))
     same(jdam.load(path), memory)
     assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+
+def test_a_full_disk_leaves_the_old_file(rng, tmp_path, monkeypatch):
+    memory = jdam.store(gaussians(rng, 3, 2))
+    path = tmp_path / "memory"
+    jdam.save(path, memory)
+
+    def fail(*args):
+        raise safetensors.SafetensorError("no space left")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", fail)
+    with pytest.raises(OSError, match="memory cannot be written: no space left"):
+        jdam.save(path, memory)
+    same(jdam.load(path), memory)
+    assert [p.name for p in tmp_path.iterdir()] == ["memory"]
+
+
+def test_arrays_are_written_without_a_copy(rng, tmp_path, monkeypatch):
+    memory, written = jdam.store(gaussians(rng, 3, 2)), {}
+    save_file = safetensors.numpy.save_file
+
+    def keep(arrays, path, header):
+        written.update(arrays)
+        save_file(arrays, path, header)
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", keep)
+    jdam.save(tmp_path / "memory", memory)
+    if jax.default_backend() == "cpu":
+        factor = np.asarray(memory.patterns.factor)
+        assert np.shares_memory(written["patterns.factor"], factor)
 
 
 def test_permissions_links_and_missing_folders(rng, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 import jdam
 from jdam._memory.mapped import MappedMemory
-from tests.helpers import gaussians, vectors
+from tests.helpers import clouds, gaussians, vectors
 
 NUM, DIM = 400, 3
 
@@ -116,3 +116,78 @@ def test_changed_patterns_are_not_saved(rng, tmp_path):
     changed = eqx.tree_at(lambda m: m.patterns, memory, memory.patterns + 1)
     with pytest.raises(ValueError, match="they were changed since"):
         jdam.save(tmp_path / "memory", changed)
+
+
+def in_two_files(memory, folder):
+    """The first 150 patterns in one file, the others in another with room for more."""
+    rows = memory.patterns, memory.values
+    for name, part in (("a", slice(150)), ("b", slice(150, None))):
+        patterns, values = jax.tree.map(lambda leaf, part=part: leaf[part], rows)
+        some = jdam.store(patterns, values=values, capacity=260 if name == "b" else None)
+        jdam.save(folder / name, some.indexed())
+    return jdam.open([folder / "a", folder / "b"])
+
+
+def test_several_files_are_one_memory(stored, tmp_path):
+    memory, opened = stored
+    parts = in_two_files(memory, tmp_path)
+    assert len(parts) == NUM
+    assert repr(parts).startswith("MappedMemory(400 × Gaussian")
+    assert repr(parts).endswith(f"'{tmp_path / 'a'}', '{tmp_path / 'b'}')")
+    for i in (0, 149, 150, -1):
+        np.testing.assert_array_equal(parts[i].factor, memory[i].factor)
+    for unit, expected in zip(parts.units, opened.units, strict=True):
+        np.testing.assert_allclose(unit, expected, rtol=1e-12)
+    members = np.asarray(parts.cells.members)
+    np.testing.assert_array_equal(np.sort(members[members >= 0]), np.arange(NUM))
+    queries = jax.tree.map(lambda leaf: leaf[148:152], memory.patterns)
+    np.testing.assert_array_equal(jdam.nearest(parts, memory[203], 1)[0], [203])
+    found = jdam.recall_batch(parts, queries, 30.0, max_steps=2)
+    wanted = jdam.recall_batch(memory, queries, 30.0, max_steps=2)
+    np.testing.assert_array_equal(found.nearest, wanted.nearest)
+    np.testing.assert_allclose(found.energy, wanted.energy, rtol=1e-9, atol=1e-10)
+    distances = jdam.pairwise(parts, queries)
+    np.testing.assert_allclose(distances, jdam.pairwise(memory, queries), atol=1e-12)
+
+
+def test_rows_of_several_files(stored, tmp_path):
+    memory, _ = stored
+    labels, expected = in_two_files(memory, tmp_path).values["label"], np.arange(NUM)
+    assert (labels.shape, labels.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_array_equal(labels, expected)
+    indices = (3, -1, slice(140, 160, 3), slice(None, None, -1), np.array([[151, 2], [-1, 150]]))
+    for index in (*indices, expected % 7 == 0, np.zeros(0, int)):
+        np.testing.assert_array_equal(labels[index], expected[index])
+    for index in (NUM, -NUM - 1, np.array([0, NUM]), (1, 2)):
+        with pytest.raises(IndexError, match="out of range|take one index"):
+            labels[index]
+
+
+def test_files_that_are_no_memory_together(stored, rng, tmp_path):
+    memory, _ = stored
+    patterns, values = head(memory, 40), {"label": np.arange(40)}
+    points = clouds(rng, 40, DIM)
+    others = {
+        "values": jdam.store(patterns),
+        "dimension": jdam.store(gaussians(rng, 40, DIM + 1), values=values),
+        "clouds": jdam.store(points, jdam.Sinkhorn(0.3), values=values),
+        "epsilon": jdam.store(points, jdam.Sinkhorn(0.4), values=values),
+    }
+    for name, other in others.items():
+        jdam.save(tmp_path / name, other.indexed())
+    pairs = [("memory", name) for name in ("values", "dimension", "clouds")]
+    for pair in [*pairs, ("clouds", "epsilon")]:
+        with pytest.raises(ValueError, match="files must hold memories of one geometry"):
+            jdam.open([tmp_path / name for name in pair])
+    with pytest.raises(ValueError, match="a file or a list of files; got none"):
+        jdam.open([])
+
+
+@pytest.mark.full
+def test_free_slots_are_no_patterns(stored, tmp_path):
+    memory, _ = stored
+    jdam.save(tmp_path / "room", jdam.store(head(memory, 40), capacity=50).indexed())
+    opened = jdam.open(tmp_path / "room")
+    np.testing.assert_array_equal(opened[-1].mean, memory[39].mean)
+    with pytest.raises(IndexError):
+        opened[40]
