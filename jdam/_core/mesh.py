@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 EXPLICIT = AxisType.Explicit
 
@@ -41,7 +41,7 @@ class Layout:
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), read)
 
 
-def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
+def on_parts(function: Callable[..., Any], memory: PyTree, *args: Any) -> PyTree:
     """Call `function(memory, *args)` on each device, with its shard of the memory; the result must
     be the same on all devices.
 
@@ -53,7 +53,7 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
             "with the queries placed along another axis of the mesh"
         )
 
-    def on_shard(memory: Any, *args: Any) -> Any:
+    def on_shard(memory: PyTree, *args: Any) -> PyTree:
         return function(replace(memory, layout=replace(layout, inside=True)), *args)
 
     replicated, sharded = PartitionSpec(), PartitionSpec(layout.axis)
@@ -80,7 +80,7 @@ def on_parts(function: Callable[..., Any], memory: Any, *args: Any) -> Any:
     return mapped(memory, *args)
 
 
-def _mesh_in_use(layout: Layout, args: Any) -> Any:
+def _mesh_in_use(layout: Layout, args: PyTree) -> PyTree:
     """Return the mesh of `jax.set_mesh` or `jax.shard_map`, or one with `Explicit` axes in the
     arguments' types, if its shape is that of the layout's mesh; else None."""
     context = jax.sharding.get_abstract_mesh()
@@ -90,7 +90,9 @@ def _mesh_in_use(layout: Layout, args: Any) -> Any:
     return next((mesh for mesh in meshes if mesh.shape == layout.mesh.shape), None)
 
 
-def on_local_shards(function: Callable[..., Any], batched: Any, args: tuple[Any, ...]) -> Any:
+def on_local_shards(
+    function: Callable[..., Any], batched: PyTree, args: tuple[PyTree, ...]
+) -> PyTree:
     """Call `function(*args)`; if the leading axis of the `batched` leaves is sharded along
     `Explicit` axes of a mesh, call it on each device for the local rows."""
     marks, leaves = jax.tree.leaves(batched), jax.tree.leaves(args)
@@ -128,18 +130,18 @@ def in_one_piece(array: Array) -> Array:
     return whole
 
 
-def is_whole(memory: Any) -> bool:
+def is_whole(memory: PyTree) -> bool:
     """Return whether the memory is sharded, and seen from outside of `jax.shard_map`."""
     layout = getattr(memory, "layout", None)
     return layout is not None and not layout.inside
 
 
-def psum(tree: Any, layout: Layout | None) -> Any:
+def psum(tree: PyTree, layout: Layout | None) -> PyTree:
     """Sum over shards."""
     return tree if layout is None else jax.lax.psum(tree, layout.axis)
 
 
-def of_one_part(tree: Any, chosen: Array, layout: Layout | None) -> Any:
+def of_one_part(tree: PyTree, chosen: Array, layout: Layout | None) -> PyTree:
     """Return the tree of the one shard for which `chosen` holds."""
     if layout is None:
         return tree
@@ -157,7 +159,7 @@ def first_index(size: int, layout: Layout | None) -> Int[Array, ""] | int:
     return 0 if layout is None else jax.lax.axis_index(layout.axis).astype(jnp.int32) * size
 
 
-def all_rows(x: Array | None, layout: Layout | None) -> Any:
+def all_rows(x: Array | None, layout: Layout | None) -> PyTree:
     """Gather the rows of all shards in order, (N,), without padding."""
     if layout is None or x is None:
         return x

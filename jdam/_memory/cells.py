@@ -8,7 +8,7 @@ import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import equinox as eqx
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import power_of_two
@@ -212,7 +212,7 @@ def joined(parts: Sequence[Cells], count: int | None = None) -> Cells:
     return cells
 
 
-def embedded(geometry: Geometry, measures: AnyMeasure, prepared: Any = None) -> Embedding | None:
+def embedded(geometry: Geometry, measures: AnyMeasure, prepared: PyTree = None) -> Embedding | None:
     """Return `Geometry.embed`, in float32 at least: half precision over- and underflows."""
     dtype = working_dtype(float_dtype(measures))
     return geometry.embed(*cast_floats((measures, prepared), dtype))

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import safetensors
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, PyTree
 
 from jdam._core.batching import batch_size, power_of_two
 from jdam._core.compile import float_dtype
@@ -58,11 +58,11 @@ class MappedMemory:
     geometry: Geometry
     cells: Cells  # in memory
     patterns: AnyMeasure  # of arrays that are mapped, as the next ones
-    prepared: Any
-    fingerprint: Any
+    prepared: PyTree
+    fingerprint: PyTree
     log_prior: Any
-    values: Any
-    units: Any
+    values: PyTree
+    units: PyTree
     num: int
 
     def __len__(self) -> int:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
@@ -54,14 +54,14 @@ class Memory(eqx.Module):
     geometry: Geometry
     log_prior: Float[Array, " N"] | None = None
     #: What the geometry computed once of each pattern, and a fingerprint of its arguments.
-    prepared: Any = None
+    prepared: PyTree = None
     fingerprint: Float[Array, " N"] | None = None
     #: The devices of a sharded memory.
     layout: Layout | None = eqx.field(static=True, default=None)
     #: Sharded: `Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns.
     units: tuple[Array, Array] | None = None
     size: Int[Array, ""] | None = None  #: With a capacity: the number of patterns.
-    values: Any = None  #: A pytree of arrays with a row for each pattern, as labels.
+    values: PyTree = None  #: A pytree of arrays with a row for each pattern, as labels.
     cells: Cells | None = None  #: From `indexed`: cells of patterns for searches.
 
     def __len__(self) -> int:
@@ -163,7 +163,7 @@ class Memory(eqx.Module):
         return index_of(self, num_cells)
 
     def append(
-        self, patterns: AnyMeasure, log_prior: ArrayLike | None = None, *, values: Any = None
+        self, patterns: AnyMeasure, log_prior: ArrayLike | None = None, *, values: PyTree = None
     ) -> "Memory":
         """Return a memory with `patterns` added at the end.
 
@@ -205,7 +205,7 @@ class Memory(eqx.Module):
         return appended
 
     def replace(
-        self, indices: int | ArrayLike, patterns: AnyMeasure, *, values: Any = None
+        self, indices: int | ArrayLike, patterns: AnyMeasure, *, values: PyTree = None
     ) -> "Memory":
         """Return a memory with other patterns at some indices; their prior stays.
 
@@ -334,7 +334,7 @@ def store(
     geometry: Geometry | None = None,
     *,
     log_prior: ArrayLike | None = None,
-    values: Any = None,
+    values: PyTree = None,
     capacity: int | None = None,
     progress: bool | None = None,
 ) -> Memory:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
 
 from jdam._core.mesh import Layout
 from jdam._memory.memory import Memory, check_memory
@@ -98,7 +99,7 @@ class Parts(NamedTuple):
         log_prior = np.zeros(self.layout.length, dtype) if log_prior is None else log_prior
         return self.rows(log_prior, fill=-np.inf)
 
-    def everywhere(self, tree: Any) -> Any:
+    def everywhere(self, tree: PyTree) -> PyTree:
         """Return the tree with every array on every device."""
 
         def put(leaf: Any) -> Array:

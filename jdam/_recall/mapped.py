@@ -1,5 +1,6 @@
 """Recall from a memory in a file."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -33,7 +34,7 @@ def recall_from_file(
     memory: MappedMemory,
     queries: AnyMeasure,
     beta: Any,
-    recall_batch: Any,
+    recall_batch: Callable[..., Recall],
     *,
     batch_size: int,
     search: Search | None,
