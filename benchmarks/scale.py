@@ -1,13 +1,15 @@
 """What recall costs as memories grow: time, memory, compilation, and what is certified.
 
-    python benchmarks/scale.py [--largest N] [--only clusters] [--data DIR] [--out scale.svg]
+    python benchmarks/scale.py [--largest N] [--only clusters|disk] [--data DIR] [--out scale.svg]
 
 prints a Markdown table and draws cost against N. With `--data` it also recalls real data from
 `words_ctx_gauss.npz` (Gaussian words) and `modelnet_clouds.npz` (shapes) in that folder.
 """
 
 import argparse
+import os
 import resource
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -129,24 +131,37 @@ def products_and_top_k(stored: Any, queries: Any) -> Any:
     return jax.lax.top_k(-squares, 16)
 
 
-def clusters(rng: np.random.Generator, num: int) -> Iterator[Row]:
-    """Gaussians in clusters of 500, by certified recall with cells and without, beside one matrix
-    product with top-k and the inverted file of faiss on the same vectors, which prove nothing."""
-    dim, kind, count = 16, "clusters, d = 16", 256
+def clustered(rng: np.random.Generator, num: int, dim: int = 16) -> tuple[Any, Any]:
+    """Means and factors in clusters of 500."""
     centres = 8 * rng.standard_normal((max(1, num // 500), dim), np.float32)
     mean = centres[rng.integers(len(centres), size=num)]
     mean += rng.standard_normal((num, dim), np.float32)
     factor = rng.standard_normal((num, dim, dim), np.float32)
     factor *= np.float32(dim**-0.5)
-    chosen = rng.integers(num, size=count)
-    noise = np.float32(0.1) * rng.standard_normal((count, dim), np.float32)
-    queries = jdam.Gaussian(mean[chosen] + noise, factor[chosen])
+    return mean, factor
+
+
+def near(rng: np.random.Generator, mean: Any, factor: Any, chosen: Any) -> jdam.Gaussian:
+    """Queries near to the chosen patterns."""
+    noise = np.float32(0.1) * rng.standard_normal((len(chosen), mean.shape[1]), np.float32)
+    return jdam.Gaussian(mean[chosen] + noise, factor[chosen])
+
+
+def clusters(rng: np.random.Generator, num: int) -> Iterator[Row]:
+    """Gaussians in clusters of 500, by certified recall with cells and without, beside one matrix
+    product with top-k, the inverted file of faiss and the graph of pynndescent on the same vectors,
+    which prove nothing."""
+    kind, count = "clusters, d = 16", 256
+    mean, factor = clustered(rng, num)
+    queries = near(rng, mean, factor, rng.integers(num, size=count))
     memory = jax.block_until_ready(jdam.store(jdam.Gaussian(mean, factor)))
     stored = memory.geometry.embed(memory.patterns, memory.prepared).vectors
     asked = memory.geometry.embed(queries).vectors
     name = "one matrix product, top 16"
     yield measure(kind, num, name, products_and_top_k, stored, asked, rounds=3)
     yield from inverted_file(kind, np.asarray(stored), np.asarray(asked))
+    if num <= 10**5:  # a larger graph takes minutes
+        yield from graph(kind, np.asarray(stored), np.asarray(asked))
     start = time.perf_counter()
     indexed = jax.block_until_ready(memory.indexed())
     yield Row(kind, num, 1, "`Memory.indexed`, once", 1e3 * (time.perf_counter() - start))
@@ -169,13 +184,99 @@ def inverted_file(kind: str, stored: np.ndarray, asked: np.ndarray) -> Iterator[
     building = 1e3 * (time.perf_counter() - start)
     yield Row(kind, len(stored), 1, "faiss, inverted file, once", building)
     index.nprobe = 8
+    milliseconds = a_query(index.search, asked)
+    yield Row(kind, len(stored), len(asked), "faiss, inverted file, top 16", milliseconds)
+
+
+def graph(kind: str, stored: np.ndarray, asked: np.ndarray) -> Iterator[Row]:
+    """The 16 nearest vectors by a graph of neighbours."""
+    try:
+        import pynndescent
+    except ImportError:
+        return
+    start = time.perf_counter()
+    index = pynndescent.NNDescent(stored, random_state=0)
+    index.prepare()
+    building = 1e3 * (time.perf_counter() - start)
+    yield Row(kind, len(stored), 1, "pynndescent, once", building)
+    milliseconds = a_query(index.query, asked)
+    yield Row(kind, len(stored), len(asked), "pynndescent, top 16", milliseconds)
+
+
+def a_query(search: Any, asked: np.ndarray) -> float:
+    """Milliseconds a query of the 16 nearest vectors, the median of three warm calls."""
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
-        index.search(asked, 16)
+        search(asked, 16)
         seconds.append(time.perf_counter() - start)
-    milliseconds = 1e3 * float(np.median(seconds[1:])) / len(asked)
-    yield Row(kind, len(stored), len(asked), "faiss, inverted file, top 16", milliseconds)
+    return 1e3 * float(np.median(seconds[1:])) / len(asked)
+
+
+class Counting(jdam.MappedMemory):
+    """A memory in files that knows how many patterns were read at most at a time."""
+
+    most = 0
+
+    def rows(self, index: np.ndarray) -> jdam.Memory:
+        Counting.most = max(Counting.most, len(index))
+        return super().rows(index)
+
+
+def disk(rng: np.random.Generator, num: int) -> Iterator[Row]:
+    """Gaussians in clusters of 500, written in parts and searched in their files: of 64 queries
+    first with the files on disk, then with what they need in the system's cache."""
+    kind, count, size = "clusters in files, d = 16", 64, min(num, 500_000)
+    chosen, queries, paths = rng.permutation(num)[: 2 * count], [], []
+    order = np.argsort(chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        for first in range(0, num, size):
+            mean, factor = clustered(rng, min(size, num - first))
+            own = chosen[order][(chosen[order] >= first) & (chosen[order] < first + size)] - first
+            queries.append(near(rng, mean, factor, own))
+            paths.append(Path(folder) / f"{first}.safetensors")
+            jdam.save(paths[-1], jdam.store(jdam.Gaussian(mean, factor)).indexed())
+            forget(paths[-1])
+            del mean, factor
+        seconds = time.perf_counter() - start
+        yield Row(kind, num, 1, "`store`, `indexed` and `save` of the parts, once", 1e3 * seconds)
+        asked = jax.tree.map(lambda *leaves: np.concatenate(leaves)[np.argsort(order)], *queries)
+        others = jax.tree.map(lambda leaf: leaf[count:], asked)  # compile, and read other cells
+        asked = jax.tree.map(lambda leaf: leaf[:count], asked)
+        memory = Counting(**vars(jdam.open(paths)))
+        for name, search in (("nearest", nearest_of_each), ("recall_batch", recall_of_all)):
+            search(memory, others)
+            for path in paths:
+                forget(path)
+            Counting.most = 0
+            for where in ("disk", "cache"):
+                start = time.perf_counter()
+                found, certified = search(memory, asked)
+                milliseconds = 1e3 * (time.perf_counter() - start) / count
+                if (found != chosen[:count]).any():
+                    raise AssertionError("not all queries found their patterns")
+                read = f"{100 * Counting.most / num:.2g} % read at a time"
+                row = f"`{name}` from {where}, {read}"
+                yield Row(kind, num, count, row, milliseconds, certified=certified)
+
+
+def nearest_of_each(memory: Any, queries: jdam.Gaussian) -> tuple[np.ndarray, float]:
+    rows = [jdam.nearest(memory, queries[i])[0] for i in range(len(queries))]
+    return np.concatenate(rows), 1.0
+
+
+def recall_of_all(memory: Any, queries: jdam.Gaussian) -> tuple[np.ndarray, float]:
+    found = jdam.recall_batch(memory, queries, 1.0, max_steps=STEPS)
+    certified = np.asarray(found.status) != jdam.Status.UNCERTIFIED
+    return np.asarray(found.nearest), float(certified.mean())
+
+
+def forget(path: Path) -> None:
+    """Ask the system to drop the file from its cache."""
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def clouds(rng: np.random.Generator, num: int, beta: float) -> Iterator[Row]:
@@ -218,20 +319,27 @@ def draw(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds = [
-        k for k in dict.fromkeys(row.kind for row in rows) if not k.startswith(("words", "sh"))
-    ]
-    colours = {"`Certified`": "#0072b2", "`Exhaustive`": "#d55e00"}
-    size = 4 * len(kinds), 3.4
+    left_out = ("words", "shapes", "clusters in files")
+    kinds = [k for k in dict.fromkeys(row.kind for row in rows) if not k.startswith(left_out)]
+    if not kinds:
+        return
+    colours = {
+        "`Certified`": "#0072b2",
+        "`Exhaustive`": "#d55e00",
+        "`Certified`, cells": "#009e73",
+        "faiss, inverted file, top 16": "#cc79a7",
+        "pynndescent, top 16": "#e69f00",
+    }
+    size = 4 * len(kinds), 4.4
     figure, axes = plt.subplots(1, len(kinds), figsize=size, squeeze=False, layout="constrained")
     for axis, kind in zip(axes[0], kinds, strict=True):
         own = [row for row in rows if row.kind == kind and "once" not in row.contender]
         for name in dict.fromkeys(row.contender for row in own):
             line = [(row.num, row.milliseconds) for row in own if row.contender == name]
-            axis.loglog(*zip(*line, strict=True), "o-", label=name.strip("`"),
+            axis.loglog(*zip(*line, strict=True), "o-", label=name.replace("`", ""),
                         color=colours.get(name, "#888888"))  # fmt: skip
         axis.set(title=kind, xlabel="N", ylabel="ms a query")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axis.grid(alpha=0.3)
     figure.savefig(path)
     plt.close(figure)
@@ -251,6 +359,7 @@ def main() -> None:
     plans = [(diagonal, 10**4), (diagonal, 10**6), *((full, 10**k) for k in range(4, 7))]
     plans += [(partial(clouds, beta=b), num) for b in (20, 100) for num in (1024, 10_000)]
     plans += [(clusters, num) for num in (10**4, 10**5, 2 * 10**5, 10**6)]
+    plans += [(disk, 10**6), (disk, 10**7)]
     if arguments.only:
         plans = [plan for plan in plans if _name(plan[0]).startswith(arguments.only)]
     print(HEAD + "\n" + "|---" * 8 + "|", flush=True)
