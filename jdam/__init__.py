@@ -22,10 +22,11 @@ list:
     _learning   `parametrize`, `fit`, `descend`
     nn, sklearn, theory, random, plot, demo
 
-A recall runs through four files: `_recall/recall.py` checks the arguments, `_recall/solver.py` is
-the loop of steps and evaluations, `_energy/average.py` evaluates the Gibbs average over the
-patterns, and the file of the geometry, as `geometry/bures.py`, has the formulas of `compare` and
-`move`. A new geometry is a class with the methods `check` and `compare`; see `jdam.Geometry`.
+The main files of a recall: `_recall/recall.py` checks the arguments, `_recall/solver.py` is the
+loop of steps and evaluations, `_energy/average.py` or `_energy/certified.py` evaluates the Gibbs
+average over the patterns, `_energy/separation.py` has the weights, and the file of the geometry, as
+`geometry/bures.py`, has the formulas of `compare` and `move`. A new geometry is a class with the
+methods `check` and `compare`; see `jdam.Geometry`.
 """
 
 from importlib.metadata import version as _version
