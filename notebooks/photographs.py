@@ -64,9 +64,3 @@ def distances(first: jdam.Gaussian, second: jdam.Gaussian) -> jax.Array:
         return jdam.divergences(jdam.store(jax.tree.map(lambda x: x[None], g)), h)[0]
 
     return jnp.sqrt(jax.vmap(pair)(first, second))
-
-
-def spacing(memory: jdam.Memory) -> float:
-    """Return the median over patterns of D to the nearest other pattern."""
-    pairs = jax.vmap(jdam.divergences, (None, 0))(memory, memory.patterns)
-    return float(jnp.median(jnp.where(jnp.eye(len(memory), dtype=bool), jnp.inf, pairs).min(1)))
