@@ -155,17 +155,19 @@ ROWS: dict[str, tuple[Callable[[], tuple[Any, tuple[Any, ...]]], str | None]] = 
 
 
 def measure(name: str) -> tuple[float, int]:
-    """Return the CPU seconds of the first call of a row, and the lines of its optimized HLO."""
+    """Return the CPU seconds of the first call of a row, and the lines of its optimized HLO.
+
+    `suggest_beta` reads values, so that it is no single program: it has 0 lines.
+    """
     function, args = ROWS[name][0]()
     jax.block_until_ready(args)
     start = time.process_time()
-    # `suggest_beta` reads values, so that it cannot be a part of a compiled program.
-    run = function if function is jdam.suggest_beta else jax.jit(function)
-    jax.block_until_ready(run(*args))
+    compiled = None
+    if function is not jdam.suggest_beta:
+        compiled = function = jax.jit(function).lower(*args).compile()
+    jax.block_until_ready(function(*args))
     seconds = time.process_time() - start
-    lowered = None if function is jdam.suggest_beta else jax.jit(function).lower(*args)
-    lines = 0 if lowered is None else len(lowered.compile().as_text().splitlines())
-    return seconds, lines
+    return seconds, 0 if compiled is None else len(compiled.as_text().splitlines())
 
 
 def main() -> None:
