@@ -160,7 +160,7 @@ def _in_two_sweeps(
     return Evaluation(
         view=view,
         energy=energy,
-        relative=energy,
+        shifted_energy=energy,
         pull=psum(pull, layout),
         nearest=Nearest(pattern, terms[0][pattern], *details),
         weight=all_weights.max(),

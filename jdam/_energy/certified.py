@@ -279,9 +279,10 @@ def _evaluate_jvp(
         )
         result = evaluate(Settings(), candidates, query, beta, guess)
         nearest = result.nearest._replace(pattern=evaluation.nearest.pattern)
+        change = result.energy - jax.lax.stop_gradient(result.energy)  # 0, with a derivative
         result = result._replace(
             nearest=nearest,
-            relative=evaluation.relative + result.energy - jax.lax.stop_gradient(result.energy),
+            shifted_energy=evaluation.shifted_energy + change,
             guess=evaluation.guess,
             neglected=evaluation.neglected,
         )

@@ -24,7 +24,7 @@ class Evaluation(NamedTuple):
     view: AnyView  # of the query, an argument of `Geometry.move`
     energy: Float[Array, ""]  # E(ξ)
     # `LogSumExp`: E(ξ) + β⁻¹ log Σ πᵢ, finite and accurate as β → 0; other separations: E(ξ).
-    relative: Float[Array, ""]
+    shifted_energy: Float[Array, ""]
     pull: AnyMeasure  # Σ wᵢ·pullᵢ; None if `Settings.with_pull` is False
     nearest: Nearest
     weight: Float[Array, ""]  # of `nearest`

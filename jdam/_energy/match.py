@@ -57,7 +57,8 @@ def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
       fraction of atom j. Its first marginal is pⱼ aⱼ, and the second is free.
     - `MixtureWasserstein`: the exact plan of least cost between components, c = W₂² of Gaussians.
       Its marginals are p and b.
-    - `Aligned`: the plan of the wrapped geometry for the pattern in its pose.
+    - `Aligned`: the plan of the wrapped geometry for the pattern in its pose; for landmarks, the
+      identity.
 
     The query is not moved, unlike in a recall, so that `inliers` identifies the stray atoms of the
     query itself. The result can be differentiated.
@@ -118,6 +119,9 @@ def _match(memory: Memory, query: AnyMeasure, index: Array | None) -> Match:
 
 
 def positions(measure: AnyMeasure) -> Float[Array, "*batch n d"]:
-    """Return the positions of the atoms of a cloud, or the means of the components of a mixture."""
+    """Return the positions of the atoms of a cloud, the means of the components of a mixture, or
+    landmarks themselves."""
+    if isinstance(measure, Array):
+        return measure
     result: Array = measure.means if isinstance(measure, GaussianMixture) else measure.points
     return result

@@ -91,7 +91,7 @@ class LogSumExp(Separation):
         pulls = None if sums.pull is None else comparison.pull
         row = _first(fixed == low)
         prior = jnp.ones_like(masses) if block.prior is None else block.prior
-        least, deficit = _deficits(
+        least, expm1_sum = _expm1_sums(
             sums, jnp.where(prior > 0, comparison.divergence, jnp.inf), prior, beta
         )
         details = () if sums.pull is None else (comparison.inliers, comparison.pose)
@@ -104,7 +104,7 @@ class LogSumExp(Separation):
             ),
             mass=decay * sums.mass + masses.sum(),
             prior=sums.prior + prior.sum(),
-            deficit=deficit,
+            expm1_sum=expm1_sum,
             pull=jax.tree.map(
                 lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
                 sums.pull,
@@ -126,9 +126,9 @@ class LogSumExp(Separation):
             jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved)), layout
         )
         least = pmin(part.least, layout)
-        deficit = _shift_reference(part.deficit, part.prior, part.least, least, beta)
-        prior, deficit = psum((part.prior, deficit), layout)
-        return Sums(lowest, least, nearest, mass_, prior, deficit, pull, unsolved)
+        expm1_sum = _shift_reference(part.expm1_sum, part.prior, part.least, least, beta)
+        prior, expm1_sum = psum((part.prior, expm1_sum), layout)
+        return Sums(lowest, least, nearest, mass_, prior, expm1_sum, pull, unsolved)
 
     def finish(
         self, sums: "Sums", total: tuple[Array, Array], beta: Array, view: AnyView, guess: PyTree
@@ -141,14 +141,14 @@ class LogSumExp(Separation):
         log_top, prior = total
         log_mass = jnp.log(sums.mass)
         energy = sums.lowest - log_mass / beta
-        mean_deficit = (sums.deficit - (prior - sums.prior)) / prior
-        small = mean_deficit > -0.5
-        relative = sums.least - jnp.log1p(jnp.where(small, mean_deficit, 0)) / beta
+        mean_expm1 = (sums.expm1_sum - (prior - sums.prior)) / prior
+        small = mean_expm1 > -0.5
+        shifted = sums.least - jnp.log1p(jnp.where(small, mean_expm1, 0)) / beta
         offset = (log_top + jnp.log(prior)) / beta
         return Evaluation(
             view=view,
             energy=energy,
-            relative=jnp.where(small, relative, energy + offset),
+            shifted_energy=jnp.where(small, shifted, energy + offset),
             pull=jax.tree.map(lambda total: total / sums.mass, sums.pull),
             nearest=sums.nearest,
             weight=1 / sums.mass,
@@ -166,24 +166,26 @@ class Sums(NamedTuple):
     nearest: Nearest  # the pattern of `lowest`
     mass: Float[Array, ""]  # Σ exp(−β(D̃ᵢ − lowest))
     prior: Float[Array, ""]  # Σ πᵢ / max π
-    deficit: Float[Array, ""]  # Σ πᵢ expm1(−β(Dᵢ − least)) / max π: accurate as β → 0
+    expm1_sum: Float[Array, ""]  # Σ πᵢ expm1(−β(Dᵢ − least)) / max π: accurate as β → 0
     pull: AnyMeasure  # Σ exp(−β(D̃ᵢ − lowest))·pullᵢ
     unsolved: Float[Array, ""]  # mass of the comparisons that missed their tolerance
 
 
-def _deficits(
+def _expm1_sums(
     sums: Sums, divergences: Float[Array, " B"], prior: Float[Array, " B"], beta: Array
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the least D and Σ πᵢ expm1(−β(Dᵢ − least)) after a block is added."""
     least = jnp.minimum(sums.least, jax.lax.stop_gradient(divergences).min())
     new = prior * jnp.expm1(_logits(divergences - jnp.where(least == jnp.inf, 0, least), beta))
-    return least, _shift_reference(sums.deficit, sums.prior, sums.least, least, beta) + new.sum()
+    return least, _shift_reference(sums.expm1_sum, sums.prior, sums.least, least, beta) + new.sum()
 
 
-def _shift_reference(deficit: Array, prior: Array, old: Array, least: Array, beta: Array) -> Array:
-    """Return Σ πᵢ expm1(−β(Dᵢ − least)), given `deficit`, the same sum with `old` for least."""
+def _shift_reference(
+    expm1_sum: Array, prior: Array, old: Array, least: Array, beta: Array
+) -> Array:
+    """Return Σ πᵢ expm1(−β(Dᵢ − least)), given `expm1_sum`, the same sum with `old` for least."""
     step = _logits(old - jnp.where(least == jnp.inf, 0, least), beta)
-    return jnp.exp(step) * deficit + prior * jnp.expm1(step)
+    return jnp.exp(step) * expm1_sum + prior * jnp.expm1(step)
 
 
 @dataclass(frozen=True)

@@ -302,8 +302,8 @@ def _descend(
     (free, _), _ = scan(body_fun, start, None, memory, query, beta, length=num_steps)
     measure = constrained(query, free)
     solver = Solver(Exhaustive(), separation)
-    tol, goal = tolerances(memory, query, tol)
-    problem = solver.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol, goal=goal)
+    tol, _ = tolerances(memory, query, tol)
+    problem = solver.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol)
     state = run(solver, measure, problem)  # of no steps: it evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
     return solver.report(state, problem)

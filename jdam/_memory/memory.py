@@ -298,6 +298,7 @@ class Memory(eqx.Module):
                 raise of_batch from None
             patterns = as_row(patterns)
         check_against(self, "patterns", any_of(patterns))
+        patterns = self.geometry.match(patterns, self.patterns)
         for leaf in jax.tree.leaves(patterns):
             checks.finite("patterns", leaf)
         return patterns

@@ -329,13 +329,13 @@ def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
 
 
 def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
-    """Return the residual that counts as converged if the recall stagnated, and the residual at
-    which to stop: both `tol`, or those of the geometry.
+    """Return the residual at which to stop, and the residual that counts as converged if the recall
+    stagnated: both `tol`, or those of the geometry.
     """
     scale, _ = memory.magnitudes()
     defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
-    sufficient, goal = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
-    return sufficient, goal
+    if_stagnated, to_stop = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
+    return to_stop, if_stagnated
 
 
 @compiled(static=("solver", "adjoint"), batch_size=_batch_size)
@@ -350,7 +350,7 @@ def _recall(
     adjoint: Adjoint,
 ) -> Recall:
     tol, max_steps = limits
-    tol, goal = tolerances(memory, query, tol)
+    tol, stagnation_tol = tolerances(memory, query, tol)
     problem = solver.problem(memory, beta, step_size)
-    problem = problem._replace(tol=tol, goal=goal, max_steps=max_steps)
+    problem = problem._replace(tol=tol, stagnation_tol=stagnation_tol, max_steps=max_steps)
     return solver.report(adjoint.run(solver, query, problem), problem)

@@ -36,8 +36,8 @@ class Problem(NamedTuple):
     memory: Memory
     beta: Float[Array, ""]
     step_size: Float[Array, ""]
-    tol: Float[Array, ""]  # the residual that counts as converged if the recall stagnated
-    goal: Float[Array, ""]  # the residual at which to stop
+    tol: Float[Array, ""]  # the residual at which to stop
+    stagnation_tol: Float[Array, ""]  # the residual that counts as converged after stagnation
     max_steps: Int[Array, ""]
     energy_tolerance: Float[Array, ""]  # the absolute tolerance of the energy
 
@@ -45,8 +45,8 @@ class Problem(NamedTuple):
 class Attempt(NamedTuple):
     """How a candidate was proposed."""
 
-    caution: Int[Array, "*T"]  # `times` of `Geometry.backtrack`
-    bold: Bool[Array, "*T"]  # whether the acceleration proposed it
+    backtracks: Int[Array, "*T"]  # the argument of `Geometry.backtrack`
+    accelerated: Bool[Array, "*T"]  # whether the acceleration proposed it
 
 
 class Record(NamedTuple):
@@ -104,7 +104,7 @@ class Solver:
         )
         return State(
             measure=query,
-            evaluation=evaluation._replace(relative=infinite, guess=guess),
+            evaluation=evaluation._replace(shifted_energy=infinite, guess=guess),
             residual=infinite,
             stagnated=zero,
             num_steps=zero - 1,
@@ -122,16 +122,16 @@ class Solver:
         return self.search.evaluate(memory, measure, beta, guess, separation=separation)
 
     def move(
-        self, measure: AnyMeasure, evaluation: Evaluation, problem: Problem, caution: Any = 0
+        self, measure: AnyMeasure, evaluation: Evaluation, problem: Problem, backtracks: Any = 0
     ) -> AnyMeasure:
-        """Return the measure after a step from an evaluated measure; `caution` 0 is the full
+        """Return the measure after a step from an evaluated measure; `backtracks` 0 is the full
         step.
         """
         geometry, view, pull = problem.memory.geometry, evaluation.view, evaluation.pull
         if geometry.max_backtracks == 0:
             moved = geometry.move(view, pull, problem.step_size)
         else:
-            moved = geometry.backtrack(view, pull, problem.step_size, caution)
+            moved = geometry.backtrack(view, pull, problem.step_size, backtracks)
         return _where(evaluation.weight == 0, measure, moved)  # no pattern has any weight
 
     def descend(self, state: State, problem: Problem) -> State:
@@ -147,8 +147,8 @@ class Solver:
 
     def cond_fun(self, state: State, problem: Problem) -> Bool[Array, ""]:
         """Return whether the recall continues from this state."""
-        going = (state.residual > problem.goal) & (state.stagnated < PATIENCE)
-        going |= problem.goal == 0
+        going = (state.residual > problem.tol) & (state.stagnated < PATIENCE)
+        going |= problem.tol == 0
         going &= (state.num_steps < problem.max_steps) & jnp.isfinite(state.evaluation.energy)
         return going | (state.num_steps < 0)
 
@@ -157,24 +157,23 @@ class Solver:
         """Evaluate the candidate, accept it or keep the measure, and propose the next candidate."""
         before, state = state, state._replace(trace=None, record=None)
         evaluation = self.evaluate(state.candidate, problem, state.evaluation.guess)
-        residual = _residual(evaluation, problem, state.attempt.caution)
+        residual = _residual(evaluation, problem, state.attempt.backtracks)
         if self._accepts_all(problem):
             true = jnp.array(True)
             state = self._update(state, evaluation, residual, problem)
             state = state._replace(candidate=self.move(state.measure, evaluation, problem))
             return self._with_row(before, state, evaluation, true, true)
-        gain, resolution = (
-            state.evaluation.relative - evaluation.relative,
-            _resolution(state, problem),
-        )
-        first, level, bold = state.num_steps < 0, gain >= -resolution, state.attempt.bold
+        gain = state.evaluation.shifted_energy - evaluation.shifted_energy
+        resolution = _resolution(state, problem)
+        first, level = state.num_steps < 0, gain >= -resolution
+        accelerated = state.attempt.accelerated
         closer = residual < state.residual  # decides if changes of energy are only rounding
-        accepted = first | level & (~bold | closer | (gain > resolution))
+        accepted = first | level & (~accelerated | closer | (gain > resolution))
         moved = first | (gain >= 0) | level & closer
         most = problem.memory.geometry.max_backtracks
-        given_up = ~bold & (state.attempt.caution >= most)
+        given_up = ~accelerated & (state.attempt.backtracks >= most)
         ended = accepted | given_up
-        state = self._update_history(state, gain + resolution, bold & accepted)
+        state = self._update_history(state, gain + resolution, accelerated & accepted)
         state = _where(ended, self._update(state, evaluation, residual, problem, moved), state)
         proposed = self._propose(state, problem, ended)
         return self._with_row(before, proposed, evaluation, ended, moved)
@@ -210,7 +209,7 @@ class Solver:
             measure=state.candidate, evaluation=evaluation, residual=residual, num_steps=step
         )
         if moved is not None:
-            gains = old.relative - evaluation.relative > _resolution(state, problem)
+            gains = old.shifted_energy - evaluation.shifted_energy > _resolution(state, problem)
             unmoved = state._replace(num_steps=step)
             after = _where(moved, after, unmoved)
             still = (step > 0) & ~gains & (after.residual >= state.residual)
@@ -241,16 +240,16 @@ class Solver:
         """Return the state with the next candidate. Caution falls by one after a plain step, and
         rises by one after its rejection.
         """
-        caution, bold = state.attempt
-        change = jnp.where(bold, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
-        caution, false = jnp.maximum(caution + change, 0), jnp.zeros_like(bold)
-        plain = self.move(state.measure, state.evaluation, problem, caution)
-        state = state._replace(candidate=plain, attempt=Attempt(caution, false))
+        backtracks, accelerated = state.attempt
+        change = jnp.where(accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
+        backtracks, false = jnp.maximum(backtracks + change, 0), jnp.zeros_like(accelerated)
+        plain = self.move(state.measure, state.evaluation, problem, backtracks)
+        state = state._replace(candidate=plain, attempt=Attempt(backtracks, false))
         if self.acceleration is None:
             return state
         candidate, history = self.acceleration.propose(self, state, problem)
         faster = state._replace(
-            candidate=candidate, history=history, attempt=Attempt(caution, ~false)
+            candidate=candidate, history=history, attempt=Attempt(backtracks, ~false)
         )
         proposed: State = _where(ended, faster, state)
         return proposed
@@ -263,17 +262,18 @@ class Solver:
         def step(state: State, current: Record | None, following: Attempt | None) -> State:
             guess = None if current is None else current.guess
             evaluation = self.evaluate(state.candidate, problem, guess)
-            residual = _residual(evaluation, problem, state.attempt.caution)
+            residual = _residual(evaluation, problem, state.attempt.backtracks)
             if current is not None:
-                gain = state.evaluation.relative - evaluation.relative + _resolution(state, problem)
-                state = self._update_history(state, gain, current.attempt.bold)
+                gain = state.evaluation.shifted_energy - evaluation.shifted_energy
+                gain = gain + _resolution(state, problem)
+                state = self._update_history(state, gain, current.attempt.accelerated)
             state = self._update(state, evaluation, residual, problem)
             if following is None:
                 state = state._replace(candidate=self.move(state.measure, evaluation, problem))
             else:
                 state = self._propose(state, problem, jnp.array(True))
-                plain = self.move(state.measure, evaluation, problem, following.caution)
-                candidate = _where(following.bold, state.candidate, plain)
+                plain = self.move(state.measure, evaluation, problem, following.backtracks)
+                candidate = _where(following.accelerated, state.candidate, plain)
                 state = state._replace(candidate=candidate, attempt=following)
             return _stripped(state)
 
@@ -297,7 +297,7 @@ class Solver:
         """Return the `Recall` of the last state, with its status."""
         evaluation = state.evaluation
         stagnated = state.stagnated >= PATIENCE
-        tol = jnp.where(stagnated, problem.tol, problem.goal)
+        tol = jnp.where(stagnated, problem.stagnation_tol, problem.tol)
         valid = jnp.isfinite(tol) & (problem.step_size > 0) & ~jnp.isnan(evaluation.neglected)
         out_of_reach = (evaluation.weight == 0) & (evaluation.energy == jnp.inf)
         finite = (jnp.isfinite(evaluation.energy) | out_of_reach) & jnp.isfinite(state.residual)
@@ -358,17 +358,17 @@ def _stripped(state: State) -> State:
 
 def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
     """Return the change of energy above which it is more than rounding."""
-    energy = jax.lax.stop_gradient(state.evaluation.relative)
+    energy = jax.lax.stop_gradient(state.evaluation.shifted_energy)
     rounding = 4 * float(jnp.finfo(energy.dtype).eps) * jnp.abs(energy)
     return problem.energy_tolerance + jnp.where(state.num_steps < 0, 0, rounding)
 
 
 def _residual(
-    evaluation: Evaluation, problem: Problem, caution: Int[Array, ""]
+    evaluation: Evaluation, problem: Problem, backtracks: Int[Array, ""]
 ) -> Float[Array, ""]:
-    """Return the residual at this caution; 0 if no pattern has any weight."""
+    """Return the residual after so many backtracks; 0 if no pattern has any weight."""
     geometry = problem.memory.geometry
-    residual = geometry.cautious_residual(evaluation.view, evaluation.pull, caution)
+    residual = geometry.cautious_residual(evaluation.view, evaluation.pull, backtracks)
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 

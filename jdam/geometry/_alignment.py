@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
+from jdam._core import checks
 from jdam._core.lapack import eigh
 from jdam._core.linalg import nearest_rotation, polar, safe_log, safe_sqrt, squared_norm
-from jdam._measures.base import AnyMeasure
+from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud, unchecked
 from jdam.geometry._poses import Pose, where_rows
@@ -27,10 +28,12 @@ class Group(NamedTuple):
 
 
 def atoms_of(measure: AnyMeasure) -> PointCloud:
-    """Return a cloud itself, or a mixture as the cloud of its sigma points mₖ ± √d σᵢvᵢ, where σᵢ
-    and vᵢ are the principal deviations and axes of a component. The cloud has the mean and
-    covariance of the mixture.
+    """Return a cloud itself, landmarks as a cloud, or a mixture as the cloud of its sigma points
+    mₖ ± √d σᵢvᵢ, where σᵢ and vᵢ are the principal deviations and axes of a component. The cloud
+    has the mean and covariance of the mixture.
     """
+    if isinstance(measure, Array):
+        return unchecked(measure, jnp.full_like(measure[..., 0], 1 / measure.shape[-2]))
     if not isinstance(measure, GaussianMixture):
         cloud: PointCloud = measure
         return cloud
@@ -203,6 +206,24 @@ def variance(cloud: PointCloud) -> Float[Array, " *batch"]:
     centred = cloud.points - cloud.mean[..., None, :]
     squares = jnp.where(cloud.weights > 0, jnp.vecdot(centred, centred), 0)
     return jnp.vecdot(cloud.weights, squares)
+
+
+def check_landmarks(name: str, measure: AnyMeasure, batch_ndim: int) -> Float[Array, "*batch n d"]:
+    """Return landmarks, (n, d) or (N, n, d), as an array, or raise `TypeError` or `ValueError`."""
+    if isinstance(measure, Measure):
+        raise TypeError(f"{name} must be an array of landmarks; got {type(measure).__name__}")
+    array = checks.float_array(name, measure)
+    if array.ndim != batch_ndim + 2 or 0 in array.shape[-2:]:
+        expected = "(N, n, d)" if batch_ndim else "(n, d)"
+        raise ValueError(f"{name} must have shape {expected}, n, d ≥ 1; got {array.shape}")
+    return array
+
+
+def landmark_moments(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Moments:
+    """Compute the moments of the plan that maps each landmark to the one of the same number."""
+    plan = jnp.eye(len(x), dtype=x.dtype)
+    weights = jnp.ones_like(x[:, 0])
+    return plan_moments(plan, unchecked(x, weights), unchecked(y, weights))
 
 
 def plan_moments(plan: Float[Array, "n m"], query: PointCloud, cloud: PointCloud) -> Moments:

@@ -38,7 +38,7 @@ from jdam.geometry.protocol import (
 
 #: The factor by which each backtracking attempt reduces the weight step, and the number of attempts
 #: before the support step is shortened too.
-CAUTION, WEIGHT_ATTEMPTS = 16.0, 8
+WEIGHT_SHRINK, WEIGHT_ATTEMPTS = 16.0, 8
 #: The largest residual that counts as converged where the energy stagnates, and the residual at
 #: which recall stops, in units of √ε.
 RESOLVED = 5e-3, 5e-4
@@ -78,7 +78,7 @@ class SHKGeometry(Geometry):
         return query.with_atoms(query.points + step_size * pull.velocity, weights)
 
     def backtrack(
-        self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
+        self, view: AnyView, pull: AnyMeasure, step_size: Array, backtracks: Any
     ) -> AnyMeasure:
         """Return a step with less reweighting and, after `WEIGHT_ATTEMPTS` attempts, a shorter step
         of the support."""
@@ -86,11 +86,11 @@ class SHKGeometry(Geometry):
         length = step_size * shortening(
             query.weights, pull.variation, step_size * self.hellinger_scale
         )
-        caution = jnp.asarray(times, step_size.dtype)
-        rate = length * self.hellinger_scale * CAUTION**-caution
+        shrinks = jnp.asarray(backtracks, step_size.dtype)
+        rate = length * self.hellinger_scale * WEIGHT_SHRINK**-shrinks
         # Without weight steps, the first attempt already shortens the support step.
         tried = jnp.where(self.hellinger_scale > 0, WEIGHT_ATTEMPTS, 0)
-        length = length * 2.0 ** jnp.minimum(tried - caution, 0)
+        length = length * 2.0 ** jnp.minimum(tried - shrinks, 0)
         weights = jax.nn.softmax(log_weights - rate * pull.variation)
         # A weight that underflowed to 0 could never grow again.
         weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
@@ -175,14 +175,14 @@ class SHKGeometry(Geometry):
         """Compute |grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
         return self._residual(view, pull, self.hellinger_scale)
 
-    def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
+    def cautious_residual(self, view: AnyView, pull: AnyMeasure, backtracks: Any) -> Array:
         """Compute √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F), the SHK length of the step with the reduced weight
         rate κ'.
 
         Stiff weights, which only small steps improve, count as converged although F is not yet
         constant."""
-        caution = jnp.asarray(times, self.hellinger_scale.dtype)
-        return self._residual(view, pull, self.hellinger_scale * CAUTION ** (-2 * caution))
+        shrinks = jnp.asarray(backtracks, self.hellinger_scale.dtype)
+        return self._residual(view, pull, self.hellinger_scale * WEIGHT_SHRINK ** (-2 * shrinks))
 
     def _residual(self, view: View, pull: Pull, rate: Array) -> Array:
         weights = view.query.weights

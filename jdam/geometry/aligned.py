@@ -1,4 +1,4 @@
-"""The geometry `Aligned`: point clouds and mixtures up to motions of the pattern."""
+"""The geometry `Aligned`: point clouds, mixtures and landmarks up to motions of the pattern."""
 
 from typing import Any, NamedTuple
 
@@ -22,7 +22,9 @@ from jdam.geometry._alignment import (
     alignment_problem,
     atoms_of,
     best_pose,
+    check_landmarks,
     displacement,
+    landmark_moments,
     mixture_plan_moments,
     plan_moments,
 )
@@ -30,6 +32,7 @@ from jdam.geometry._pose_derivatives import with_derivative
 from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
 from jdam.geometry._poses import Pose, transform_points, where_rows
 from jdam.geometry.chamfer import Chamfer, self_cost_growth
+from jdam.geometry.euclidean import Euclidean
 from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
 from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
@@ -69,7 +72,8 @@ class BestPoses(NamedTuple):
 
 
 class Aligned(Geometry):
-    """D = the smallest divergence to a pattern in any pose, on point clouds and Gaussian mixtures.
+    """D = the smallest divergence to a pattern in any pose, on point clouds, Gaussian mixtures and
+    landmarks.
 
     For a geometry with divergence D₀ and a group G of motions g(x) = s R x + t,
 
@@ -93,9 +97,10 @@ class Aligned(Geometry):
     angles in the plane, super-Fibonacci spirals in space (M. Alexa, CVPR 2022), and in higher
     dimensions random rotations and those that map principal axes to principal axes. From each start
     it uses one-sided plans, as of `Chamfer`, with ε decreasing from the size of the query to the ε
-    of the geometry (for mixtures, plans of sigma points); four of the best poses are refined. A
-    better pose may exist, so that D is an upper bound on the minimum. Later comparisons refine the
-    last pose, so that the energy of a recall rises no more than that of the wrapped geometry.
+    of the geometry (for mixtures, plans of sigma points); four of the best poses are refined, in at
+    most 64 iterations. A better pose may exist, so that D is an upper bound on the minimum. Later
+    comparisons refine the last pose, so that the energy of a recall rises no more than that of the
+    wrapped geometry.
 
     **Derivatives** are exact, first and higher, if the pose is a strict minimum: the derivative of
     the pose is that of the implicit function theorem. It is zero along motions that change nothing,
@@ -105,8 +110,9 @@ class Aligned(Geometry):
 
     **Arguments:**
 
-    - `geometry`: a `Chamfer`; a `Sinkhorn` with the cost ½|x−y|², balanced or with ρ; or a
-      `MixtureWasserstein`. ε and ρ are in the units of the query.
+    - `geometry`: a `Chamfer`; a `Sinkhorn` with the cost ½|x−y|², balanced or with ρ; a
+      `MixtureWasserstein`; or `Euclidean` for landmarks, arrays (n, d) of n points in a known
+      order, D₀ = Σⱼ|xⱼ−yⱼ|². ε and ρ are in the units of the query.
     - `rotations`: whether to rotate patterns.
     - `translations`: whether to translate them; if False, they are rotated about the origin.
     - `reflections`: whether R may have determinant −1.
@@ -119,16 +125,16 @@ class Aligned(Geometry):
       is proportional to it.
 
     Use `Chamfer`, or a ρ, for partial queries. Labels of atoms, as features, distinguish poses and
-    patterns that have similar points. Landmarks of known order are clouds with
-    `features=jnp.eye(n)` and a `Chamfer` of large `feature_scale`, whose plan is the order; this is
-    the Procrustes problem, and one start suffices. `Certified` uses spectra of covariances as
+    patterns that have similar points. The plan of landmarks is their order, so that the first
+    motion is the best one: D is the minimum itself (the orthogonal Procrustes problem), and no
+    start is needed. `Certified` uses spectra of covariances as
     bounds for mixtures without `scale`, and compares all patterns otherwise. `jdam.theory` does not
     apply.
 
     **Raises:** `TypeError` for another geometry or arguments of other types; `ValueError` for a
     geometry with another cost, for an empty group, and for `reflections` without `rotations`."""
 
-    geometry: Chamfer | Sinkhorn | MixtureWasserstein
+    geometry: Chamfer | Sinkhorn | MixtureWasserstein | Euclidean
     rotations: bool = eqx.field(static=True)
     translations: bool = eqx.field(static=True)
     reflections: bool = eqx.field(static=True)
@@ -145,10 +151,10 @@ class Aligned(Geometry):
         scale: bool = False,
         num_starts: int | None = None,
     ):
-        if not isinstance(geometry, Chamfer | Sinkhorn | MixtureWasserstein):
+        if not isinstance(geometry, Chamfer | Sinkhorn | MixtureWasserstein | Euclidean):
             raise TypeError(
-                f"geometry must be a jdam.Chamfer, jdam.Sinkhorn or jdam.MixtureWasserstein; "
-                f"got {geometry!r}"
+                "geometry must be a jdam.Chamfer, jdam.Sinkhorn, jdam.MixtureWasserstein or "
+                f"jdam.Euclidean; got {geometry!r}"
             )
         if getattr(geometry, "cost", None) is not None:
             raise ValueError(f"geometry must have the cost ½|x−y|²; got {geometry!r}")
@@ -176,6 +182,9 @@ class Aligned(Geometry):
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """Return the plans of the wrapped geometry, for patterns in the poses of the warm start."""
+        if isinstance(self.geometry, Euclidean):
+            order = jnp.eye(len(view), dtype=view.dtype)[None]
+            return jnp.repeat(order, len(patterns.measures), 0)
         patterns = self._with_best_poses(view, patterns) if patterns.guess is None else patterns
         pose = with_derivative(self, view, patterns, patterns.guess.pose)
         return self.geometry.plan(view, self.posed(patterns, pose))
@@ -188,7 +197,7 @@ class Aligned(Geometry):
 
         Prepared arrays are transformed, and computed anew only if scales change."""
         moved, prepared = pose(patterns.measures), patterns.prepared.inner
-        if isinstance(self.geometry, MixtureWasserstein):
+        if isinstance(self.geometry, MixtureWasserstein | Euclidean):
             return Patterns(moved, prepared, patterns.guess.inner)
         if self.scaled:
             return Patterns(moved, self.geometry.prepare(moved), patterns.guess.inner)
@@ -212,6 +221,10 @@ class Aligned(Geometry):
         query, measures = atoms_of(_query(view)), atoms_of(patterns.measures)
         problem = alignment_problem(query, measures, getattr(self.geometry, "feature_scale", None))
         previous, inner = patterns.guess
+        if isinstance(self.geometry, Euclidean):
+            moments = jax.vmap(landmark_moments, (None, 0))(query.points, measures.points)
+            growth = jnp.zeros_like(problem.sizes)
+            return WarmStart(best_pose(self.group, moments, previous, problem.ratio, growth), inner)
         settings = self._plan_settings(problem, patterns)
         candidates = starts(self.group, problem, self.num_starts)
         result = search(self.group, problem, previous, candidates, settings)
@@ -319,13 +332,20 @@ class Aligned(Geometry):
     # The other methods are those of the wrapped geometry.
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
+        if isinstance(self.geometry, Euclidean) and query.shape[-2] != patterns.shape[-2]:
+            raise ValueError(
+                f"measures must have n = {patterns.shape[-2]} landmarks as the patterns have; "
+                f"got n = {query.shape[-2]}"
+            )
         return self.geometry.match(query, patterns)
 
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
+        if isinstance(self.geometry, Euclidean):
+            return check_landmarks(name, measure, batch_ndim)
         return self.geometry.check(name, measure, batch_ndim)
 
     def prepare(self, patterns: AnyMeasure) -> PyTree:
-        mean = jax.lax.stop_gradient(patterns.mean)
+        mean = jax.lax.stop_gradient(atoms_of(patterns).mean)
         nan = jnp.full_like(mean, jnp.nan)
         rotation = jnp.broadcast_to(nan[..., None], (*nan.shape, nan.shape[-1]))
         return Prepared(self.geometry.prepare(patterns), Pose(rotation, nan, nan[:, 0]))
@@ -337,9 +357,9 @@ class Aligned(Geometry):
         return self.geometry.move(view, pull, step_size)
 
     def backtrack(
-        self, view: AnyView, pull: AnyMeasure, step_size: Array, times: Any
+        self, view: AnyView, pull: AnyMeasure, step_size: Array, backtracks: Any
     ) -> AnyMeasure:
-        return self.geometry.backtrack(view, pull, step_size, times)
+        return self.geometry.backtrack(view, pull, step_size, backtracks)
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
         return self.geometry.masses(view, pull)
@@ -347,8 +367,8 @@ class Aligned(Geometry):
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         return self.geometry.residual(view, pull)
 
-    def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Array:
-        return self.geometry.cautious_residual(view, pull, times)
+    def cautious_residual(self, view: AnyView, pull: AnyMeasure, backtracks: Any) -> Array:
+        return self.geometry.cautious_residual(view, pull, backtracks)
 
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
         return self.geometry.tolerances(query, scale)

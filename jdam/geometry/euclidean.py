@@ -104,9 +104,9 @@ def _energies_less_rounding(x: Float[Array, " d"], patterns: Patterns) -> Float[
     return _energies(x, ys) - rounding(x.size, x.dtype) * size
 
 
-def squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
-    """|x − yᵢ|² from differences: relative accuracy even for near-coincident points."""
-    difference = x[None] - ys
+def squared_distances(x: Float[Array, "*axes"], ys: Float[Array, "B *axes"]) -> Float[Array, " B"]:
+    """|x − yᵢ|² of arrays, from differences: relative accuracy even for near-coincident points."""
+    difference = (x[None] - ys).reshape(len(ys), -1)
     return long_vecdot(difference, difference)
 
 

@@ -150,13 +150,14 @@ class Geometry(eqx.Module):
         return jax.tree.map(lambda x, dx: x + step_size * dx, view, change)
 
     def backtrack(
-        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], times: Any
+        self, view: AnyView, pull: AnyMeasure, step_size: Float[Array, ""], backtracks: Any
     ) -> AnyMeasure:
-        """Return a more cautious step than `move`, after `times` attempts that raised the energy.
+        """Return a more cautious step than `move`, after `backtracks` attempts that raised the
+        energy.
 
-        By default each attempt halves the step size; `times` = 0 is the full step. Override it if
+        By default each attempt halves the step size; for 0 it is the full step. Override it if
         something other than the length of the step makes the energy rise."""
-        return self.move(view, pull, step_size * 0.5 ** jnp.asarray(times, step_size.dtype))
+        return self.move(view, pull, step_size * 0.5 ** jnp.asarray(backtracks, step_size.dtype))
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
         """Return the masses m of the squared length Σ mⱼsⱼ² of a change s in
@@ -178,11 +179,13 @@ class Geometry(eqx.Module):
         By default it is the norm of the change of all leaves. Override it together with `move`."""
         return norm(self._change(view, pull))
 
-    def cautious_residual(self, view: AnyView, pull: AnyMeasure, times: Any) -> Float[Array, ""]:
-        """Return the residual of the step that `backtrack` takes after `times` attempts.
+    def cautious_residual(
+        self, view: AnyView, pull: AnyMeasure, backtracks: Any
+    ) -> Float[Array, ""]:
+        """Return the residual of the step that `backtrack` takes after `backtracks` attempts.
 
-        By default it does not depend on `times`. Override it if `backtrack` changes the direction
-        of the step, and not its length alone."""
+        By default it does not depend on `backtracks`. Override it if `backtrack` changes the
+        direction of the step, and not its length alone."""
         return self.residual(view, pull)
 
     def tolerances(

@@ -186,7 +186,7 @@ def test_files(rng, tmp_path):
 def test_messages():
     inner = jdam.Chamfer(0.1)
     assert repr(jdam.Aligned(inner, num_starts=8)) == f"Aligned({inner}, num_starts=8)"
-    for geometry in (jdam.Bures(), jdam.Euclidean(), "Chamfer"):
+    for geometry in (jdam.Bures(), jdam.DotProduct(), "Chamfer"):
         with pytest.raises(TypeError, match=r"geometry must be a jdam\.Chamfer"):
             jdam.Aligned(geometry)
     for settings, message in [
@@ -341,18 +341,44 @@ def test_four_dimensions(rng):
     np.testing.assert_allclose(match(memory, part, 1).pose.rotation, turn, atol=0.02)
 
 
-@pytest.mark.full
-def test_numbered_landmarks(rng):
-    """Landmarks of known order: one-hot features that are dear make it Procrustes' problem."""
-    points, turn = rng.normal(size=(3, 5, 2)), rotation(rng, 2)
-    number = np.broadcast_to(np.eye(5), (3, 5, 5))
-    patterns = jdam.PointCloud(points, None, number)
-    inner = jdam.Chamfer(0.01, feature_scale=1e4)
-    memory = jdam.store(patterns, jdam.Aligned(inner, num_starts=1))
-    cue = points[1] @ turn.T + 0.1 * rng.normal(size=(5, 2))
-    found = match(memory, jdam.PointCloud(cue, None, np.eye(5)), 2)
-    x, y = cue - cue.mean(0), points[2] - points[2].mean(0)
+def procrustes(x, y, *, reflections=False, scale=False):
+    """The least Σ|x − g y|² over motions of y, from the singular values of XᵀY."""
+    x, y = x - x.mean(0), y - y.mean(0)
     left, values, right = np.linalg.svd(x.T @ y)
-    trace = values[0] + values[1] * np.linalg.det(left @ right)
-    least = ((x**2).sum() + (y**2).sum() - 2 * trace) / 10
-    np.testing.assert_allclose(found.divergence, least, rtol=1e-6)
+    values[-1] *= 1 if reflections else np.linalg.det(left @ right)
+    trace = values.sum()
+    if scale:
+        return (x**2).sum() - trace**2 / (y**2).sum()
+    return (x**2).sum() + (y**2).sum() - 2 * trace
+
+
+@pytest.mark.parametrize("options", [{}, *only_full({"scale": True}, {"reflections": True})])
+def test_landmarks_solve_the_procrustes_problem(rng, options):
+    patterns, turn = rng.normal(size=(3, 5, 3)), rotation(rng, 3)
+    memory = jdam.store(patterns, jdam.Aligned(jdam.Euclidean(), **options))
+    cue = patterns[1] @ turn.T + 0.1 * rng.normal(size=(5, 3)) + 7
+    expected = [procrustes(cue, pattern, **options) for pattern in patterns]
+    np.testing.assert_allclose(jdam.divergences(memory, cue), expected, rtol=1e-10)
+    found = match(memory, cue, 1)
+    np.testing.assert_allclose(found.divergence, expected[1], rtol=1e-10)
+    np.testing.assert_allclose(found.targets, found.pose(patterns[1]))
+    np.testing.assert_allclose(((cue - found.targets) ** 2).sum(), expected[1], rtol=1e-10)
+
+
+def test_recall_of_landmarks(rng):
+    """The energy falls to the pattern in the pose of the cue, and has exact derivatives."""
+    patterns, turn = rng.normal(size=(3, 5, 2)), rotation(rng, 2)
+    memory = jdam.store(patterns, jdam.Aligned(jdam.Euclidean()), capacity=4)
+    cue = patterns[1] @ turn.T + 0.1 * rng.normal(size=(5, 2)) + 7
+    result = jdam.recall(memory, cue, 3.0, save_trace=True)
+    assert result.nearest == 1
+    assert result.status == jdam.Status.CONVERGED
+    assert (np.diff(result.trace.energy) <= 1e-12).all()
+    np.testing.assert_allclose(result.measure, result.pose(patterns[1]), atol=1e-4)
+    check_derivatives(lambda cue: jdam.energy(memory, cue, 0.3), (cue,))
+    with pytest.raises(ValueError, match=r"n = 5 landmarks as the patterns have; got n = 4"):
+        jdam.energy(memory, cue[:4], 1.0)
+    with pytest.raises(ValueError, match=r"n = 5 landmarks as the patterns have; got n = 4"):
+        memory.append(patterns[:1, :4])
+    with pytest.raises(ValueError, match=r"query must have shape \(n, d\)"):
+        jdam.energy(memory, patterns, 1.0)
