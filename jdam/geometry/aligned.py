@@ -254,6 +254,7 @@ class Aligned(Geometry):
         geometry = self.geometry
         if isinstance(geometry, MixtureWasserstein):
             return Settings(Regularisation(COARSE_EPSILON * problem.size, None), 0)
+        assert not isinstance(geometry, Euclidean)  # landmarks need no search
         regularisation = Regularisation(geometry.epsilon, geometry.rho)
         if isinstance(geometry, Sinkhorn):
             return Settings(regularisation, 0)

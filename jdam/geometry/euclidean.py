@@ -104,7 +104,7 @@ def _energies_less_rounding(x: Float[Array, " d"], patterns: Patterns) -> Float[
     return _energies(x, ys) - rounding(x.size, x.dtype) * size
 
 
-def squared_distances(x: Float[Array, "*axes"], ys: Float[Array, "B *axes"]) -> Float[Array, " B"]:
+def squared_distances(x: Float[Array, "..."], ys: Float[Array, "B ..."]) -> Float[Array, " B"]:
     """|x − yᵢ|² of arrays, from differences: relative accuracy even for near-coincident points."""
     difference = (x[None] - ys).reshape(len(ys), -1)
     return long_vecdot(difference, difference)
