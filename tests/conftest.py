@@ -38,6 +38,11 @@ def pytest_configure(config: pytest.Config) -> None:
         install_import_hook("jdam", "tests.annotations.check")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The file that takes longest starts first, so that no worker waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_sharding.py")
+
+
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
