@@ -113,12 +113,12 @@ class Sinkhorn(SHKGeometry):
                          + ρ KL(π1 | μ) + ρ KL(πᵀ1 | ν)
 
     (Séjourné et al., arXiv:1910.12958; Hellinger–Kantorovich is its ε = 0 with another cost). Atoms
-    farther than some √ρ from all others are not transported: D ≤ 2ρ+ε at any distance. The step is
+    several √ρ from all others are not transported: D ≤ 2ρ+ε at any distance. The step is
     the same with F = Σᵢ wᵢ (ρ+ε)(e^(−h/ρ) − e^(−fᵢ/ρ)) and velocities −∇F. `Recall.inliers` has
     e^(−f/ρ), the transported fraction of each atom in the plan to the nearest pattern; with κ > 0
     the mass of the other atoms fades. Choose √ρ between the noise of atoms and the distances
     between them. To complete a partial query, read the pattern nearest to it:
-    `jdam.attend(memory, query, beta, values=memory)`. There is no theory of basins for ρ, as D does
+    `memory[jdam.match(memory, query).index]`. There is no theory of basins for ρ, as D does
     not grow with distance.
 
     **Any ground cost.** `cost` is a c(x, y) ≥ 0 of two atoms, symmetric and with c(x, x) = 0, such
