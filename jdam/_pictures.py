@@ -12,11 +12,10 @@ from jax.typing import ArrayLike
 
 from jdam._energy.energy import divergences, fit_query
 from jdam._energy.match import positions
-from jdam._measures.base import AnyMeasure, Measure, dim_of
+from jdam._measures.base import AnyMeasure, Measure, check_like, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.checked import check_against
 from jdam._memory.memory import Memory, check_memory
 from jdam._recall.result import Recall, Trace
 
@@ -161,7 +160,7 @@ def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasu
     """
     check_memory(memory)
     last = memory.geometry.check("trace.measure", last, 0)
-    check_against(memory, "trace.measure", last)
+    check_like("trace.measure", last, memory.patterns, "the memory")
     if isinstance(trace, Recall):
         return memory[int(trace.nearest)]
     return memory[int(np.argmin(divergences(memory, last)))]

@@ -18,7 +18,6 @@ from jdam._core.progress import check_progress, wait
 from jdam._energy.energy import fit_queries
 from jdam._energy.pairs import pairs
 from jdam._measures.base import AnyMeasure
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory, check_memory
 
 #: A query is told apart if its nearest pattern has the weight `WEIGHT`; at the suggested β, this
@@ -272,7 +271,7 @@ def _checked_targets(memory: Memory, targets: ArrayLike, num: int) -> Int[Array,
         raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if checks.is_concrete(indices, log_prior):
-        distinct, num = np.unique(np.asarray(indices)), length_or_capacity(memory)
+        distinct, num = np.unique(np.asarray(indices)), memory.length_or_capacity
         for i in distinct[[0, -1]]:
             checks.index(i, num, "a memory")
         excluded = distinct[np.asarray(log_prior)[distinct % num] == -np.inf]

@@ -16,14 +16,13 @@ from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
 from jdam._core.progress import check_progress
-from jdam._measures.base import AnyMeasure, Measure, any_of, describe
+from jdam._measures.base import AnyMeasure, Measure, check_like, describe
 from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
 from jdam._memory import filling, slots
 from jdam._memory.cells import Cells, index_of
-from jdam._memory.checked import check_against, length_or_capacity
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam._memory.values import checked_values, values_for
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
@@ -93,6 +92,11 @@ class Memory(eqx.Module):
     def size_is_known(self) -> bool:
         """Whether the number of patterns is known: with a capacity it is traced in `jax.jit`."""
         return self.size is None or checks.is_concrete(self.size)
+
+    @property
+    def length_or_capacity(self) -> int:
+        """The number of patterns if it is known, else that of slots."""
+        return len(self) if self.size_is_known else self.capacity
 
     @property
     def occupied(self) -> Bool[Array, " N"] | None:
@@ -276,8 +280,8 @@ class Memory(eqx.Module):
         """
         self._check_in_one_piece()
         capacity = checks.positive_int("capacity", capacity)
-        if capacity < length_or_capacity(self):
-            raise ValueError(f"capacity must be ≥ N = {length_or_capacity(self)}; got {capacity}")
+        if capacity < self.length_or_capacity:
+            raise ValueError(f"capacity must be ≥ N = {self.length_or_capacity}; got {capacity}")
         larger = filling.enlarge(self, sizes) if sizes else self
         resized: Memory = slots.reserve(larger, capacity)
         return resized
@@ -297,7 +301,7 @@ class Memory(eqx.Module):
             except ValueError:
                 raise of_batch from None
             patterns = as_row(patterns)
-        check_against(self, "patterns", any_of(patterns))
+        check_like("patterns", patterns, self.patterns, "the memory")
         patterns = self.geometry.match(patterns, self.patterns)
         for leaf in jax.tree.leaves(patterns):
             checks.finite("patterns", leaf)

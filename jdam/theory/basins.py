@@ -22,7 +22,6 @@ from jdam._core.compile import compiled, working_dtype
 from jdam._core.lapack import singular_values
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory
 from jdam.theory._neighbourhood import (
     Neighbourhood,
@@ -342,7 +341,7 @@ def _one_of(
     if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
         raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
     if checks.is_concrete(index):
-        checks.index(int(index), length_or_capacity(memory), "a memory")
+        checks.index(int(index), memory.length_or_capacity, "a memory")
     index = memory.from_start(index)
     return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 

@@ -21,7 +21,6 @@ from jdam._entropic.c_transform import c_transform
 from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory
 from jdam.geometry import Sinkhorn
 from jdam.geometry.protocol import Patterns
@@ -67,7 +66,7 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
     _check_clouds(memory)
     index = jnp.asarray(index, jnp.int32)
     if checks.is_concrete(index):
-        checks.index(int(index), length_or_capacity(memory), "a memory")
+        checks.index(int(index), memory.length_or_capacity, "a memory")
     return _constants(
         memory,
         memory.from_start(index),
