@@ -106,15 +106,13 @@ class Memory(eqx.Module):
         return jnp.arange(self.capacity, dtype=jnp.int32) < self.size
 
     def __getitem__(self, index: Any) -> AnyMeasure:
-        whole = isinstance(index, int | np.integer)
-        if not checks.is_concrete(index) or (whole and not self.size_is_known):
+        if isinstance(index, int | np.integer):
+            slot = slots.checked_index(self, int(index))
+        elif not checks.is_concrete(index):
             slot = self.from_start(index)
-            return jax.tree.map(lambda leaf: leaf[slot], self.patterns)
-        num = len(self)
-        checks.index(index, num, "a memory")
-        if whole:
-            return jax.tree.map(lambda leaf: leaf[index % num], self.patterns)
-        return jax.tree.map(lambda leaf: leaf[:num][index], self.patterns)  # shards are padded
+        else:  # shards are padded
+            return jax.tree.map(lambda leaf: leaf[: len(self)][index], self.patterns)
+        return jax.tree.map(lambda leaf: leaf[slot], self.patterns)
 
     @property
     def dtype(self) -> jnp.dtype:

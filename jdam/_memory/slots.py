@@ -144,6 +144,20 @@ def size_of(memory: "Memory") -> Int[Array, ""]:
     return jnp.asarray(memory.capacity if memory.size is None else memory.size, jnp.int32)
 
 
+def checked_index(memory: "Memory", index: Any) -> Any:
+    """Return an index ≥ 0; raise `TypeError` unless it is one integer, and `IndexError` unless it
+    is that of a pattern, or of a slot if the number of patterns is traced.
+    """
+    if not np.issubdtype(getattr(index, "dtype", type(index)), np.integer) or np.ndim(index):
+        raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
+    if not checks.is_concrete(index):
+        return memory.from_start(index)
+    checks.index(int(index), memory.length_or_capacity, "a memory")
+    if not memory.size_is_known:
+        return memory.from_start(index)
+    return np.int32(int(index) % len(memory))  # jnp would compile
+
+
 def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
     """Return indices ≥ 0; raise `IndexError` unless they are those of patterns, if that is
     known.

@@ -23,6 +23,7 @@ from jdam._core.lapack import singular_values
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
 from jdam._memory.memory import Memory
+from jdam._memory.slots import checked_index
 from jdam.theory._neighbourhood import (
     Neighbourhood,
     check_memory,
@@ -337,12 +338,7 @@ def _one_of(
 ) -> tuple[Array, Array, Array]:
     """Return the checked index of a slot, radius and β of a bound about one pattern."""
     check_memory(memory)
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
-        raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
-    if checks.is_concrete(index):
-        checks.index(int(index), memory.length_or_capacity, "a memory")
-    index = memory.from_start(index)
+    index = checked_index(memory, index)
     return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 
 
