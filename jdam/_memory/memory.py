@@ -21,7 +21,7 @@ from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory import filling, slots
+from jdam._memory import slots
 from jdam._memory.cells import Cells, index_of
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam._memory.values import checked_values, values_for
@@ -101,9 +101,7 @@ class Memory(eqx.Module):
     @property
     def occupied(self) -> Bool[Array, " N"] | None:
         """A mask of the slots that hold patterns; None if all do."""
-        if self.size is None:
-            return None
-        return jnp.arange(self.capacity, dtype=jnp.int32) < self.size
+        return None if self.size is None else jnp.arange(self.capacity, dtype=jnp.int32) < self.size
 
     def __getitem__(self, index: Any) -> AnyMeasure:
         if isinstance(index, int | np.integer):
@@ -128,9 +126,9 @@ class Memory(eqx.Module):
 
     def magnitudes(self) -> tuple[Array, Array]:
         """Return `Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns."""
-        if self.units is not None:
-            return self.units
-        return units(self.patterns, self.geometry, self.occupied)
+        if self.units is None:
+            return units(self.patterns, self.geometry, self.occupied)
+        return self.units
 
     def validated(self) -> "Memory":
         """Return the memory, with NaN where `prepared` or `size` is invalid."""
@@ -203,7 +201,7 @@ class Memory(eqx.Module):
                 f"patterns must be at most {room}, for which the memory has room, of its capacity "
                 f"{self.capacity}; got {count}: memory.reserve({2 * self.capacity}) doubles it"
             )
-        appended: Memory = slots.append(self, filling.as_large(self, patterns), values, prior)
+        appended: Memory = slots.append(self, slots.as_large(self, patterns), values, prior)
         return appended
 
     def replace(
@@ -227,7 +225,7 @@ class Memory(eqx.Module):
                 f"indices must be {batch_size(patterns)}, one for each of patterns; "
                 f"got shape {index.shape}"
             )
-        filled = filling.as_large(self, patterns)
+        filled = slots.as_large(self, patterns)
         values = None if values is None else values_for(self, values, index.size)
         changed: Memory = slots.replace(self, index.reshape(-1), filled, values)
         return changed
@@ -280,8 +278,7 @@ class Memory(eqx.Module):
         capacity = checks.positive_int("capacity", capacity)
         if capacity < self.length_or_capacity:
             raise ValueError(f"capacity must be ≥ N = {self.length_or_capacity}; got {capacity}")
-        larger = filling.enlarge(self, sizes) if sizes else self
-        resized: Memory = slots.reserve(larger, capacity)
+        resized: Memory = slots.reserve(slots.enlarge(self, sizes) if sizes else self, capacity)
         return resized
 
     def _check_in_one_piece(self) -> None:
