@@ -126,9 +126,9 @@ class Memory(eqx.Module):
 
     def magnitudes(self) -> tuple[Array, Array]:
         """Return `Geometry.typical_norm` and `Geometry.energy_tolerance` of all patterns."""
-        if self.units is None:
-            return units(self.patterns, self.geometry, self.occupied)
-        return self.units
+        if self.units is not None:
+            return self.units
+        return units(self.patterns, self.geometry, self.occupied)
 
     def validated(self) -> "Memory":
         """Return the memory, with NaN where `prepared` or `size` is invalid."""
