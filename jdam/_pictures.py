@@ -325,11 +325,6 @@ def fitted_line(
     """Return the slope, its standard error and the intercept of a least squares fit of log counts
     to dimensions, weighted by the errors unless they are None.
     """
-    weights = np.ones_like(d) if log_errors is None else log_errors**-2
-    centre = np.average(d, weights=weights)
-    inertia = np.sum(weights * (d - centre) ** 2)
-    slope = np.sum(weights * (d - centre) * log_counts) / inertia
-    intercept = np.average(log_counts, weights=weights) - slope * centre
-    residuals = log_counts - intercept - slope * d
-    scatter = np.sum(residuals**2) / (len(d) - 2) if log_errors is None else 1.0
-    return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)
+    weights, scaling = (None, True) if log_errors is None else (1 / log_errors, "unscaled")
+    line, covariance = np.polyfit(d, log_counts, 1, w=weights, cov=scaling)  # type: ignore[call-overload]
+    return float(line[0]), float(np.sqrt(covariance[0, 0])), float(line[1])

@@ -369,7 +369,7 @@ def capacity(
     drawn = ax.errorbar(d, counts, spread, **artists.styled(style, Line2D, fmt="o", capsize=3))
     ax.set_yscale("log")
     if fit:
-        slope, error, intercept = fit_exponent(dims, counts, spread)
+        slope, error, intercept = pictures.fitted_line(d, log_counts, log_errors)
         digits = 1 - math.floor(math.log10(error)) if 1e-9 < error < math.inf else 3
         label = f"slope {slope:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
         ends = np.array([d.min(), d.max()])
