@@ -88,7 +88,6 @@ def margins(memory: Memory, radius: ArrayLike) -> Float[Array, " N"]:
 
     **Returns:** squared distances (N,); a margin < 0 proves nothing.
     """
-    check_memory(memory)
     distance = separations(memory)
     radius = _radius(memory, radius, (distance.shape, ()))
     return cost_scale(memory) * distance * (distance - 2 * radius)
@@ -338,8 +337,8 @@ def _one_of(
 ) -> tuple[Array, Array, Array]:
     """Return the checked index of a slot, radius and β of a bound about one pattern."""
     check_memory(memory)
-    index = checked_index(memory, index)
-    return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
+    slot: Array = checked_index(memory, index)
+    return slot, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 
 
 def _radius(memory: Memory, radius: ArrayLike, shapes: tuple[tuple[int, ...], ...]) -> Array:
