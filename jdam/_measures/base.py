@@ -200,7 +200,7 @@ def check_like(name: str, measure: AnyMeasure, like: AnyMeasure, owner: str) -> 
     - `owner`: what `like` is of, as "the memory", for the message.
     """
     if _kind(measure) != _kind(like):
-        raise TypeError(f"{name} must be of {owner}'s kind, {_kind(like)}; got {_kind(measure)}")
+        raise TypeError(f"{name} must be a {_kind(like)}, {owner}'s kind; got {_kind(measure)}")
     if float_dtype(measure) != float_dtype(like):
         raise TypeError(
             f"{name} must have {owner}'s dtype {float_dtype(like)}; got {float_dtype(measure)}: "

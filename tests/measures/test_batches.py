@@ -57,7 +57,7 @@ def test_memories_of_lists(rng):
         (
             lambda r: [gaussians(r, 1, 2)[0], diagonals(r, 1, 2)[0]],
             TypeError,
-            r"measures\[1\] must be of measures\[0\]'s kind, Gaussian; got DiagonalGaussian",
+            r"measures\[1\] must be a Gaussian, measures\[0\]'s kind; got DiagonalGaussian",
         ),
         (
             lambda r: [gaussians(r, 1, 2)[0], gaussians(r, 1, 3)[0]],
