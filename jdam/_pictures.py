@@ -12,11 +12,10 @@ from jax.typing import ArrayLike
 
 from jdam._energy.energy import divergences, fit_query
 from jdam._energy.match import positions
-from jdam._measures.base import AnyMeasure, Measure, dim_of
+from jdam._measures.base import AnyMeasure, Measure, check_like, dim_of
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.checked import check_against
 from jdam._memory.memory import Memory, check_memory
 from jdam._recall.result import Recall, Trace
 
@@ -161,7 +160,7 @@ def nearest(memory: Memory, trace: Recall | Trace, last: AnyMeasure) -> AnyMeasu
     """
     check_memory(memory)
     last = memory.geometry.check("trace.measure", last, 0)
-    check_against(memory, "trace.measure", last)
+    check_like("trace.measure", last, memory.patterns, "the memory")
     if isinstance(trace, Recall):
         return memory[int(trace.nearest)]
     return memory[int(np.argmin(divergences(memory, last)))]
@@ -326,11 +325,6 @@ def fitted_line(
     """Return the slope, its standard error and the intercept of a least squares fit of log counts
     to dimensions, weighted by the errors unless they are None.
     """
-    weights = np.ones_like(d) if log_errors is None else log_errors**-2
-    centre = np.average(d, weights=weights)
-    inertia = np.sum(weights * (d - centre) ** 2)
-    slope = np.sum(weights * (d - centre) * log_counts) / inertia
-    intercept = np.average(log_counts, weights=weights) - slope * centre
-    residuals = log_counts - intercept - slope * d
-    scatter = np.sum(residuals**2) / (len(d) - 2) if log_errors is None else 1.0
-    return float(slope), float(np.sqrt(scatter / inertia)), float(intercept)
+    weights, scaling = (None, True) if log_errors is None else (1 / log_errors, "unscaled")
+    line, covariance = np.polyfit(d, log_counts, 1, w=weights, cov=scaling)  # type: ignore[call-overload]
+    return float(line[0]), float(np.sqrt(covariance[0, 0])), float(line[1])

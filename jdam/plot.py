@@ -19,7 +19,6 @@ from jdam._measures.base import AnyMeasure
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.checked import check_against
 from jdam._memory.memory import Memory
 from jdam._recall.recall import step
 from jdam._recall.result import Recall, Trace
@@ -329,7 +328,6 @@ def field(
         ends = jax.vmap(step, (None, 0, None))(memory, starts, beta)
         before, after = pictures.places(starts), pictures.places(ends)
     else:
-        check_against(memory, "query", query)
         before = pictures.points(xs, ys)
         after = pictures.transported(query, step(memory, query, beta), before)
     ax = artists.labelled(artists.axes(ax), names)
@@ -371,7 +369,7 @@ def capacity(
     drawn = ax.errorbar(d, counts, spread, **artists.styled(style, Line2D, fmt="o", capsize=3))
     ax.set_yscale("log")
     if fit:
-        slope, error, intercept = fit_exponent(dims, counts, spread)
+        slope, error, intercept = pictures.fitted_line(d, log_counts, log_errors)
         digits = 1 - math.floor(math.log10(error)) if 1e-9 < error < math.inf else 3
         label = f"slope {slope:.{max(digits, 0)}f} ± {error:.{max(digits, 0)}f}"
         ends = np.array([d.min(), d.max()])

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.loops import varying
-from jdam._core.mesh import is_whole, on_parts
+from jdam._core.mesh import on_parts
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -45,7 +45,8 @@ def compiled(
         @functools.wraps(function)
         def run(first: Any, *args: Any, **kwargs: Any) -> PyTree:
             def body(first: Any, *args: Any) -> PyTree:
-                return cast(Any, function)(_validated(first), *args, **kwargs)
+                first = first.validated() if hasattr(first, "validated") else first
+                return cast(Any, function)(first, *args, **kwargs)
 
             dtype, call = float_dtype(first), body
             inside = working_dtype(dtype)
@@ -54,7 +55,7 @@ def compiled(
                 values = cast_floats(values, inside)
             if batch_size is not None:
                 call = functools.partial(in_batches, body, batch_size(first, **kwargs))
-            result = on_parts(call, *values) if is_whole(first) else call(*values)
+            result = on_parts(call, *values)
             return cast_floats(result, dtype) if rounded and inside != dtype else result
 
         @functools.wraps(function)
@@ -68,11 +69,6 @@ def compiled(
         return cast(Callable[P, R], in_one_context)
 
     return decorate
-
-
-def _validated(first: Any) -> PyTree:
-    """Return `first.validated()` if there is such a method, as on a memory, else `first`."""
-    return first.validated() if hasattr(first, "validated") else first
 
 
 def float_dtype(tree: PyTree) -> jnp.dtype:

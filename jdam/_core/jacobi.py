@@ -40,13 +40,6 @@ class Rotated(NamedTuple):
     squares: list[Float[Array, " B"]]  # |wₖ|²
 
 
-class _Turn(NamedTuple):
-    """Carry of the Jacobi iterations."""
-
-    rotated: Rotated
-    inner: list[Float[Array, " B"]]  # ⟨wᵢ, wⱼ⟩ of the pairs to rotate next
-
-
 def rotate(matrices: Float[Array, "B m n"]) -> Rotated:
     """Return W and V with the columns of W in falling order of norm, each as accurate relative to
     its norm as the columns of A."""
@@ -55,23 +48,25 @@ def rotate(matrices: Float[Array, "B m n"]) -> Rotated:
     unit = jnp.broadcast_to(jnp.eye(size, dtype=matrices.dtype)[..., None], (size, size, many))
     stacked = jnp.concatenate([jnp.moveaxis(matrices, (2, 1), (0, 1)), unit], axis=1)
 
-    def with_products(columns: list[Column]) -> _Turn:
+    def with_products(columns: list[Column]) -> tuple[Rotated, list[Float[Array, " B"]]]:
+        """Return the columns, |wₖ|², and ⟨wᵢ, wⱼ⟩ of the pairs to rotate next."""
         tops = [column[:rows] for column in columns]
         squares = list(map(_inner, tops, tops))
         inner = list(map(_inner, tops[:half], tops[half:]))
-        return _Turn(Rotated(columns, squares), inner)
+        return Rotated(columns, squares), inner
 
-    def body_fun(_: Array, carry: _Turn) -> _Turn:
-        columns, squares = list(carry.rotated.columns), carry.rotated.squares
+    def body_fun(_: Array, carry: tuple[Rotated, list[Array]]) -> tuple[Rotated, list[Array]]:
+        (columns, squares), inner = carry
+        columns = list(columns)
         for i in range(half):
             j = half + i
-            cosine, sine = _angle(squares[i], squares[j], carry.inner[i])
+            cosine, sine = _angle(squares[i], squares[j], inner[i])
             p, q = columns[i], columns[j]
             columns[i], columns[j] = cosine * p - sine * q, sine * p + cosine * q
         return with_products(_next_pairs(columns))
 
-    end: _Turn = jax.lax.fori_loop(0, _TURNS[size], body_fun, with_products(list(stacked)))
-    return _sorted(end.rotated)
+    end, _ = jax.lax.fori_loop(0, _TURNS[size], body_fun, with_products(list(stacked)))
+    return _sorted(end)
 
 
 def _next_pairs(columns: list[Column]) -> list[Column]:

@@ -6,9 +6,9 @@ several, wait for ever: on two cores, two. Batches with too little work to be sp
 batches are cut into pieces of that size. Other versions are called directly.
 """
 
-import functools
 import math
 from collections.abc import Callable
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -56,80 +56,26 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             results = run(*stacks)
             return results, jax.tree.map(lambda _: True, results)
 
-        return functools.wraps(function)(run)
+        return wraps(function)(run)
 
     return decorate
 
 
-@_unsplit(2e4)
-def svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """Compute U, s, Vᵀ of M = U diag(s) Vᵀ, in reduced form."""
-    left, values, right = jnp.linalg.svd(matrix, full_matrices=False)
-    return left, values, right
-
-
-@_unsplit(2e4)
-def full_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    """Compute U, s, Vᵀ of M = U diag(s) Vᵀ with square U and V."""
-    left, values, right = jnp.linalg.svd(matrix)
-    return left, values, right
-
-
-@_unsplit(2e4)
-def singular_values(matrix: Array) -> Array:
-    """Compute the singular values, the largest first."""
-    return jnp.linalg.svdvals(matrix)
-
-
-@_unsplit(5e4)
-def qr(matrix: Array) -> tuple[Array, Array]:
-    """Compute Q, R of M = QR, in reduced form."""
-    basis, triangle = jnp.linalg.qr(matrix)
-    return basis, triangle
-
-
-@_unsplit(5e4)
-def triangle(matrix: Array) -> Array:
-    """Compute R of M = QR."""
-    return jnp.linalg.qr(matrix, mode="r")
-
-
-@_unsplit(4e4)
-def eigenvalues(matrix: Array) -> Array:
-    """Compute the eigenvalues of a symmetric matrix, the smallest first."""
-    result: Array = jnp.linalg.eigvalsh(matrix)
-    return result
-
-
-@_unsplit(4e4)
-def eigh(matrix: Array) -> tuple[Array, Array]:
-    """Compute eigenvalues, the smallest first, and eigenvectors of a symmetric matrix."""
-    values, basis = jnp.linalg.eigh(matrix)
-    return values, basis
-
-
-@_unsplit(6e5)
-def cholesky(matrix: Array) -> Array:
-    """Compute the lower triangular L of M = LLᵀ."""
-    result: Array = jnp.linalg.cholesky(matrix)
-    return result
-
-
-@_unsplit(4e4)
-def inverse(matrix: Array) -> Array:
-    """Compute M⁻¹ by LU factors."""
-    result: Array = jnp.linalg.inv(matrix)
-    return result
-
-
-@_unsplit(4e4)
-def determinant(matrix: Array) -> Array:
-    """Compute det M by LU factors."""
-    result: Array = jnp.linalg.det(matrix)
-    return result
-
-
-@_unsplit(2e5)
-def solve_lower(lower: Array, right: Array) -> Array:
-    """Compute L⁻¹B for a lower triangular L."""
-    return jax.lax.linalg.triangular_solve(lower, right, left_side=True, lower=True)
+#: U, s, Vᵀ of M = U diag(s) Vᵀ, in reduced form; then with square U and V; then s alone. The
+#: largest singular values come first.
+svd = _unsplit(2e4)(partial(jnp.linalg.svd, full_matrices=False))
+full_svd = _unsplit(2e4)(jnp.linalg.svd)
+singular_values = _unsplit(2e4)(jnp.linalg.svdvals)
+#: Q, R of M = QR, in reduced form; then R alone.
+qr = _unsplit(5e4)(jnp.linalg.qr)
+triangle = _unsplit(5e4)(partial(jnp.linalg.qr, mode="r"))
+#: Eigenvalues, the smallest first, and eigenvectors of a symmetric matrix; then eigenvalues alone.
+eigh = _unsplit(4e4)(jnp.linalg.eigh)
+eigenvalues = _unsplit(4e4)(jnp.linalg.eigvalsh)
+#: The lower triangular L of M = LLᵀ.
+cholesky = _unsplit(6e5)(jnp.linalg.cholesky)
+#: M⁻¹ and det M, by LU factors.
+inverse = _unsplit(4e4)(jnp.linalg.inv)
+determinant = _unsplit(4e4)(jnp.linalg.det)
+#: L⁻¹B for a lower triangular L and B.
+solve_lower = _unsplit(2e5)(partial(jax.lax.linalg.triangular_solve, left_side=True, lower=True))

@@ -30,9 +30,7 @@ def polar(matrix: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     return _small_polar(matrix) if matrix.shape[-1] <= SMALL else _polar(matrix)[0]
 
 
-@jax.custom_jvp
-def _small_polar(matrix: Array) -> Array:
-    return small_polar(matrix)
+_small_polar = jax.custom_jvp(lambda matrix: small_polar(matrix))
 
 
 @_small_polar.defjvp

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jaxtyping import PyTree
 
@@ -46,6 +47,21 @@ def scan(
 def repeat(count: int, body_fun: Callable[[T], T], start: T, *others: Any) -> T:
     """Apply `body_fun` to the carry `count` times."""
     return scan(lambda carry, _: (body_fun(carry), None), start, None, *others, length=count)[0]
+
+
+def bisect(
+    holds: Callable[[Array], Array], low: Array, high: Array, count: int, *others: Any
+) -> tuple[Array, Array]:
+    """Return the ends of the interval in which a condition that `holds` at `low` ceases to hold,
+    after `count` bisections of [`low`, `high`]."""
+
+    def halve(ends: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = ends
+        middle = (low + high) / 2
+        here = holds(middle)
+        return jnp.where(here, middle, low), jnp.where(here, high, middle)
+
+    return repeat(count, halve, (low, high), *others)
 
 
 def varying(tree: T, *others: Any) -> T:

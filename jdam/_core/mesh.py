@@ -36,17 +36,61 @@ class Layout:
         result: int = self.mesh.shape[self.axis]
         return result
 
+    @property
+    def missing(self) -> int:
+        """Number of rows that pad the last parts."""
+        return -self.length % self.parts
+
     def put(self, shape: tuple[int, ...], spec: PartitionSpec, read: Callable[..., Any]) -> Array:
         """Return an array on the mesh; `read(index)` returns the part of a device."""
         return jax.make_array_from_callback(shape, NamedSharding(self.mesh, spec), read)
 
+    def rows(self, array: Any, *, fill: float | None = None) -> Array:
+        """Return `array` in parts, padded with `fill` or copies of the last row.
+
+        `array` may be anything that is indexed by slices; each device reads its own rows only.
+        """
+        length = self.length
+        rest = array.shape if hasattr(array, "shape") else array.get_shape()  # of safetensors
+        shape = (length + self.missing, *rest[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            rows = array[min(start, length - 1) : min(stop, length)][: stop - start]
+            last = rows[-1:] if fill is None else np.full_like(rows[-1:], fill)
+            num_stored = max(0, min(stop, length) - start)
+            return np.concatenate([rows[:num_stored], *[last] * (stop - start - num_stored)])
+
+        return self.put(shape, PartitionSpec(self.axis), part)
+
+    def prior(self, log_prior: Any, dtype: jnp.dtype) -> Array | None:
+        """Return the prior in parts, −inf for the padding; None if there is neither a prior
+        nor padding.
+        """
+        if log_prior is None and not self.missing:
+            return None
+        log_prior = np.zeros(self.length, dtype) if log_prior is None else log_prior
+        return self.rows(log_prior, fill=-np.inf)
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Return the tree with every array on every device."""
+
+        def put(leaf: Any) -> Array:
+            whole = np.asarray(leaf)
+            return self.put(whole.shape, PartitionSpec(), lambda index: whole[index])
+
+        return jax.tree.map(put, tree)
+
 
 def on_parts(function: Callable[..., Any], memory: PyTree, *args: Any) -> PyTree:
-    """Call `function(memory, *args)` on each device, with its shard of the memory; the result must
-    be the same on all devices.
+    """Call `function(memory, *args)`; if the memory is sharded, and seen from outside of
+    `jax.shard_map`, call it on each device, with its shard of the memory. The result must then be
+    the same on all devices.
 
-    **Raises:** `ValueError` inside of another `jax.shard_map`."""
-    layout = memory.layout
+    **Raises:** `ValueError` for a sharded memory inside of another `jax.shard_map`."""
+    layout = getattr(memory, "layout", None)
+    if layout is None or layout.inside:
+        return function(memory, *args)
     if any(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(args)):
         raise ValueError(
             "a sharded memory cannot be used inside jax.shard_map: call jax.vmap of the function, "
@@ -128,12 +172,6 @@ def in_one_piece(array: Array) -> Array:
     sharded = not isinstance(array, jax.core.Tracer) and len(array.devices()) > 1
     whole: Array = jax.device_put(on_host(array)) if sharded else array
     return whole
-
-
-def is_whole(memory: PyTree) -> bool:
-    """Return whether the memory is sharded, and seen from outside of `jax.shard_map`."""
-    layout = getattr(memory, "layout", None)
-    return layout is not None and not layout.inside
 
 
 def psum(tree: PyTree, layout: Layout | None) -> PyTree:

@@ -12,13 +12,12 @@ from jaxtyping import Bool, Float, Int
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
 from jdam._core.compile import compiled
-from jdam._core.loops import repeat
+from jdam._core.loops import bisect
 from jdam._core.mesh import in_one_piece
 from jdam._core.progress import check_progress, wait
 from jdam._energy.energy import fit_queries
 from jdam._energy.pairs import pairs
 from jdam._measures.base import AnyMeasure
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory, check_memory
 
 #: A query is told apart if its nearest pattern has the weight `WEIGHT`; at the suggested β, this
@@ -272,7 +271,7 @@ def _checked_targets(memory: Memory, targets: ArrayLike, num: int) -> Int[Array,
         raise ValueError(f"targets must have shape (Q,) = ({num},); got {indices.shape}")
     log_prior = in_one_piece(memory.log_weights)[: memory.capacity]
     if checks.is_concrete(indices, log_prior):
-        distinct, num = np.unique(np.asarray(indices)), length_or_capacity(memory)
+        distinct, num = np.unique(np.asarray(indices)), memory.length_or_capacity
         for i in distinct[[0, -1]]:
             checks.index(i, num, "a memory")
         excluded = distinct[np.asarray(log_prior)[distinct % num] == -np.inf]
@@ -298,14 +297,11 @@ def _separating_beta(
     # In units of 1/`unit`: at this β, Σ oddsₖ exp(−βgapₖ) is certainly small enough.
     upper = jnp.maximum(jnp.log(odds.sum(1) * weight_ratio), 0)
 
-    def body_fun(interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) / 2
-        mass_of_others = (odds * jnp.exp(-(middle / unit)[:, None] * gaps)).sum(1)
-        is_enough = mass_of_others * weight_ratio <= 1
-        return jnp.where(is_enough, low, middle), jnp.where(is_enough, middle, high)
+    def too_small(scaled_beta: Array) -> Array:
+        mass_of_others = (odds * jnp.exp(-(scaled_beta / unit)[:, None] * gaps)).sum(1)
+        return ~(mass_of_others * weight_ratio <= 1)  # NaN counts as too small
 
-    _, roots = repeat(BISECTIONS, body_fun, (jnp.zeros_like(upper), upper), gaps)
+    _, roots = bisect(too_small, jnp.zeros_like(upper), upper, BISECTIONS, gaps)
     betas = jnp.where(nearest_gap < jnp.inf, roots / unit, jnp.nan)
     return jnp.nanquantile(betas, QUANTILE)
 
@@ -345,14 +341,11 @@ def _most_likely_beta(
     losses = jax.lax.map(lambda log_beta: loss_and_slope(log_beta)[0], grid)
     start = grid[jnp.argmax(losses <= jnp.maximum(jnp.nanmin(losses), MAX_LOSS))]
 
-    def body_fun(interval: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = interval
-        middle = (low + high) / 2
-        loss, slope = loss_and_slope(middle)
-        rises = (slope < 0) & (loss > MAX_LOSS)
-        return jnp.where(rises, middle, low), jnp.where(rises, high, middle)
+    def too_small(log_beta: Array) -> Array:
+        loss, slope = loss_and_slope(log_beta)
+        return (slope < 0) & (loss > MAX_LOSS)
 
-    low, high = repeat(BISECTIONS, body_fun, (start - 1, start + 1), gaps)
+    low, high = bisect(too_small, start - 1, start + 1, BISECTIONS, gaps)
     result: Array = jnp.exp((low + high) / 2) / unit
     return result
 

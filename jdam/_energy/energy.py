@@ -13,10 +13,9 @@ from jdam._core.mesh import all_rows
 from jdam._energy.average import Settings, compare_all, evaluate
 from jdam._energy.separation import LogSumExp, Separation, heaviest
 from jdam._energy.separation import check as check_separation
-from jdam._measures.base import AnyMeasure, any_of
+from jdam._measures.base import AnyMeasure, check_like
 from jdam._measures.batches import as_batch
 from jdam._memory import slots
-from jdam._memory.checked import check_against
 from jdam._memory.memory import Memory, check_memory
 
 
@@ -121,7 +120,7 @@ def fit_query(memory: Memory, query: AnyMeasure) -> AnyMeasure:
     """Return the query, checked against the memory and padded to the sizes of its patterns."""
     check_memory(memory)
     query = memory.geometry.check("query", query, 0)
-    check_against(memory, "query", query)
+    check_like("query", query, memory.patterns, "the memory")
     return memory.geometry.match(query, memory.patterns)
 
 
@@ -129,7 +128,7 @@ def fit_queries(memory: Memory, queries: AnyMeasure) -> AnyMeasure:
     """Return a batch of queries (Q,), or a list as one, checked and padded as in `fit_query`."""
     check_memory(memory)
     queries = memory.geometry.check("queries", as_batch(queries), 1)
-    check_against(memory, "queries", any_of(queries))
+    check_like("queries", queries, memory.patterns, "the memory")
     return memory.geometry.match(queries, memory.patterns)
 
 

@@ -5,17 +5,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
-from jdam._core import checks
 from jdam._core.compile import compiled
 from jdam._energy.average import compare, view_of
 from jdam._energy.energy import divergences_of, fit_query, query_batch_size
 from jdam._measures.base import AnyMeasure
 from jdam._measures.mixture import GaussianMixture
 from jdam._memory.memory import Memory, check_memory
+from jdam._memory.slots import checked_index
 from jdam.geometry import Pose
 from jdam.geometry.protocol import Geometry, Patterns
 
@@ -87,14 +86,7 @@ def match(memory: Memory, query: AnyMeasure, index: Any = None) -> Match:
         raise ValueError("memory must be in one piece; got a sharded one")
     query = fit_query(memory, query)
     if index is not None:
-        if not np.issubdtype(getattr(index, "dtype", type(index)), np.integer):
-            raise TypeError(f"index must be an int or None; got {index!r}")
-        if checks.is_concrete(index) and memory.size_is_known:
-            index = int(index)
-            checks.index(index, len(memory), "a memory")
-            index = np.int32(index % len(memory))
-        else:
-            index = memory.from_start(index)
+        index = checked_index(memory, index)
     return _match(memory, query, index)
 
 

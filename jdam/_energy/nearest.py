@@ -22,7 +22,6 @@ from jdam._energy.mapped import nearest_in_file
 from jdam._energy.search import Search
 from jdam._energy.separation import LogSumExp
 from jdam._measures.base import AnyMeasure
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Comparison, Patterns
@@ -56,7 +55,7 @@ def nearest(
     if isinstance(memory, MappedMemory):
         return nearest_in_file(memory, query, k, partial(nearest, search=search))
     query = fit_query(memory, query)
-    k, most = checks.positive_int("k", k), length_or_capacity(memory)
+    k, most = checks.positive_int("k", k), memory.length_or_capacity
     if k > most:
         raise ValueError(f"k must be at most the number of patterns, {most}; got {k}")
     chosen = choose(search, memory, LogSumExp())

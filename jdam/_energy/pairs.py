@@ -13,12 +13,12 @@ from jdam._core.batching import batch_size, in_batches
 from jdam._core.compile import compiled
 from jdam._core.mesh import all_rows
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
+from jdam._energy.branch_and_bound import bounds_of
 from jdam._energy.energy import divergences_of, fit_queries, query_batch_size
 from jdam._energy.mapped import pairwise_in_file
 from jdam._measures.base import AnyMeasure
 from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory, check_memory
-from jdam.geometry.protocol import Patterns
 
 #: Number of tiles, of `Geometry.batch_sizes`, in one program on the device: about a second of work.
 #: TILES if D takes decompositions or iterations; PRODUCTS if D is a matrix product, where smaller
@@ -80,10 +80,9 @@ def _pairs_at_once(memory: Memory) -> tuple[int, int]:
     """Return the number of queries and of patterns that one program on the device compares: all
     patterns, and more queries, if there are few patterns.
     """
-    geometry = memory.geometry
-    queries, patterns, _ = geometry.batch_sizes(memory.patterns)
+    queries, patterns, _ = memory.geometry.batch_sizes(memory.patterns)
     # A geometry whose D is a matrix product has D itself as its only bound.
-    is_product = len(geometry.bounds(Patterns(memory.patterns, memory.prepared))) == 1
+    is_product = len(bounds_of(memory)) == 1
     columns = patterns * (PRODUCTS if is_product else TILES)
     repeats = columns // memory.capacity
     return (repeats * queries, memory.capacity) if repeats else (queries, columns)

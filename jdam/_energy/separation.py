@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int, PyTree
 
 from jdam._core.derivatives import full_precision
-from jdam._core.loops import repeat
+from jdam._core.loops import bisect
 from jdam._core.mesh import Layout, of_one_part, pmin, psum
 from jdam._energy.evaluation import Block, Evaluation, Nearest
 from jdam._measures.base import AnyMeasure
@@ -318,15 +318,10 @@ def _entmax(alpha: float, logits: Float[Array, " N"]) -> Float[Array, " N"]:
     def unnormalised(threshold: Array) -> Array:
         return jnp.maximum(scaled - threshold, 0) ** (1 / power)
 
-    def halve(bracket: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = bracket
-        middle = (low + high) / 2
-        above = unnormalised(middle).sum() >= 1
-        return jnp.where(above, middle, low), jnp.where(above, high, middle)
-
     # At τ = −1 the largest term is 1, so that the sum is ≥ 1; at the upper end no term exceeds 1/N.
     ends = jnp.array(-1, scaled.dtype), jnp.array(-(scaled.size**-power), scaled.dtype)
-    weights = unnormalised(repeat(rounds, halve, ends, scaled)[0])
+    low, _ = bisect(lambda threshold: unnormalised(threshold).sum() >= 1, *ends, rounds, scaled)
+    weights = unnormalised(low)
     return weights / weights.sum()
 
 

@@ -96,7 +96,11 @@ class Rebuild:
     def __call__(self, params: dict[str, Any]) -> Memory:
         if set(params) != set(self.learn):
             raise ValueError(f"params must have the names {self.learn}; got {tuple(params)}")
-        return _rebuilt(self.memory, params)
+        rebuilt = _with_params(self.memory, params)
+        if not _changes_prepared(params):
+            return rebuilt
+        prepared, fingerprint = prepare(rebuilt.patterns, rebuilt.geometry)
+        return dataclasses.replace(rebuilt, prepared=prepared, fingerprint=fingerprint)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Rebuild):
@@ -143,17 +147,6 @@ def _not_learned(memory: Memory, params: dict[str, Any]) -> Memory:
     if _changes_prepared(params):
         constant = dataclasses.replace(constant, prepared=None, fingerprint=None)
     return constant
-
-
-def _rebuilt(memory: Memory, params: dict[str, Any]) -> Memory:
-    """Return the memory with these parameters, prepared anew where they change the prepared
-    arrays.
-    """
-    rebuilt = _with_params(memory, params)
-    if _changes_prepared(params):
-        prepared, fingerprint = prepare(rebuilt.patterns, rebuilt.geometry)
-        rebuilt = dataclasses.replace(rebuilt, prepared=prepared, fingerprint=fingerprint)
-    return rebuilt
 
 
 def _changes_prepared(params: dict[str, Any]) -> bool:

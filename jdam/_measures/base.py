@@ -171,9 +171,13 @@ def constrained(like: AnyMeasure, free: AnyMeasure) -> AnyMeasure:
 
 def dim_of(measure: AnyMeasure) -> int | None:
     """The dimension of the space of a measure, or of a vector; None for other pytrees."""
+    return _sizes(measure).get("d")
+
+
+def _sizes(measure: AnyMeasure) -> dict[str, int]:
     if isinstance(measure, Measure):
-        return measure.sizes.get("d")
-    return int(measure.shape[-1]) if isinstance(measure, Array | np.ndarray) else None
+        return measure.sizes
+    return {"d": int(measure.shape[-1])} if isinstance(measure, Array | np.ndarray) else {}
 
 
 def describe(patterns: AnyMeasure) -> str:
@@ -185,35 +189,40 @@ def describe(patterns: AnyMeasure) -> str:
     return type(patterns).__name__
 
 
-def check_same_arrays(name: str, measure: AnyMeasure, like: AnyMeasure, have: str) -> None:
-    """Raise `ValueError` unless two measures of one kind have the same optional arrays, and the
-    same sizes along all axes that cannot be padded.
+def check_like(name: str, measure: AnyMeasure, like: AnyMeasure, owner: str) -> None:
+    """Raise `TypeError` unless two measures have one kind and one dtype, and `ValueError` unless
+    they have the same optional arrays, and the same sizes along all axes that cannot be padded.
 
     **Arguments:**
 
     - `name`: the argument `measure`, for the message.
-    - `measure`, `like`: measures of one kind, or vectors, for which nothing is checked.
-    - `have`: subject and verb of the message, as "the patterns have".
+    - `measure`, `like`: measures of any batch shape, or vectors.
+    - `owner`: what `like` is of, as "the memory", for the message.
     """
-    if not isinstance(measure, Measure):
-        return
-    for array, axes in _axes(type(measure)).items():
+    if _kind(measure) != _kind(like):
+        raise TypeError(f"{name} must be a {_kind(like)}, {owner}'s kind; got {_kind(measure)}")
+    if float_dtype(measure) != float_dtype(like):
+        raise TypeError(
+            f"{name} must have {owner}'s dtype {float_dtype(like)}; got {float_dtype(measure)}: "
+            "convert one"
+        )
+    arrays = _axes(type(measure)) if isinstance(measure, Measure) else {}
+    for array, axes in arrays.items():
         present, expected = (getattr(m, array) is not None for m in (measure, like))
         if expected and not present:
             shape = ", ".join(axes)
-            raise ValueError(f"{name} must have {array} ({shape}) as {have}; got none")
+            raise ValueError(f"{name} must have {array} ({shape}) as {owner} has; got none")
         if present and not expected:
-            raise ValueError(f"{name} must have no {array}, as {have} none; got some")
-    for axis, size in like.sizes.items():
-        if axis not in like.padding and measure.sizes[axis] != size:
-            got = measure.sizes[axis]
-            raise ValueError(f"{name} must have {axis} = {size} as {have}; got {axis} = {got}")
+            raise ValueError(f"{name} must have no {array}, as {owner} has none; got some")
+    for axis, size in _sizes(like).items():
+        got = _sizes(measure)[axis]
+        if got != size and axis not in getattr(like, "padding", ()):
+            what = "dimension" if axis == "d" else "size"
+            raise ValueError(f"{name} must have {owner}'s {what} {axis} = {size}; got {got}")
 
 
-def any_of(measures: AnyMeasure) -> AnyMeasure:
-    """A single measure of zeros with the shapes of the elements of a batch, which may be empty.
-    Checks of shapes use it."""
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape[1:], leaf.dtype), measures)
+def _kind(measure: AnyMeasure) -> str:
+    return "vector" if isinstance(measure, Array | np.ndarray) else type(measure).__name__
 
 
 def with_leaves(measure: M, *leaves: Array) -> M:

@@ -8,8 +8,7 @@ import numpy as np
 from jax import Array
 
 from jdam._core import checks
-from jdam._core.compile import float_dtype
-from jdam._measures.base import AnyMeasure, Measure, check_same_arrays
+from jdam._measures.base import AnyMeasure, Measure, check_like
 
 
 def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
@@ -34,7 +33,7 @@ def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
         raise ValueError("measures must hold at least one measure; got an empty list")
     single = [_single(f"measures[{i}]", measure) for i, measure in enumerate(measures)]
     for i, measure in enumerate(single[1:], start=1):
-        _check_compatible(f"measures[{i}]", measure, "measures[0]", single[0])
+        check_like(f"measures[{i}]", measure, single[0], "measures[0]")
     # NumPy stacks concrete values, since JAX would compile a program for each shape.
     if all(checks.is_concrete(*jax.tree.leaves(measure)) for measure in single):
         padded = _padded_to_largest(jax.tree.map(np.asarray, single))
@@ -44,7 +43,7 @@ def stack(measures: Sequence[AnyMeasure]) -> AnyMeasure:
 
 def join(first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
     """The concatenation (N + M,) of two batches (N,) and (M,) of one kind, padded as by `stack`."""
-    _check_compatible("second", second, "first", first)
+    check_like("second", second, first, "first")
     return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), *_padded_to_largest([first, second]))
 
 
@@ -81,36 +80,6 @@ def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
     if array.ndim != 1:
         raise ValueError(f"{name} must be a vector (d,); got shape {array.shape}")
     return array
-
-
-def _check_compatible(name: str, measure: AnyMeasure, first_name: str, first: AnyMeasure) -> None:
-    """Raise unless both have one kind, one dtype and, along axes without padding, one size."""
-    kind, expected = _kind(measure), _kind(first)
-    if kind != expected:
-        raise TypeError(f"{name} must be like {first_name}, of kind {expected}; got {kind}")
-    if float_dtype(measure) != float_dtype(first):
-        raise TypeError(
-            f"{name} must have the dtype of {first_name}, {float_dtype(first)}; "
-            f"got {float_dtype(measure)}: convert one of them"
-        )
-    for axis, size in _sizes(first).items():
-        padded = isinstance(first, Measure) and axis in first.padding
-        got = _sizes(measure).get(axis, size)
-        if not padded and got != size:
-            raise ValueError(
-                f"{name} must have the size of {first_name}, {axis} = {size}; got {got}"
-            )
-    check_same_arrays(name, measure, first, f"{first_name} has")
-
-
-def _kind(measure: AnyMeasure) -> str:
-    return "vector" if isinstance(measure, Array | np.ndarray) else type(measure).__name__
-
-
-def _sizes(measure: AnyMeasure) -> dict[str, int]:
-    if isinstance(measure, Measure):
-        return measure.sizes
-    return {"d": measure.shape[-1]} if isinstance(measure, Array | np.ndarray) else {}
 
 
 def _padded_to_largest(measures: Sequence[AnyMeasure]) -> list[AnyMeasure]:

@@ -1,7 +1,7 @@
 """Maximum likelihood fit of a Gaussian mixture to weighted samples: expectation–maximisation (EM)
 from k-means++ starts. `jdam.GaussianMixture.from_samples` is the public function."""
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +24,9 @@ FLOOR, REST = 1e-6, 1e-5
 ROUNDING = 8
 
 
-class Components(NamedTuple):
-    """The parameters of a mixture; `factors` are Cholesky factors of the covariances."""
-
-    log_weights: Float[Array, " K"]
-    means: Float[Array, "K d"]
-    factors: Float[Array, "K d d"]
-
-
-class _Samples(NamedTuple):
-    """Weighted samples, standardized to mean 0 and mean variance 1."""
-
-    points: Float[Array, "n d"]
-    weights: Float[Array, " n"]
+#: The logarithms of the weights (K,) of the components of a mixture, their means (K, d), and
+#: Cholesky factors (K, d, d) of their covariances.
+Components: TypeAlias = tuple[Array, Array, Array]
 
 
 class _Fit(NamedTuple):
@@ -64,63 +54,63 @@ def fit_mixture(
     points = points - centre_again[None]
     unit = jnp.sqrt(weights @ jnp.vecdot(points, points) / samples.shape[1])
     unit = jnp.where(unit > 0, unit, 1)
-    standardized = _Samples(points / unit, weights)
-    keys = jax.random.split(key, STARTS)
-    fits = jax.vmap(lambda key: _run_em(standardized, _initial(key, standardized, num_components)))(
-        keys
-    )
-    best: Components = jax.tree.map(lambda leaf: leaf[fits.likelihood.argmax()], fits.components)
-    means = centre[None] + (centre_again[None] + unit * best.means)
-    return Components(best.log_weights, means, unit * best.factors)
+    points = points / unit
+
+    def fit_from(key: Array) -> _Fit:
+        centres = k_means(key, points, weights, num=num_components)
+        start = _m_step(points, assigned_masses(points, weights, centres))
+        return _run_em(points, weights, start)
+
+    fits = jax.vmap(fit_from)(jax.random.split(key, STARTS))
+    best = fits.likelihood.argmax()
+    log_weights, means, factors = (leaf[best] for leaf in fits.components)
+    return log_weights, centre[None] + (centre_again[None] + unit * means), unit * factors
 
 
-def _initial(key: Array, samples: _Samples, num: int) -> Components:
-    """The components of k-means clusters."""
-    centres = k_means(key, samples.points, samples.weights, num=num)
-    return _m_step(samples, assigned_masses(samples.points, samples.weights, centres))
-
-
-def _run_em(samples: _Samples, start: Components) -> _Fit:
+def _run_em(points: Float[Array, "n d"], weights: Float[Array, " n"], start: Components) -> _Fit:
     """EM from `start` until the mean log-likelihood rises by `REST` or less."""
 
     def body_fun(fit: _Fit) -> _Fit:
-        joint = log_densities(samples.points, fit.components) + fit.components.log_weights[None]
+        log_weights, means, factors = fit.components
+        joint = log_densities(points, means, factors) + log_weights[None]
         log_density = jax.nn.logsumexp(joint, axis=1)
-        likelihood = samples.weights @ log_density
-        masses = samples.weights[:, None] * jnp.exp(joint - log_density[:, None])
+        likelihood = weights @ log_density
+        masses = weights[:, None] * jnp.exp(joint - log_density[:, None])
         gain = likelihood - fit.likelihood
-        return _Fit(_m_step(samples, masses), likelihood, gain, fit.rounds + 1)
+        return _Fit(_m_step(points, masses), likelihood, gain, fit.rounds + 1)
 
     def cond_fun(fit: _Fit) -> Array:
         result: Array = (fit.rounds < MOST) & ((fit.rounds < 2) | (fit.gain > REST))
         return result
 
-    low = jnp.full((), -jnp.inf, samples.points.dtype)
+    low = jnp.full((), -jnp.inf, points.dtype)
     initial = _Fit(start, low, -low, jnp.array(0, jnp.int32))
-    final: _Fit = while_loop(cond_fun, body_fun, initial, samples)
+    final: _Fit = while_loop(cond_fun, body_fun, initial, points, weights)
     return final
 
 
-def _m_step(samples: _Samples, masses: Float[Array, "n K"]) -> Components:
+def _m_step(points: Float[Array, "n d"], masses: Float[Array, "n K"]) -> Components:
     """The M step: the components of largest likelihood, given the mass aₙrₙₖ of each sample at
     each component (its weight times its responsibility)."""
     total = masses.sum(0)
     safe = jnp.where(total > 0, total, 1)
-    means = masses.T @ samples.points / safe[:, None]
+    means = masses.T @ points / safe[:, None]
 
     def covariance(mass: Float[Array, " n"], mean: Float[Array, " d"]) -> Float[Array, "d d"]:
-        gaps = samples.points - mean[None]
+        gaps = points - mean[None]
         return gaps.T @ (mass[:, None] * gaps)
 
     covariances = jax.vmap(covariance)(masses.T, means) / safe[:, None, None]
     traces = jnp.trace(covariances, axis1=1, axis2=2)
     floor = FLOOR + ROUNDING * jnp.finfo(means.dtype).eps * traces
-    diagonal = jnp.eye(samples.points.shape[1], dtype=means.dtype)
+    diagonal = jnp.eye(points.shape[1], dtype=means.dtype)
     covariances = covariances + floor[:, None, None] * diagonal[None]
-    return Components(safe_log(total), means, cholesky(covariances))
+    return safe_log(total), means, cholesky(covariances)
 
 
-def log_densities(points: Float[Array, "n d"], components: Components) -> Float[Array, "n K"]:
+def log_densities(
+    points: Float[Array, "n d"], means: Float[Array, "K d"], factors: Float[Array, "K d d"]
+) -> Float[Array, "n K"]:
     """Log-densities log N(xₙ; mₖ, LₖLₖᵀ) in nats, for lower triangular Lₖ."""
 
     def of_component(mean: Float[Array, " d"], factor: Float[Array, "d d"]) -> Float[Array, " n"]:
@@ -130,5 +120,5 @@ def log_densities(points: Float[Array, "n d"], components: Components) -> Float[
         logs: Array = -(whitened * whitened).sum(0) / 2 - log_volume - constant
         return logs
 
-    result: Array = jax.vmap(of_component)(components.means, components.factors).T
+    result: Array = jax.vmap(of_component)(means, factors).T
     return result

@@ -17,7 +17,7 @@ from jdam._measures.base import Measure, with_leaves
 from jdam._measures.batches import join
 from jdam._measures.moments import covariance_root, moments
 from jdam._measures.ragged import build, check_ragged
-from jdam._measures.simplex import simplex_weights, uniform_weights
+from jdam._measures.simplex import weighted
 
 #: Advice in error messages about lists of arrays of different shapes.
 RAGGED = "jdam.Gaussian.from_ragged_samples takes different numbers of samples"
@@ -127,14 +127,7 @@ class Gaussian(Measure):
         **Raises:** as `Gaussian`; `ValueError` for weights that are negative or do not sum to
         one.
         """
-        samples = checks.float_array("samples", samples, ragged=RAGGED)
-        if samples.ndim < 2 or 0 in samples.shape[-2:]:
-            raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
-        checks.finite("samples", samples)
-        if weights is None:
-            weights = uniform_weights(samples)
-        weights = simplex_weights(weights, samples=samples)
-        return cls(*moments(samples, weights))
+        return cls(*moments(*weighted("samples", samples, weights, RAGGED)))
 
     @classmethod
     def from_ragged_samples(

@@ -21,14 +21,14 @@ def k_means(
     """The centres of `num` clusters. Initial centres are points, each drawn with probability
     proportional to its weight times its squared distance from the centres before it."""
     keys = jax.random.split(key, num)
-    first = points[_draw_index(keys[0], weights)]
+    first = points[jax.random.categorical(keys[0], safe_log(weights))]
 
     def add_centre(i: Int[Array, ""], centres: Float[Array, "K d"]) -> Float[Array, "K d"]:
         is_set = jnp.arange(num, dtype=jnp.int32) < i
         squares = jnp.where(is_set[None], _squared_distances(points, centres), jnp.inf).min(1)
         # With fewer distinct points than clusters all distances vanish at some point.
         odds = jnp.where((weights * squares).sum() > 0, weights * squares, weights)
-        return centres.at[i].set(points[_draw_index(keys[i], odds)])
+        return centres.at[i].set(points[jax.random.categorical(keys[i], safe_log(odds))])
 
     def lloyd_step(centres: Float[Array, "K d"]) -> Float[Array, "K d"]:
         masses = assigned_masses(points, weights, centres)
@@ -47,10 +47,6 @@ def assigned_masses(
     """The weight of each point in the column of its nearest centre, 0 in the others."""
     nearest = _squared_distances(points, centres).argmin(1)
     return weights[:, None] * jax.nn.one_hot(nearest, len(centres), dtype=centres.dtype)
-
-
-def _draw_index(key: Array, odds: Float[Array, " n"]) -> Int[Array, ""]:
-    return jax.random.categorical(key, safe_log(odds))
 
 
 def _squared_distances(

@@ -19,7 +19,7 @@ from jdam._measures.base import Measure, with_leaves
 from jdam._measures.em import Components, fit_mixture, log_densities
 from jdam._measures.gaussian import Gaussian
 from jdam._measures.moments import factor_of, weighted_mean
-from jdam._measures.simplex import free_weights, simplex_weights, uniform_weights, weights_of
+from jdam._measures.simplex import free_weights, simplex_weights, weighted, weights_of
 
 #: Bound on n·K·d, summed over the mixtures of a batch that are fitted at the same time.
 NUMBERS = 2**20
@@ -177,19 +177,13 @@ class GaussianMixture(Measure):
 
         **Raises:** as `Gaussian.from_samples`; `ValueError` for more components than samples.
         """
-        samples = checks.float_array("samples", samples, ragged=RAGGED)
-        if samples.ndim < 2 or 0 in samples.shape[-2:]:
-            raise ValueError(f"samples must have shape (…, n, d), n, d ≥ 1; got {samples.shape}")
-        checks.finite("samples", samples)
+        samples, weights = weighted("samples", samples, weights, RAGGED)
         num = checks.positive_int("num_components", num_components)
         if num > samples.shape[-2]:
             raise ValueError(
                 f"num_components must be at most n = {samples.shape[-2]}, the number of samples; "
                 f"got {num}"
             )
-        if weights is None:
-            weights = uniform_weights(samples)
-        weights = simplex_weights(weights, samples=samples)
         return cls(*_fit(samples, weights, key, num_components=num))
 
 
@@ -221,10 +215,8 @@ def _fit(
 
     at_once = max(1, NUMBERS // (num * num_components * dim))
     components = map_in_batches(fit_one, at_once, flat)
-    weights = jax.nn.softmax(components.log_weights)
-    leaves = weights, components.means, components.factors
-    weights, means, factors = (leaf.reshape(*batch, *leaf.shape[1:]) for leaf in leaves)
-    return weights, means, factors
+    log_weights, means, factors = (leaf.reshape(*batch, *leaf.shape[1:]) for leaf in components)
+    return jax.nn.softmax(log_weights), means, factors
 
 
 @compiled()
@@ -232,9 +224,8 @@ def _log_density(mixture: GaussianMixture, x: Float[Array, "*points d"]) -> Floa
     logs = safe_log(mixture.weights)
     missing = max(0, mixture.dim - mixture.rank)
     rows = jnp.pad(mixture.factors, [(0, 0), (0, 0), (0, missing)]).mT
-    components = Components(logs, mixture.means, triangle(rows).mT)
     points = x.reshape(-1, mixture.dim)
-    joint = log_densities(points, components) + logs[None]
+    joint = log_densities(points, mixture.means, triangle(rows).mT) + logs[None]
     joint = jnp.where(mixture.weights[None] > 0, joint, -jnp.inf)
     log_density: Array = jax.nn.logsumexp(joint, axis=1)
     return log_density.reshape(x.shape[:-1])

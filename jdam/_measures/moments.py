@@ -93,7 +93,7 @@ def _basis_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tup
 def _pseudo_inverse(factor: Float[Array, "*batch d d"]) -> Float[Array, "*batch d d"]:
     """The pseudo-inverse L⁺, without derivative."""
     left, values, right = svd(jax.lax.stop_gradient(factor))
-    threshold = max(factor.shape) * float(jnp.finfo(factor.dtype).eps) * values[..., :1]
+    threshold = factor.shape[-1] * float(jnp.finfo(factor.dtype).eps) * values[..., :1]
     nonzero = values > threshold
     inverse = jnp.where(nonzero, 1 / jnp.where(nonzero, values, 1), 0)
     result: Array = right.mT @ (inverse[..., None] * left.mT)

@@ -14,7 +14,7 @@ from jdam._core import checks
 from jdam._measures.base import Measure, with_leaves
 from jdam._measures.moments import weighted_mean
 from jdam._measures.ragged import build, check_ragged, rows_of_groups, with_arrays
-from jdam._measures.simplex import free_weights, simplex_weights, uniform_weights, weights_of
+from jdam._measures.simplex import free_weights, weighted, weights_of
 
 RAGGED = "jdam.PointCloud.from_ragged takes clouds of different sizes"
 
@@ -56,14 +56,8 @@ class PointCloud(Measure):
         weights: ArrayLike | None = None,
         features: ArrayLike | None = None,
     ):
-        points = checks.float_array("points", points, ragged=RAGGED)
-        if points.ndim < 2 or 0 in points.shape[-2:]:
-            raise ValueError(f"points must have shape (…, n, d), n, d ≥ 1; got {points.shape}")
-        checks.finite("points", points)
-        if weights is None:
-            weights = uniform_weights(points)
-        self.points, self.weights = points, simplex_weights(weights, points=points)
-        self.features = None if features is None else _checked_features(features, points)
+        self.points, self.weights = weighted("points", points, weights, RAGGED)
+        self.features = None if features is None else _checked_features(features, self.points)
 
     @property
     def mean(self) -> Float[Array, "*batch d"]:
@@ -163,6 +157,13 @@ def _checked_features(features: ArrayLike, points: Array) -> Array:
         raise ValueError(f"features must have shape {expected}; got {array.shape}{cure}")
     checks.finite("features", array)
     return array
+
+
+def variance(cloud: PointCloud) -> Float[Array, " *batch"]:
+    """The trace Σ aⱼ|xⱼ − mean|² of the covariance."""
+    centred = cloud.points - cloud.mean[..., None, :]
+    squares = jnp.where(cloud.weights > 0, jnp.vecdot(centred, centred), 0)
+    return jnp.vecdot(cloud.weights, squares)
 
 
 def unchecked(points: Array, weights: Array) -> PointCloud:

@@ -15,6 +15,29 @@ from jdam._core.compile import working_dtype
 from jdam._core.linalg import safe_log
 
 
+def weighted(
+    name: str, points: ArrayLike, weights: ArrayLike | None, ragged: str
+) -> tuple[Array, Array]:
+    """Points (…, n, d) and their weights (…, n), uniform if None, as checked arrays.
+
+    **Arguments:**
+
+    - `name`: the name of the points in messages.
+    - `points`, `weights`: as above.
+    - `ragged`: advice in the message for lists of arrays of different shapes.
+
+    **Raises:** `TypeError` for dtypes that are not floating or differ; `ValueError` for another
+    shape and, where values are concrete, for points that are not finite and for weights that are
+    not on the simplex.
+    """
+    array = checks.float_array(name, points, ragged=ragged)
+    if array.ndim < 2 or 0 in array.shape[-2:]:
+        raise ValueError(f"{name} must have shape (…, n, d), n, d ≥ 1; got {array.shape}")
+    checks.finite(name, array)
+    weights = uniform_weights(array) if weights is None else weights
+    return array, simplex_weights(weights, **{name: array})
+
+
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
     """`weights` as an array (…, n), checked to be ≥ 0 and to sum to one for each measure.
 

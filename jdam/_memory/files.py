@@ -28,7 +28,7 @@ from jdam._memory.cells import Cells
 from jdam._memory.encoding import OWN, decode, encode, name_of
 from jdam._memory.memory import Memory, check_memory
 from jdam._memory.prepared import in_dtype, prepare
-from jdam._memory.sharding import parts_of
+from jdam._memory.sharding import layout_of
 
 #: The format in the header, and its version; newer versions are refused.
 FORMAT, VERSION = "jdam", 1
@@ -241,19 +241,19 @@ def _read_parts(
     """Return the memory in equal parts along an axis of a mesh, without its free slots and its
     cells."""
     size = decode(description["size"], partial(whole_array, file), classes)
-    parts = parts_of(mesh, axis, description["places"] if size is None else int(size))
+    layout = layout_of(mesh, axis, description["places"] if size is None else int(size))
 
     def array(name: str) -> Array:
         if name.split(".")[0] not in ROWS:
-            everywhere: Array = parts.everywhere(whole_array(file, name))
+            everywhere: Array = layout.everywhere(whole_array(file, name))
             return everywhere
         _check_dtype(name, file.get_slice(name)[:1])
-        return parts.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
+        return layout.rows(file.get_slice(name), fill=-np.inf if name == "log_prior" else None)
 
     fields = fields_of(description | {"size": None, "cells": None}, array, classes)
-    memory = _checked(Memory(**fields, layout=parts.layout))
+    memory = _checked(Memory(**fields, layout=layout))
     prior = memory.log_prior
-    prior = parts.prior(None, memory.dtype) if prior is None else prior
+    prior = layout.prior(None, memory.dtype) if prior is None else prior
     return dataclasses.replace(memory, log_prior=prior)
 
 

@@ -16,14 +16,13 @@ from jdam._core.batching import batch_size
 from jdam._core.compile import float_dtype, working_dtype
 from jdam._core.mesh import Layout
 from jdam._core.progress import check_progress
-from jdam._measures.base import AnyMeasure, Measure, any_of, describe
+from jdam._measures.base import AnyMeasure, Measure, check_like, describe
 from jdam._measures.batches import as_batch, as_row, join
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory import filling, slots
+from jdam._memory import slots
 from jdam._memory.cells import Cells, index_of
-from jdam._memory.checked import check_against, length_or_capacity
 from jdam._memory.prepared import checked_prior, fingerprint, in_dtype, prepare, units
 from jdam._memory.values import checked_values, values_for
 from jdam.geometry import Bures, Euclidean, Geometry, MixtureWasserstein
@@ -95,22 +94,23 @@ class Memory(eqx.Module):
         return self.size is None or checks.is_concrete(self.size)
 
     @property
+    def length_or_capacity(self) -> int:
+        """The number of patterns if it is known, else that of slots."""
+        return len(self) if self.size_is_known else self.capacity
+
+    @property
     def occupied(self) -> Bool[Array, " N"] | None:
         """A mask of the slots that hold patterns; None if all do."""
-        if self.size is None:
-            return None
-        return jnp.arange(self.capacity, dtype=jnp.int32) < self.size
+        return None if self.size is None else jnp.arange(self.capacity, dtype=jnp.int32) < self.size
 
     def __getitem__(self, index: Any) -> AnyMeasure:
-        whole = isinstance(index, int | np.integer)
-        if not checks.is_concrete(index) or (whole and not self.size_is_known):
+        if isinstance(index, int | np.integer):
+            slot = slots.checked_index(self, int(index))
+        elif not checks.is_concrete(index):
             slot = self.from_start(index)
-            return jax.tree.map(lambda leaf: leaf[slot], self.patterns)
-        num = len(self)
-        checks.index(index, num, "a memory")
-        if whole:
-            return jax.tree.map(lambda leaf: leaf[index % num], self.patterns)
-        return jax.tree.map(lambda leaf: leaf[:num][index], self.patterns)  # shards are padded
+        else:  # shards are padded
+            return jax.tree.map(lambda leaf: leaf[: len(self)][index], self.patterns)
+        return jax.tree.map(lambda leaf: leaf[slot], self.patterns)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -201,7 +201,7 @@ class Memory(eqx.Module):
                 f"patterns must be at most {room}, for which the memory has room, of its capacity "
                 f"{self.capacity}; got {count}: memory.reserve({2 * self.capacity}) doubles it"
             )
-        appended: Memory = slots.append(self, filling.as_large(self, patterns), values, prior)
+        appended: Memory = slots.append(self, slots.as_large(self, patterns), values, prior)
         return appended
 
     def replace(
@@ -225,7 +225,7 @@ class Memory(eqx.Module):
                 f"indices must be {batch_size(patterns)}, one for each of patterns; "
                 f"got shape {index.shape}"
             )
-        filled = filling.as_large(self, patterns)
+        filled = slots.as_large(self, patterns)
         values = None if values is None else values_for(self, values, index.size)
         changed: Memory = slots.replace(self, index.reshape(-1), filled, values)
         return changed
@@ -276,10 +276,9 @@ class Memory(eqx.Module):
         """
         self._check_in_one_piece()
         capacity = checks.positive_int("capacity", capacity)
-        if capacity < length_or_capacity(self):
-            raise ValueError(f"capacity must be ≥ N = {length_or_capacity(self)}; got {capacity}")
-        larger = filling.enlarge(self, sizes) if sizes else self
-        resized: Memory = slots.reserve(larger, capacity)
+        if capacity < self.length_or_capacity:
+            raise ValueError(f"capacity must be ≥ N = {self.length_or_capacity}; got {capacity}")
+        resized: Memory = slots.reserve(slots.enlarge(self, sizes) if sizes else self, capacity)
         return resized
 
     def _check_in_one_piece(self) -> None:
@@ -297,7 +296,7 @@ class Memory(eqx.Module):
             except ValueError:
                 raise of_batch from None
             patterns = as_row(patterns)
-        check_against(self, "patterns", any_of(patterns))
+        check_like("patterns", patterns, self.patterns, "the memory")
         patterns = self.geometry.match(patterns, self.patterns)
         for leaf in jax.tree.leaves(patterns):
             checks.finite("patterns", leaf)

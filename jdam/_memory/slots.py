@@ -1,4 +1,5 @@
-"""Compiled changes of a memory that keep all array shapes, except for `reserve`."""
+"""Slots of a memory: compiled changes that keep all array shapes, except for `reserve`; indices;
+and padding of patterns to the sizes of one memory, which does not change the measures."""
 
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import batch_size
-from jdam._measures.base import AnyMeasure
+from jdam._measures.base import AnyMeasure, Measure, describe
 from jdam._memory.cells import (
     Cells,
     embedded,
@@ -144,6 +145,20 @@ def size_of(memory: "Memory") -> Int[Array, ""]:
     return jnp.asarray(memory.capacity if memory.size is None else memory.size, jnp.int32)
 
 
+def checked_index(memory: "Memory", index: Any) -> Any:
+    """Return an index ≥ 0; raise `TypeError` unless it is one integer, and `IndexError` unless it
+    is that of a pattern, or of a slot if the number of patterns is traced.
+    """
+    if not np.issubdtype(getattr(index, "dtype", type(index)), np.integer) or np.ndim(index):
+        raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
+    if not checks.is_concrete(index):
+        return memory.from_start(index)
+    checks.index(int(index), memory.length_or_capacity, "a memory")
+    if not memory.size_is_known:
+        return memory.from_start(index)
+    return np.int32(int(index) % len(memory))  # jnp would compile
+
+
 def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
     """Return indices ≥ 0; raise `IndexError` unless they are those of patterns, if that is
     known.
@@ -161,6 +176,42 @@ def checked_indices(memory: "Memory", indices: int | ArrayLike) -> Any:
             f"indices must be in [−N, N), N = {num}; got {index.min()} to {index.max()}"
         )
     return (index % num).astype(np.int32)
+
+
+def as_large(memory: "Memory", patterns: AnyMeasure) -> AnyMeasure:
+    """Return `patterns`, padded to the sizes of the memory's."""
+    if not isinstance(patterns, Measure):
+        return patterns
+    got, limits = patterns.sizes, memory.patterns.sizes
+    for axis, size in limits.items():
+        if axis not in patterns.padding and got[axis] != size:
+            raise ValueError(
+                f"patterns must have {axis} = {size}, as the memory's; got {got[axis]}"
+            )
+    larger = [axis for axis in limits if got[axis] > limits[axis]]
+    if larger:
+        expected = ", ".join(f"{axis} ≤ {limits[axis]}" for axis in larger)
+        sizes = ", ".join(f"{axis}={got[axis]}" for axis in larger)
+        raise ValueError(
+            f"patterns must have {expected}, for which the memory has room; got {sizes}: "
+            f"memory.reserve({memory.capacity}, {sizes}) makes room"
+        )
+    return patterns.padded(**{axis: limits[axis] for axis in patterns.padding})
+
+
+def enlarge(memory: "Memory", sizes: dict[str, int]) -> "Memory":
+    """Return the memory with each pattern padded to `sizes` and prepared again."""
+    possible = tuple(getattr(memory.patterns, "padding", ()))
+    for axis, size in sizes.items():
+        if axis not in possible:
+            expected = f"some of {possible}" if possible else "left out"
+            kind = describe(memory.patterns)
+            raise ValueError(f"sizes must be {expected} for {kind}; got {axis}={size!r}")
+        checks.int_at_least(memory.patterns.sizes[axis], axis, size)
+    patterns = memory.patterns.padded(**sizes)
+    prepared, marks = prepare(patterns, memory.geometry)
+    valid = memory.validated()  # whose cells are NaN if they are those of other patterns
+    return replaced(valid, patterns=patterns, prepared=prepared, fingerprint=marks)
 
 
 def _rows(memory: "Memory") -> tuple[PyTree, ...]:

@@ -16,7 +16,6 @@ from jdam._energy.energy import weigh
 from jdam._energy.separation import LogSumExp, Separation
 from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.batches import as_batch
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory, check_memory, store
 from jdam._memory.values import name_of
 from jdam._recall.recall import recall
@@ -107,9 +106,9 @@ def _for_values(
     memory: Memory, values: Array | Memory, weights: Float[Array, " N"]
 ) -> Float[Array, " V"]:
     """Return the weights, (slots of the memory,), padded or cut to the slots of the values."""
-    patterns = length_or_capacity(memory)
+    patterns = memory.length_or_capacity
     if isinstance(values, Memory):
-        num_slots, count = values.capacity, length_or_capacity(values)
+        num_slots, count = values.capacity, values.length_or_capacity
     else:
         num_slots = count = len(values)
     # The last parts of a sharded memory are padded, and its values with them.

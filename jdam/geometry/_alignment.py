@@ -11,7 +11,7 @@ from jdam._core.lapack import eigh
 from jdam._core.linalg import nearest_rotation, polar, safe_log, safe_sqrt, squared_norm
 from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.mixture import GaussianMixture
-from jdam._measures.point_cloud import PointCloud, unchecked
+from jdam._measures.point_cloud import PointCloud, unchecked, variance
 from jdam.geometry._poses import Pose, where_rows
 
 #: The largest factor between a scale and the ratio of the sizes of query and pattern.
@@ -199,13 +199,6 @@ def displacement(problem: Problem, old: Pose, new: Pose) -> Float[Array, "B W"]:
     shift = jnp.matvec(linear, problem.centres[:, None]) + new.translation - old.translation
     rotated = jnp.square(linear).sum((-2, -1)) * problem.sizes[:, None]
     return jnp.sqrt(rotated + jnp.vecdot(shift, shift))
-
-
-def variance(cloud: PointCloud) -> Float[Array, " *batch"]:
-    """Compute Σ aⱼ|xⱼ − mean|²."""
-    centred = cloud.points - cloud.mean[..., None, :]
-    squares = jnp.where(cloud.weights > 0, jnp.vecdot(centred, centred), 0)
-    return jnp.vecdot(cloud.weights, squares)
 
 
 def check_landmarks(name: str, measure: AnyMeasure, batch_ndim: int) -> Float[Array, "*batch n d"]:

@@ -9,7 +9,8 @@ from jaxtyping import Float, PyTree
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.lapack import eigh
 from jdam._core.linalg import safe_sqrt
-from jdam.geometry._alignment import Group, atoms_of, variance
+from jdam._measures.point_cloud import variance
+from jdam.geometry._alignment import Group, atoms_of
 from jdam.geometry._poses import Pose
 from jdam.geometry.protocol import AnyView, Patterns
 

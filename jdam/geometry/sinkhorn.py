@@ -22,7 +22,7 @@ from jdam._entropic.problem import Pair, SinkhornOutput
 from jdam._entropic.transport import solve_pair
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
-from jdam._measures.point_cloud import PointCloud
+from jdam._measures.point_cloud import PointCloud, variance
 from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
@@ -338,8 +338,7 @@ class Sinkhorn(SHKGeometry):
         """Return the rounding error of S_ε between clouds of this size, or the inner solver's if
         larger."""
         eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
-        centred = zero_padding(patterns.points - patterns.mean[:, None], patterns.weights)
-        variances = jnp.vecdot(patterns.weights, jnp.vecdot(centred, centred))
+        variances = variance(patterns)
         if self.cost is not None:
             variances = mean_within(self._ground, patterns.points, patterns.weights)
         if self.rho is not None:

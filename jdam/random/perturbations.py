@@ -15,7 +15,7 @@ from jdam._core.linalg import squared_norm
 from jdam._measures.base import AnyMeasure, Measure, with_leaves
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
-from jdam._measures.point_cloud import PointCloud
+from jdam._measures.point_cloud import PointCloud, variance
 from jdam.random._uniform import directions, orthogonal
 
 
@@ -96,7 +96,7 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
     mean_radius, shape_radius = (math.sqrt(s) * radius for s in fractions)
     if isinstance(measure, PointCloud) and where == "both":
         # A cloud that is one point has no covariance to change, and is translated by all of radius.
-        point = _variance(measure) == 0
+        point = variance(measure) == 0
         mean_radius, shape_radius = (
             jnp.where(point, radius, mean_radius),
             jnp.where(point, 0, shape_radius),
@@ -155,9 +155,3 @@ def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) 
     length = jnp.where(radius <= separation / 2, radius, jnp.nan)[..., None, None]
     shift = length * directions(key, cloud.points.shape, cloud.dtype)
     return cloud.with_atoms(cloud.points + shift, cloud.weights)
-
-
-def _variance(cloud: PointCloud) -> Float[Array, " *batch"]:
-    """Return the trace of the covariance."""
-    centred = cloud.points - cloud.mean[..., None, :]
-    return jnp.vecdot(cloud.weights, jnp.vecdot(centred, centred))

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float
 
+from jdam._core.loops import bisect
 from jdam.theory._neighbourhood import Neighbourhood
 
 #: Numbers of bisection steps, and of fixed point iterations.
@@ -43,10 +44,10 @@ def stable_radii(
     single = half == jnp.inf
     half = jnp.where(single, 1, half)
     slope = jax.grad(bound)
-    middle, _ = _bisect(lambda s: slope(s) < 1, jnp.zeros_like(half), half)
+    middle, _ = bisect(lambda s: slope(s) < 1, jnp.zeros_like(half), half, HALVINGS)
     exists = bound(middle) <= middle
-    largest, _ = _bisect(lambda s: bound(s) <= s, middle, half)
-    _, smallest = _bisect(lambda s: bound(s) > s, jnp.zeros_like(half), middle)
+    largest, _ = bisect(lambda s: bound(s) <= s, middle, half, HALVINGS)
+    _, smallest = bisect(lambda s: bound(s) > s, jnp.zeros_like(half), middle, HALVINGS)
     # Bisection has an absolute error; the fixed point iteration reduces the relative error of an s
     # that is much smaller than d.
     smallest = jax.lax.fori_loop(0, DESCENTS, lambda _, s: jnp.minimum(bound(s), s), smallest)
@@ -88,26 +89,11 @@ def least_beta(others: Neighbourhood, condition: Callable[[Array], Array]) -> Fl
     # The upper end of the interval of b d² exceeds the log-odds of the prior.
     most = 1e5 + 2 * jnp.maximum(others.log_odds.max(), 0)
     low, high = jnp.log(jnp.full_like(most, 1e-4)), jnp.log(most)
-    _, log_beta = _bisect(lambda x: ~condition(unit * jnp.exp(x)), low, high)
+    _, log_beta = bisect(lambda x: ~condition(unit * jnp.exp(x)), low, high, HALVINGS)
     # The condition is not evaluated at the result: rounding of another program may decide a
     # comparison this close differently.
     exists = (log_beta < high) & ~duplicate
     return jnp.where(single, 0, jnp.where(exists, unit * jnp.exp(log_beta), jnp.inf))
-
-
-def _bisect(condition: Callable[[Array], Array], low: Array, high: Array) -> tuple[Array, Array]:
-    """Return the ends of the interval in which a `condition` that holds at `low` ceases to hold,
-    after `HALVINGS` bisections of [`low`, `high`].
-    """
-
-    def body_fun(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
-        low, high = ends
-        middle = (low + high) / 2
-        holds = condition(middle)
-        return jnp.where(holds, middle, low), jnp.where(holds, high, middle)
-
-    result: tuple[Array, Array] = jax.lax.fori_loop(0, HALVINGS, body_fun, (low, high))
-    return result
 
 
 def log_mass(others: Neighbourhood, b: Float[Array, ""]) -> Float[Array, ""]:

@@ -22,8 +22,8 @@ from jdam._core.compile import compiled, working_dtype
 from jdam._core.lapack import singular_values
 from jdam._energy.energy import inverse_temperature
 from jdam._measures.gaussian import Gaussian
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory
+from jdam._memory.slots import checked_index
 from jdam.theory._neighbourhood import (
     Neighbourhood,
     check_memory,
@@ -88,7 +88,6 @@ def margins(memory: Memory, radius: ArrayLike) -> Float[Array, " N"]:
 
     **Returns:** squared distances (N,); a margin < 0 proves nothing.
     """
-    check_memory(memory)
     distance = separations(memory)
     radius = _radius(memory, radius, (distance.shape, ()))
     return cost_scale(memory) * distance * (distance - 2 * radius)
@@ -338,13 +337,8 @@ def _one_of(
 ) -> tuple[Array, Array, Array]:
     """Return the checked index of a slot, radius and β of a bound about one pattern."""
     check_memory(memory)
-    index = jnp.asarray(index)
-    if not jnp.issubdtype(index.dtype, jnp.integer) or index.ndim:
-        raise TypeError(f"index must be an int; got {index!r}: use jax.vmap for more")
-    if checks.is_concrete(index):
-        checks.index(int(index), length_or_capacity(memory), "a memory")
-    index = memory.from_start(index)
-    return index, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
+    slot: Array = checked_index(memory, index)
+    return slot, _radius(memory, radius, ((),)), inverse_temperature(memory, beta)
 
 
 def _radius(memory: Memory, radius: ArrayLike, shapes: tuple[tuple[int, ...], ...]) -> Array:

@@ -98,9 +98,7 @@ def _by_distances(
     """Return the proof for squared metrics: whether it succeeds, and the bound on the distance."""
     others = neighbourhood(memory, bounded.nearest, beta)
     b, tol = beta * cost_scale(memory), _margin(memory)
-    prior = (
-        jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
-    )
+    prior = memory.log_weights
     on = prior > -jnp.inf
     bounds = jnp.where(on, bounded.lower + jnp.where(on, prior, 0) / beta, 0) / cost_scale(memory)
     distances = jnp.sqrt(jnp.maximum(bounds, 0))
@@ -125,9 +123,7 @@ def _by_means(
     tol = _margin(memory)
     start = jnp.sqrt(jnp.vdot(shift, shift)) + tol
     highest = bounded.energy + STEPS * memory.magnitudes()[1]
-    prior = (
-        jnp.zeros(memory.capacity, memory.dtype) if memory.log_prior is None else memory.log_prior
-    )
+    prior = memory.log_weights
 
     def logs(a: Array) -> Array:
         """Return upper bounds on the log-weights of the other patterns while |m − mᵢ| ≤ a."""

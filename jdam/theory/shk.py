@@ -21,8 +21,8 @@ from jdam._entropic.c_transform import c_transform
 from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
 from jdam._measures.point_cloud import PointCloud
-from jdam._memory.checked import length_or_capacity
 from jdam._memory.memory import Memory
+from jdam._memory.slots import checked_index
 from jdam.geometry import Sinkhorn
 from jdam.geometry.protocol import Patterns
 from jdam.theory._neighbourhood import check_memory
@@ -62,17 +62,12 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
 
     **Returns:** `ShkConstants`. Features count as additional coordinates.
 
-    **Raises:** `TypeError` for other memories; `IndexError` for an index out of range.
+    **Raises:** `TypeError` for other memories and for an index that is no int; `IndexError` for
+    one that is out of range.
     """
     _check_clouds(memory)
-    index = jnp.asarray(index, jnp.int32)
-    if checks.is_concrete(index):
-        checks.index(int(index), length_or_capacity(memory), "a memory")
-    return _constants(
-        memory,
-        memory.from_start(index),
-        checks.positive("step_size", step_size, working_dtype(memory.dtype)),
-    )
+    step_size = checks.positive("step_size", step_size, working_dtype(memory.dtype))
+    return _constants(memory, checked_index(memory, index), step_size)
 
 
 @compiled()

@@ -277,10 +277,10 @@ def test_what_does_not_fit(rng, patterns):
         (
             plain(patterns[0]),
             memory,
-            r"query must have features \(n, k\) as the patterns have; got none",
+            r"query must have features \(n, k\) as the memory has; got none",
         ),
-        (patterns[0], other, "query must have no features, as the patterns have none; got some"),
-        (fewer, memory, "query must have k = 3 as the patterns have; got k = 2"),
+        (patterns[0], other, "query must have no features, as the memory has none; got some"),
+        (fewer, memory, "query must have the memory's size k = 3; got 2"),
     ):
         with pytest.raises(ValueError, match=message):
             jdam.energy(held, query, BETA)
@@ -289,7 +289,7 @@ def test_what_does_not_fit(rng, patterns):
     message = r"measures\[1\] must have features \(n, k\) as measures\[0\] has; got none"
     with pytest.raises(ValueError, match=message):
         jdam.stack([patterns[0], plain(patterns[0])])
-    with pytest.raises(ValueError, match=r"the size of measures\[0\], k = 3; got 2"):
+    with pytest.raises(ValueError, match=r"measures\[0\]'s size k = 3; got 2"):
         jdam.stack([patterns[0], fewer])
     for bad, error, message in (
         (features[:3], ValueError, r"features must have shape .*; got \(3, 3\)"),

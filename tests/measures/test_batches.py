@@ -57,17 +57,17 @@ def test_memories_of_lists(rng):
         (
             lambda r: [gaussians(r, 1, 2)[0], diagonals(r, 1, 2)[0]],
             TypeError,
-            r"measures\[1\] must be like measures\[0\], of kind Gaussian; got DiagonalGaussian",
+            r"measures\[1\] must be a Gaussian, measures\[0\]'s kind; got DiagonalGaussian",
         ),
         (
             lambda r: [gaussians(r, 1, 2)[0], gaussians(r, 1, 3)[0]],
             ValueError,
-            r"measures\[1\] must have the size of measures\[0\], d = 2; got 3",
+            r"measures\[1\] must have measures\[0\]'s dimension d = 2; got 3",
         ),
         (
             lambda r: [gaussians(r, 1, 2)[0], gaussians(r, 1, 2, dtype=np.float32)[0]],
             TypeError,
-            r"measures\[1\] must have the dtype of measures\[0\], float64; got float32",
+            r"measures\[1\] must have measures\[0\]'s dtype float64; got float32",
         ),
         (lambda r: [vectors(r, 2, 2)], ValueError, r"measures\[0\] must be a vector \(d,\)"),
         (lambda r: [np.arange(2)], TypeError, r"measures\[0\] must be a jdam.Measure or an array"),

@@ -68,7 +68,7 @@ def test_append_refuses_what_does_not_fit(rng, memory):
         memory.append(gaussians(rng, 2, 4))
     with pytest.raises(TypeError, match="patterns must have the memory's dtype float64"):
         memory.append(gaussians(rng, 2, 3, dtype=np.float32))
-    with pytest.raises(TypeError, match="patterns must be a Gaussian like"):
+    with pytest.raises(TypeError, match="patterns must be a Gaussian, the memory's kind; got Diag"):
         memory.append(diagonals(rng, 2, 3))
     with pytest.raises(TypeError, match="patterns must be a jdam.Gaussian"):
         memory.append(vectors(rng, 2, 3))
@@ -188,7 +188,7 @@ def test_bad_input_is_named(rng, store, error, message):
         (
             lambda r: diagonals(r, 1, 3)[0],
             TypeError,
-            "query must be a Gaussian like the memory's patterns",
+            "query must be a Gaussian, the memory's kind; got Diagonal",
         ),
         (lambda r: vectors(r, 1, 3)[0], TypeError, "query must be a jdam.Gaussian"),
         (lambda r: None, TypeError, "query must be a jdam.Gaussian"),

@@ -132,3 +132,5 @@ def test_refusals(memory):
         theory.shk_constants(memory, 0, step_size=0.0)
     with pytest.raises(IndexError, match="index 3 is out of range"):
         theory.shk_constants(memory, 3)
+    with pytest.raises(TypeError, match=r"index must be an int; got 1\.5"):
+        theory.shk_constants(memory, 1.5)
