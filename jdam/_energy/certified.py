@@ -169,6 +169,7 @@ class Mass(Goal):
     """The log-sum-exp sums over the patterns compared, up to the Gibbs mass `tol`."""
 
     beta: Float[Array, ""]
+    total_prior: tuple[Array, Array]  # log max πᵢ and Σ πᵢ / max π, over all patterns
     tol: float = eqx.field(static=True)
     with_pull: bool = eqx.field(static=True)
     may_give_up: bool = eqx.field(static=True)
@@ -179,7 +180,7 @@ class Mass(Goal):
         return LogSumExp().empty(zero_comparison(memory, view, patterns), self.with_pull)
 
     def add(self, result: Sums, comparison: Comparison, block: Block) -> Sums:
-        return LogSumExp().accumulate(result, comparison, block, self.beta)
+        return LogSumExp().accumulate(result, comparison, block, self.beta, self.total_prior[0])
 
     def shifted(self, bounds: Array, log_prior: Array | None) -> Array:
         return with_prior(bounds, log_prior, self.beta)
@@ -226,7 +227,7 @@ def _evaluate(
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
     if memory.cells is not None:
         neglected = jnp.where(jnp.isnan(memory.cells.radii).any(), jnp.nan, neglected)
-    evaluation = LogSumExp().finish(total, total_prior(memory), beta, view, state.guess)
+    evaluation = LogSumExp().finish(total, goal.total_prior, beta, view, state.guess)
     return evaluation._replace(neglected=neglected), state.picked.reshape(-1)
 
 
@@ -249,7 +250,7 @@ def _search(
     def explore(goal: Mass, rounds: int) -> Explored:
         return branch_and_bound(goal, memory, query, view, guess, size=size, rounds=rounds)
 
-    goal = Mass(beta, certified.tol / parts, with_pull, gives_up)
+    goal = Mass(beta, total_prior(memory), certified.tol / parts, with_pull, gives_up)
     if layout is not None:  # the search has no communication
         first = explore(goal, 1).result
         sums = LogSumExp().merge(first._replace(pull=None), beta, layout)
