@@ -7,7 +7,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -32,13 +31,11 @@ from jdam._recall.acceleration import Acceleration, Anderson, TrustRegion
 from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.mapped import recall_from_file
 from jdam._recall.result import Recall
-from jdam._recall.solver import Solver, run
+from jdam._recall.solver import DEFAULT, Solver, run
 from jdam.geometry.protocol import Geometry
 
 #: Delay of the default acceleration: short recalls are then sequences of `step`.
 PLAIN = 8
-#: Value of `tol` for the tolerances of the geometry; None would compile another program.
-DEFAULT = -1.0
 
 
 def step(
@@ -86,7 +83,7 @@ def _batch_size(memory: Memory, *, solver: Solver, **_: Any) -> int | None:
 def _step(
     memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, solver: Solver
 ) -> AnyMeasure:
-    problem = solver.problem(memory, beta, step_size)
+    problem = solver.problem(memory, query, beta, step_size)
     if solver.max_steps:
         return run(solver, query, problem).measure
     evaluation = solver.evaluate(query, problem, solver.search.first_guess(memory))
@@ -328,16 +325,6 @@ def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
     return checks.nonnegative_scalar("tol", tol, dtype)
 
 
-def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
-    """Return the residual at which to stop, and the residual that counts as converged if the recall
-    stagnated: both `tol`, or those of the geometry.
-    """
-    scale, _ = memory.magnitudes()
-    defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
-    if_stagnated, to_stop = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
-    return to_stop, if_stagnated
-
-
 @compiled(static=("solver", "adjoint"), batch_size=_batch_size)
 def _recall(
     memory: Memory,
@@ -350,7 +337,5 @@ def _recall(
     adjoint: Adjoint,
 ) -> Recall:
     tol, max_steps = limits
-    tol, stagnation_tol = tolerances(memory, query, tol)
-    problem = solver.problem(memory, beta, step_size)
-    problem = problem._replace(tol=tol, stagnation_tol=stagnation_tol, max_steps=max_steps)
+    problem = solver.problem(memory, query, beta, step_size, tol=tol, max_steps=max_steps)
     return solver.report(adjoint.run(solver, query, problem), problem)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop
@@ -25,6 +26,8 @@ from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration
 from jdam._recall.result import Recall, Status, Trace, is_mixture
 
+#: Value of `tol` for the tolerances of the geometry; None would compile another program.
+DEFAULT = -1.0
 #: Number of stagnated steps in a row after which a recall ends. With 1, 2 of 24 recalls of outlines
 #: with ρ end too early: a single stagnated step may follow a rejected proposal.
 PATIENCE = 3
@@ -82,13 +85,27 @@ class Solver:
     acceleration: Acceleration | None = None
     save_trace: bool = False
 
-    def problem(self, memory: Memory, beta: Array, step_size: Array) -> Problem:
-        """Return the problem of `max_steps` steps with tolerance 0."""
-        _, resolution = memory.magnitudes()
+    def problem(
+        self,
+        memory: Memory,
+        query: AnyMeasure,
+        beta: Array,
+        step_size: Array,
+        *,
+        tol: ArrayLike = 0,
+        max_steps: Array | None = None,
+    ) -> Problem:
+        """Return the problem of at most `max_steps` steps, None for as many as the settings say.
+        `tol` is a tolerance ≥ 0 or `DEFAULT`.
+        """
+        scale, resolution = memory.magnitudes()
         # Energies have errors from rounding and from the mass that the search may neglect.
-        resolution = jax.lax.stop_gradient(jnp.maximum(resolution, self.search.tolerance / beta))
-        most, zero = jnp.array(self.max_steps, jnp.int32), jnp.zeros_like(beta)
-        return Problem(memory, beta, step_size, zero, zero, most, resolution)
+        resolution = jnp.maximum(resolution, self.search.tolerance / beta)
+        defaults = memory.geometry.tolerances(query, scale)
+        defaults, resolution = jax.lax.stop_gradient((defaults, resolution))
+        stagnation_tol, tol = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
+        max_steps = jnp.array(self.max_steps, jnp.int32) if max_steps is None else max_steps
+        return Problem(memory, beta, step_size, tol, stagnation_tol, max_steps, resolution)
 
     def start(self, query: AnyMeasure, problem: Problem, *, record: bool = False) -> State:
         """Return the state before the query is evaluated, with infinite energy."""
