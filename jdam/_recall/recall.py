@@ -19,7 +19,7 @@ from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import on_local_shards
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.certified import choose
-from jdam._energy.energy import fit_queries, fit_query, inverse_temperature
+from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, positive_for
 from jdam._energy.pairs import TILES
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
@@ -67,7 +67,7 @@ def step(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    step_size = _positive(memory, "step_size", step_size)
+    step_size = positive_for(memory, "step_size", step_size)
     check_separation(separation)
     # Where full steps never raise the energy, the candidate is not evaluated.
     solver = Solver(Exhaustive(), separation, max_steps=min(memory.geometry.max_backtracks, 1))
@@ -88,10 +88,6 @@ def _step(
         return run(solver, query, problem).measure
     evaluation = solver.evaluate(query, problem, solver.search.first_guess(memory))
     return solver.move(query, evaluation, problem)
-
-
-def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
-    return checks.positive(name, value, working_dtype(memory.dtype))
 
 
 def recall(
@@ -150,7 +146,7 @@ def recall(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    step_size = _positive(memory, "step_size", step_size)
+    step_size = positive_for(memory, "step_size", step_size)
     tol = check_tolerance(memory, tol)
     max_steps = memory.geometry.default_steps if max_steps is None else max_steps
     max_steps = checks.positive_int("max_steps", max_steps)
@@ -251,7 +247,7 @@ def recall_batch(
         )
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
-    step_size = _positive(memory, "step_size", step_size)
+    step_size = positive_for(memory, "step_size", step_size)
     tol = None if tol is None else check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
     progress = check_progress(progress)
@@ -318,11 +314,11 @@ def _recall_batch(
 
 def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
     """Return `tol` as a checked scalar ≥ 0; for None `DEFAULT`."""
-    dtype = working_dtype(memory.dtype)
     if tol is None:
-        default: Array = jax.device_put(np.asarray(DEFAULT, dtype))  # `jnp` would compile
+        number = np.asarray(DEFAULT, working_dtype(memory.dtype))
+        default: Array = jax.device_put(number)  # `jnp` would compile
         return default
-    return checks.nonnegative_scalar("tol", tol, dtype)
+    return positive_for(memory, "tol", tol, or_zero=True)
 
 
 @compiled(static=("solver", "adjoint"), batch_size=_batch_size)
