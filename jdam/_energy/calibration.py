@@ -148,22 +148,15 @@ def calibrate(
     indices of patterns, or labels that no pattern has; `TypeError` for another `search`.
     """
     queries = fit_queries(memory, queries)
-    search = _available_search(search, memory)
+    search = choose(search, memory, LogSumExp())
+    if memory.layout is not None or not bounds_of(memory):
+        search = Exhaustive()
     beta = inverse_temperature(memory, beta)
     if batch_size(queries) == 0:
         raise ValueError("queries must hold at least one query; got 0")
     target_indices, classes = resolve_targets(memory, targets, pattern_labels, batch_size(queries))
     scores, distances = _scores(memory, queries, beta, target_indices, classes, search=search)
     return Calibration(memory, beta, jnp.sort(scores), jnp.sort(distances), classes, search)
-
-
-def _available_search(search: Search | None, memory: Memory) -> Search:
-    """Return the search, or an exhaustive one if the memory has no bounds."""
-    search = choose(search, memory, LogSumExp())
-    if not isinstance(search, Exhaustive | Certified):
-        kinds = "jdam.Exhaustive() or jdam.Certified()"
-        raise TypeError(f"search must be {kinds}, or None; got {search!r}")
-    return search if memory.layout is None and bounds_of(memory) else Exhaustive()
 
 
 class _ScoreBounds(NamedTuple):

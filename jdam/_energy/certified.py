@@ -147,8 +147,10 @@ class Certified(Search):
 
 
 def choose(search: Search | None, memory: Memory, separation: Separation) -> Search:
-    """Return `search`, or for None the one that suits the memory."""
+    """Return `search`, checked, or for None the one that suits the memory."""
     if search is not None:
+        if not isinstance(search, Search):
+            raise TypeError(f"search must be one of jdam's, as jdam.Exhaustive(); got {search!r}")
         return search
     pays = (
         memory.capacity >= MANY

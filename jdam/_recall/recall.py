@@ -152,10 +152,8 @@ def recall(
     max_steps = checks.positive_int("max_steps", max_steps)
     check_separation(separation)
     search = choose(search, memory, separation)
-    for name, value, kind in (("search", search, Search), ("adjoint", adjoint, Adjoint)):
-        if not isinstance(value, kind):
-            example = "Unrolled" if kind is Adjoint else "Exhaustive"
-            raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint must be one of jdam's, as jdam.Unrolled(); got {adjoint!r}")
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
     # One compiled program serves all numbers of steps up to a power of two.
