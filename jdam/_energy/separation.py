@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import repeat
@@ -276,6 +276,12 @@ def heaviest(
     on = True if log_prior is None else log_prior != -jnp.inf
     candidates = jnp.where((weights == weights.max()) & on, divergences, jnp.inf)
     return candidates.argmin().astype(jnp.int32)
+
+
+def is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """Return whether the largest weight is at most one half, up to rounding."""
+    result: Array = weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
+    return result
 
 
 def with_prior(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:

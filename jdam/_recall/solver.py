@@ -20,11 +20,11 @@ from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import scan
 from jdam._energy.evaluation import Evaluation
 from jdam._energy.search import Search
-from jdam._energy.separation import Separation
+from jdam._energy.separation import Separation, is_mixture
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration
-from jdam._recall.result import Recall, Status, Trace, is_mixture
+from jdam._recall.result import Recall, Status, Trace
 
 #: Value of `tol` for the tolerances of the geometry; None would compile another program.
 DEFAULT = -1.0
