@@ -45,17 +45,11 @@ class Problem(NamedTuple):
     energy_tolerance: Float[Array, ""]  # the absolute tolerance of the energy
 
 
-class Attempt(NamedTuple):
-    """How a candidate was proposed."""
-
-    backtracks: Int[Array, "*T"]  # the argument of `Geometry.backtrack`
-    accelerated: Bool[Array, "*T"]  # whether the acceleration proposed it
-
-
 class Record(NamedTuple):
     """The decisions of the loop at each step, for the derivative; leaves lead with (T + 1,)."""
 
-    attempt: Attempt
+    backtracks: Int[Array, " T"]  # `backtracks` and `accelerated` of the state before the step
+    accelerated: Bool[Array, " T"]
     moved: Bool[Array, " T"]  # whether the measure became the candidate
     guess: PyTree  # warm start of the same evaluation in `retrace`
 
@@ -69,7 +63,8 @@ class State(NamedTuple):
     stagnated: Int[Array, ""]  # number of steps in a row in which neither energy nor residual fell
     num_steps: Int[Array, ""]  # accepted steps; −1 before the query is evaluated
     candidate: AnyMeasure  # the measure to evaluate next
-    attempt: Attempt
+    backtracks: Int[Array, ""]  # of the candidate: the argument of `Geometry.backtrack`
+    accelerated: Bool[Array, ""]  # whether the acceleration proposed the candidate
     history: PyTree = None  # of the acceleration
     trace: Trace | None = None
     record: Record | None = None  # if `_run_jvp` needs it
@@ -110,7 +105,8 @@ class Solver:
     def start(self, query: AnyMeasure, problem: Problem, *, record: bool = False) -> State:
         """Return the state before the query is evaluated, with infinite energy."""
         beta, guess = problem.beta, self.search.first_guess(problem.memory)
-        evaluation = _zeros(jax.eval_shape(self.evaluate, query, problem, guess))
+        shapes = jax.eval_shape(self.evaluate, query, problem, guess)
+        evaluation = jax.tree.map(jnp.zeros_like, shapes)
         infinite, zero, false = (
             jnp.full_like(beta, jnp.inf),
             jnp.array(0, jnp.int32),
@@ -126,10 +122,11 @@ class Solver:
             stagnated=zero,
             num_steps=zero - 1,
             candidate=query,
-            attempt=Attempt(zero, false),
+            backtracks=zero,
+            accelerated=false,
             history=None if self.acceleration is None else self.acceleration.start(query, beta),
             trace=rows(Trace(beta, beta, query)) if self.save_trace else None,
-            record=rows(Record(Attempt(zero, false), false, guess)) if record else None,
+            record=rows(Record(zero, false, false, guess)) if record else None,
         )
 
     @partial(jax.jit, static_argnums=0)
@@ -174,7 +171,7 @@ class Solver:
         """Evaluate the candidate, accept it or keep the measure, and propose the next candidate."""
         before, state = state, state._replace(trace=None, record=None)
         evaluation = self.evaluate(state.candidate, problem, state.evaluation.guess)
-        residual = _residual(evaluation, problem, state.attempt.backtracks)
+        residual = _residual(evaluation, problem, state.backtracks)
         if self._accepts_all(problem):
             true = jnp.array(True)
             state = self._update(state, evaluation, residual, problem)
@@ -183,12 +180,12 @@ class Solver:
         gain = state.evaluation.shifted_energy - evaluation.shifted_energy
         resolution = _resolution(state, problem)
         first, level = state.num_steps < 0, gain >= -resolution
-        accelerated = state.attempt.accelerated
+        accelerated = state.accelerated
         closer = residual < state.residual  # decides if changes of energy are only rounding
         accepted = first | level & (~accelerated | closer | (gain > resolution))
         moved = first | (gain >= 0) | level & closer
         most = problem.memory.geometry.max_backtracks
-        given_up = ~accelerated & (state.attempt.backtracks >= most)
+        given_up = ~accelerated & (state.backtracks >= most)
         ended = accepted | given_up
         state = self._update_history(state, gain + resolution, accelerated & accepted)
         state = _where(ended, self._update(state, evaluation, residual, problem, moved), state)
@@ -241,7 +238,7 @@ class Solver:
         """
         row = jnp.where(ended, state.num_steps, self.max_steps + 1)  # rows out of range are dropped
         trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
-        record_row = Record(before.attempt, moved, evaluation.guess)
+        record_row = Record(before.backtracks, before.accelerated, moved, evaluation.guess)
 
         def add(table: PyTree, new: PyTree) -> PyTree:
             if table is None:
@@ -257,17 +254,15 @@ class Solver:
         """Return the state with the next candidate. Caution falls by one after a plain step, and
         rises by one after its rejection.
         """
-        backtracks, accelerated = state.attempt
-        change = jnp.where(accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
-        backtracks, false = jnp.maximum(backtracks + change, 0), jnp.zeros_like(accelerated)
+        change = jnp.where(state.accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
+        backtracks = jnp.maximum(state.backtracks + change, 0)
+        false = jnp.zeros_like(state.accelerated)
         plain = self.move(state.measure, state.evaluation, problem, backtracks)
-        state = state._replace(candidate=plain, attempt=Attempt(backtracks, false))
+        state = state._replace(candidate=plain, backtracks=backtracks, accelerated=false)
         if self.acceleration is None:
             return state
         candidate, history = self.acceleration.propose(self, state, problem)
-        faster = state._replace(
-            candidate=candidate, history=history, attempt=Attempt(backtracks, ~false)
-        )
+        faster = state._replace(candidate=candidate, accelerated=~false, history=history)
         proposed: State = _where(ended, faster, state)
         return proposed
 
@@ -276,22 +271,28 @@ class Solver:
         derivative. Without a record all steps are full ones.
         """
 
-        def step(state: State, current: Record | None, following: Attempt | None) -> State:
+        def step(
+            state: State, current: Record | None, following: tuple[Array, Array] | None
+        ) -> State:
             guess = None if current is None else current.guess
             evaluation = self.evaluate(state.candidate, problem, guess)
-            residual = _residual(evaluation, problem, state.attempt.backtracks)
+            residual = _residual(evaluation, problem, state.backtracks)
             if current is not None:
                 gain = state.evaluation.shifted_energy - evaluation.shifted_energy
                 gain = gain + _resolution(state, problem)
-                state = self._update_history(state, gain, current.attempt.accelerated)
+                state = self._update_history(state, gain, current.accelerated)
             state = self._update(state, evaluation, residual, problem)
             if following is None:
                 state = state._replace(candidate=self.move(state.measure, evaluation, problem))
             else:
                 state = self._propose(state, problem, jnp.array(True))
-                plain = self.move(state.measure, evaluation, problem, following.backtracks)
-                candidate = _where(following.accelerated, state.candidate, plain)
-                state = state._replace(candidate=candidate, attempt=following)
+                backtracks, accelerated = following
+                plain = self.move(state.measure, evaluation, problem, backtracks)
+                state = state._replace(
+                    candidate=_where(accelerated, state.candidate, plain),
+                    backtracks=backtracks,
+                    accelerated=accelerated,
+                )
             return _stripped(state)
 
         def body_fun(state: State, rows: PyTree) -> tuple[State, Trace | None]:
@@ -303,7 +304,7 @@ class Solver:
         start = _stripped(self.start(query, problem))._replace(trace=None)
         following = None
         if record is not None:
-            following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, 0), record.attempt)
+            following = jnp.roll(record.backtracks, -1), jnp.roll(record.accelerated, -1)
         remat_body_fun: Any = jax.checkpoint(body_fun, prevent_cse=False)
         rows, length = (record, following), self.max_steps + 1
         end, trace = scan(remat_body_fun, start, rows, problem, length=length)
@@ -361,7 +362,7 @@ def _run_jvp(
     if solver._accepts_all(problem) and solver.search.first_guess(problem.memory) is None:
         result: tuple[State, State] = jvp(partial(solver.retrace, None), primals, tangents)
         return result
-    # The accepted attempts are a piecewise constant function of the arguments.
+    # Which candidates are accepted is a piecewise constant function of the arguments.
     end = solver.descend(solver.start(query, problem, record=True), problem)
     _, tangent = jvp(partial(solver.retrace, end.record), primals, tangents)
     return _stripped(end), tangent
@@ -391,10 +392,6 @@ def _residual(
 
 def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(partial(jnp.where, condition), new, old)
-
-
-def _zeros(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _last_true(*conditions: tuple[Array, Status]) -> Int[Array, ""]:
