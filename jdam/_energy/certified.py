@@ -298,7 +298,6 @@ class Bounded(NamedTuple):
     """Result of `bound_all`."""
 
     nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
-    lowest: Float[Array, ""]  # its D̃
     energy: Float[Array, ""]  # of the candidates alone: an upper bound
     lower: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
     compared: Bool[Array, " N"]
@@ -311,4 +310,4 @@ def bound_all(certified: Certified, memory: Memory, query: AnyMeasure, beta: Arr
     _, state = _search(certified, memory, query, view, beta, with_pull=False)
     sums = state.result
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.bounds, state.compared)
+    return Bounded(sums.nearest.pattern, energy, state.bounds, state.compared)
