@@ -226,22 +226,18 @@ def recall_batch(
 
     **Raises:** as `recall`; `TypeError` for a `progress` that is no bool.
     """
+    settings: dict[str, Any] = {
+        "max_steps": max_steps,
+        "search": search,
+        "adjoint": adjoint,
+        "separation": separation,
+        "acceleration": acceleration,
+        "save_trace": save_trace,
+    }
     if isinstance(memory, MappedMemory):
+        settings |= {"step_size": step_size, "tol": tol, "progress": progress}
         return recall_from_file(
-            memory,
-            queries,
-            beta,
-            recall_batch,
-            batch_size=batch_size,
-            search=search,
-            save_trace=save_trace,
-            max_steps=max_steps,
-            step_size=step_size,
-            tol=tol,
-            adjoint=adjoint,
-            separation=separation,
-            acceleration=acceleration,
-            progress=progress,
+            memory, queries, beta, recall_batch, batch_size=batch_size, **settings
         )
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
@@ -249,16 +245,8 @@ def recall_batch(
     tol = None if tol is None else check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
     progress = check_progress(progress)
-    settings = (
-        ("max_steps", max_steps),
-        ("search", search),
-        ("adjoint", adjoint),
-        ("separation", separation),
-        ("acceleration", acceleration),
-        ("save_trace", save_trace),
-    )
     args = (memory, queries, beta, step_size, tol)
-    static = {"batch_size": batch_size, "settings": settings}
+    static = {"batch_size": batch_size, "settings": tuple(settings.items())}
     num, at_once = length_of(queries), _recall_batch_size(memory, batch_size)
     result: Recall
     if num == 0 or memory.layout is not None or not is_here(args):

@@ -7,7 +7,7 @@ step otherwise. The query is the first candidate.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration
 from jdam._recall.result import Recall, Status, Trace
+
+T = TypeVar("T")
 
 #: Value of `tol` for the tolerances of the geometry; None would compile another program.
 DEFAULT = -1.0
@@ -107,11 +109,7 @@ class Solver:
         beta, guess = problem.beta, self.search.first_guess(problem.memory)
         shapes = jax.eval_shape(self.evaluate, query, problem, guess)
         evaluation = jax.tree.map(jnp.zeros_like, shapes)
-        infinite, zero, false = (
-            jnp.full_like(beta, jnp.inf),
-            jnp.array(0, jnp.int32),
-            jnp.array(False),
-        )
+        infinite, zero, false = jnp.full_like(beta, jnp.inf), jnp.int32(0), jnp.array(False)
         rows = partial(
             jax.tree.map, lambda leaf: jnp.zeros((self.max_steps + 1, *leaf.shape), leaf.dtype)
         )
@@ -222,13 +220,12 @@ class Solver:
         after = state._replace(
             measure=state.candidate, evaluation=evaluation, residual=residual, num_steps=step
         )
-        if moved is not None:
-            gains = old.shifted_energy - evaluation.shifted_energy > _resolution(state, problem)
-            unmoved = state._replace(num_steps=step)
-            after = _where(moved, after, unmoved)
-            still = (step > 0) & ~gains & (after.residual >= state.residual)
-            after = after._replace(stagnated=jnp.where(still, state.stagnated + 1, 0))
-        return after
+        if moved is None:
+            return after
+        gains = old.shifted_energy - evaluation.shifted_energy > _resolution(state, problem)
+        after = _where(moved, after, state._replace(num_steps=step))
+        still = (step > 0) & ~gains & (after.residual >= state.residual)
+        return after._replace(stagnated=jnp.where(still, state.stagnated + 1, 0))
 
     def _with_row(
         self, before: State, state: State, evaluation: Evaluation, ended: Array, moved: Array
@@ -263,17 +260,14 @@ class Solver:
             return state
         candidate, history = self.acceleration.propose(self, state, problem)
         faster = state._replace(candidate=candidate, accelerated=~false, history=history)
-        proposed: State = _where(ended, faster, state)
-        return proposed
+        return _where(ended, faster, state)
 
     def retrace(self, record: Record | None, query: AnyMeasure, problem: Problem) -> State:
         """Return the last state from a repetition of the recorded steps, in a form that has a
         derivative. Without a record all steps are full ones.
         """
 
-        def step(
-            state: State, current: Record | None, following: tuple[Array, Array] | None
-        ) -> State:
+        def step(state: State, current: Record | None, following: PyTree) -> State:
             guess = None if current is None else current.guess
             evaluation = self.evaluate(state.candidate, problem, guess)
             residual = _residual(evaluation, problem, state.backtracks)
@@ -390,8 +384,9 @@ def _residual(
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
-def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(partial(jnp.where, condition), new, old)
+def _where(condition: Array, new: T, old: T) -> T:
+    chosen: T = jax.tree.map(partial(jnp.where, condition), new, old)
+    return chosen
 
 
 def _last_true(*conditions: tuple[Array, Status]) -> Int[Array, ""]:
