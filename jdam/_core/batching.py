@@ -89,13 +89,12 @@ def masked_cond(
     args: PyTree,
     *,
     at_once: int | None = None,
-    flat: bool = False,
 ) -> T:
     """Return `function(operand, args)` if `condition` holds, else `default`.
 
     `lax.cond` under `jax.vmap` computes both branches for every element. Here, elements whose
     condition holds are gathered and computed `at_once` at a time. If `at_once` is None, all
-    elements are computed as soon as one condition holds. `flat` as in `in_batches`."""
+    elements are computed as soon as one condition holds."""
     one: Callable[..., Any] = partial(_once, function)
     if at_once is not None:
 
@@ -104,7 +103,7 @@ def masked_cond(
             compute = lambda row: function(row[0], join(row[1]))  # noqa: E731
             return _map_active(compute, at_once, condition, (operand, rows), default)
 
-        one = _with_batch_rule(one, over_rows, flat)
+        one = _with_batch_rule(one, over_rows)
 
     def selected(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
         # The while loop of `_once` has no reverse mode.
@@ -154,7 +153,7 @@ def _with_derivative_of(plain: Callable[..., T], function: Callable[..., T]) -> 
 def _with_batch_rule(
     function: Callable[..., T],
     over_rows: Callable[[PyTree, PyTree, Callable[[PyTree], PyTree]], PyTree],
-    flat: bool,
+    flat: bool = False,
 ) -> Callable[..., T]:
     """Return `function(*states, args)` with the batching rule `over_rows(states, rows, join)`.
 

@@ -157,11 +157,6 @@ def positive(name: str, value: Any, dtype: jnp.dtype, *, or_zero: bool = False) 
     return scalar
 
 
-def nonnegative_scalar(name: str, value: Any, dtype: jnp.dtype) -> Array:
-    """Return `value` as `positive` does, with 0 allowed."""
-    return positive(name, value, dtype, or_zero=True)
-
-
 def scalar_dtype(value: object) -> jnp.dtype:
     """Return the dtype of a floating array, else JAX's default floating dtype."""
     if isinstance(value, Array) and jnp.issubdtype(value.dtype, jnp.floating):

@@ -15,7 +15,13 @@ from jdam._core.derivatives import ITERATED, full_precision, jvp
 from jdam._core.loops import scan
 from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, pmin, psum
 from jdam._energy.evaluation import Block, Evaluation, Nearest
-from jdam._energy.separation import LogSumExp, Separation, heaviest, unsolved_mass
+from jdam._energy.separation import (
+    LogSumExp,
+    Separation,
+    heaviest,
+    relative_prior,
+    unsolved_mass,
+)
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam.geometry.protocol import AnyView, Comparison, Geometry, Patterns
@@ -83,41 +89,28 @@ def _in_one_sweep(
 ) -> Evaluation:
     """Return the evaluation in one pass: log-sum-exp accumulators are updated block by block."""
     separation, view = LogSumExp(), view_of(memory.geometry, query)
+    total = total_prior(memory)
 
     def accumulate(sums: PyTree, comparison: Comparison, block: Block) -> tuple[PyTree, PyTree]:
-        return separation.accumulate(sums, comparison, block, beta), comparison.guess
+        return separation.accumulate(sums, comparison, block, beta, total[0]), comparison.guess
 
     blocks = cut_into_blocks(memory, settings.block_size, guess)
     first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
     empty_sums = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
-    sums, guesses = sweep(accumulate, memory, view, blocks, empty_sums, beta)
+    sums, guesses = sweep(accumulate, memory, view, blocks, empty_sums, beta, total[0])
     sums = separation.merge(sums, beta, memory.layout)
     guesses = _join_blocks(guesses, memory.capacity)
-    return separation.finish(sums, total_prior(memory), beta, view, guesses)
+    return separation.finish(sums, total, beta, view, guesses)
 
 
 def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return log max πᵢ and Σ πᵢ / max π, over all patterns."""
-    prior = relative_prior(memory, memory.log_prior)
-    if prior is None:
+    if memory.log_prior is None:
         count = memory.capacity * (1 if memory.layout is None else memory.layout.parts)
         return jnp.zeros((), memory.dtype), jnp.full((), count, memory.dtype)
-    return _top(memory), psum(prior.sum(), memory.layout)
-
-
-def relative_prior(memory: Memory, log_prior: Array | None) -> Float[Array, " B"] | None:
-    """Return πᵢ / max π, the maximum over the whole memory, for the patterns with this `log_prior`;
-    None if `log_prior` is None, for πᵢ = 1.
-    """
-    if log_prior is None:
-        return None
-    on = log_prior != -jnp.inf
-    return jnp.where(on, jnp.exp(jnp.where(on, log_prior, 0) - _top(memory)), 0)
-
-
-def _top(memory: Memory) -> Float[Array, ""]:
-    assert memory.log_prior is not None
-    return -pmin(-memory.log_prior.max(), memory.layout)
+    top = -pmin(-memory.log_prior.max(), memory.layout)
+    prior, _ = relative_prior(memory.log_prior, memory.log_prior, top)
+    return top, psum(prior.sum(), memory.layout)
 
 
 def _in_two_sweeps(
@@ -268,9 +261,8 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: PyTree) -> Bl
         return leaf.reshape(count, size, *leaf.shape[1:])
 
     log_prior = memory.log_prior
-    prior = relative_prior(memory, log_prior)
     if missing and log_prior is None:
-        log_prior, prior = jnp.zeros(num, memory.dtype), jnp.ones(num, memory.dtype)
+        log_prior = jnp.zeros(num, memory.dtype)
     if guess is None:
         guess = memory.geometry.first_guess(memory.prepared)
     patterns = Patterns(memory.patterns, memory.prepared, guess)
@@ -279,5 +271,4 @@ def cut_into_blocks(memory: Memory, block_size: int | None, guess: PyTree) -> Bl
         indices=index + first_index(num, memory.layout),
         patterns=jax.tree.map(lambda leaf: cut(leaf, mode="edge"), patterns),
         log_prior=None if log_prior is None else cut(log_prior, constant_values=-jnp.inf),
-        prior=None if prior is None else cut(prior, constant_values=0),
     )

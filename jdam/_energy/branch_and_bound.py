@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from jdam._core.batching import batched_while_loop, by_platform
 from jdam._core.loops import while_loop
 from jdam._core.mesh import first_index
-from jdam._energy.average import compare, relative_prior
+from jdam._energy.average import compare
 from jdam._energy.evaluation import Block
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_row
@@ -128,12 +128,13 @@ def branch_and_bound(
     """Compare `size` patterns in each round, until the goal is proved or the rounds are over."""
     bounds = _first_bounds(goal, memory, query, view)
     nothing = jnp.zeros(bounds.shape, bool)
+    some = rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess)
     start = Explored(
         bounds=bounds,
         opened=nothing,
         compared=nothing,
         rest=goal.least(bounds),
-        result=goal.start(memory, view, some_patterns(memory, size, guess)),
+        result=goal.start(memory, view, some.patterns),
         picked=jnp.full((rounds, size), -1, jnp.int32),
         rounds=jnp.array(0, jnp.int32),
         windows=jnp.array(0, jnp.int32),
@@ -303,22 +304,14 @@ def least(bounds: Float[Array, " N"], size: int) -> tuple[Int[Array, " B"], Bool
     return index, bounds[index] != jnp.inf
 
 
-def some_patterns(memory: Memory, size: int, guess: PyTree) -> Patterns:
-    """Return `size` patterns, for their shapes."""
-    return rows_of(memory, jnp.zeros(size, jnp.int32), jnp.ones(size, bool), guess).patterns
-
-
 def rows_of(
     memory: Memory, index: Int[Array, " B"], on: Bool[Array, " B"], guess: PyTree = None
 ) -> Block:
     """Return the patterns at `index` as a block; where `on` is false the prior is 0."""
     rows = (memory.patterns, memory.prepared, memory.log_prior, guess)
     patterns, prepared, log_prior, guess = jax.tree.map(lambda leaf: leaf[index], rows)
-    prior = relative_prior(memory, log_prior)
-    if log_prior is None or prior is None:
-        log_prior, prior = jnp.zeros(index.shape, memory.dtype), jnp.ones(index.shape, memory.dtype)
+    log_prior = jnp.zeros(index.shape, memory.dtype) if log_prior is None else log_prior
     guess = memory.geometry.first_guess(prepared) if guess is None else guess
     selected = Patterns(patterns, prepared, guess)
     first = first_index(memory.capacity, memory.layout)
-    log_prior, prior = jnp.where(on, log_prior, -jnp.inf), jnp.where(on, prior, 0)
-    return Block(first + index, selected, log_prior, prior)
+    return Block(first + index, selected, jnp.where(on, log_prior, -jnp.inf))

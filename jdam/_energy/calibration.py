@@ -1,7 +1,6 @@
 """Prediction sets of guaranteed coverage, by split conformal prediction."""
 
 import math
-from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -148,29 +147,15 @@ def calibrate(
     indices of patterns, or labels that no pattern has; `TypeError` for another `search`.
     """
     queries = fit_queries(memory, queries)
-    search = _available_search(search, memory)
+    search = choose(search, memory, LogSumExp())
+    if memory.layout is not None or not bounds_of(memory):
+        search = Exhaustive()
     beta = inverse_temperature(memory, beta)
     if batch_size(queries) == 0:
         raise ValueError("queries must hold at least one query; got 0")
     target_indices, classes = resolve_targets(memory, targets, pattern_labels, batch_size(queries))
     scores, distances = _scores(memory, queries, beta, target_indices, classes, search=search)
     return Calibration(memory, beta, jnp.sort(scores), jnp.sort(distances), classes, search)
-
-
-def _available_search(search: Search | None, memory: Memory) -> Search:
-    """Return the search, or an exhaustive one if the memory has no bounds."""
-    search = choose(search, memory, LogSumExp())
-    if not isinstance(search, Exhaustive | Certified):
-        kinds = "jdam.Exhaustive() or jdam.Certified()"
-        raise TypeError(f"search must be {kinds}, or None; got {search!r}")
-    return search if memory.layout is None and bounds_of(memory) else Exhaustive()
-
-
-class _ScoreBounds(NamedTuple):
-    """Bounds on the scores −log w of one query."""
-
-    lower: Float[Array, " N"]  # for each pattern or its class
-    upper: Float[Array, ""]  # for the target or its class
 
 
 @compiled(static=("search",))
@@ -188,7 +173,7 @@ def _scores(
         if not isinstance(search, Certified):
             divergences = divergences_of(memory, query)
             return _exact_scores(divergences, memory, beta, classes)[target], divergences.min()
-        score = _score_bounds(search, target, (memory, query, beta, classes)).upper
+        _, score = _score_bounds(search, target, (memory, query, beta, classes))
         return score, nearest(memory, query, search=search)[1][0]
 
     rows = queries, target_indices
@@ -197,11 +182,7 @@ def _scores(
     return result
 
 
-def _query_batch_size(memory: Memory, *, search: Search) -> int:
-    return search.query_batch_size(memory)
-
-
-@compiled(static=("search",), batch_size=_query_batch_size)
+@compiled(static=("search",), batch_size=lambda memory, search: search.query_batch_size(memory))
 def _score(
     memory: Memory,
     query: AnyMeasure,
@@ -212,22 +193,21 @@ def _score(
 ) -> Float[Array, " N"]:
     if not isinstance(search, Certified):
         return _exact_scores(divergences_of(memory, query), memory, beta, classes)
-    return _score_bounds(search, jnp.int32(0), (memory, query, beta, classes)).lower
+    return _score_bounds(search, jnp.int32(0), (memory, query, beta, classes))[0]
 
 
 def _score_bounds(
     search: Certified, target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, PyTree]
-) -> _ScoreBounds:
-    """Compute the bounds from the patterns that the search compares, and lower bounds on D for the
-    others.
+) -> tuple[Float[Array, " N"], Float[Array, ""]]:
+    """Return lower bounds on the scores −log w of each pattern or its class, and an upper bound on
+    that of the target or its class, from the patterns that the search compares, and lower bounds on
+    D for the others.
     """
     memory, query, beta, classes = args
     bounded = bound_all(search, memory, query, beta)
     logits = -beta * bounded.lower
-    log_compared, log_neglected = (
-        -beta * bounded.energy,
-        _log_sum(jnp.where(bounded.compared, -jnp.inf, logits)),
-    )
+    log_compared = -beta * bounded.energy
+    log_neglected = jax.nn.logsumexp(jnp.where(bounded.compared, -jnp.inf, logits))
     # If the class of the target has patterns that were not compared, the one of the lowest bound is
     # compared too.
     in_class = (
@@ -243,26 +223,24 @@ def _score_bounds(
     logit = -beta * with_prior(comparison.divergence, block.log_prior, beta)[0]
     logit = jnp.where((in_class & ~bounded.compared)[nearest_other], logit, -jnp.inf)
     log_class_mass = jnp.logaddexp(
-        logit, _log_sum(jnp.where(in_class & bounded.compared, logits, -jnp.inf))
+        logit, jax.nn.logsumexp(jnp.where(in_class & bounded.compared, logits, -jnp.inf))
     )
-    bounds = _ScoreBounds(
-        log_compared - _by_class(logits, classes),
-        jnp.logaddexp(log_compared, log_neglected) - log_class_mass,
-    )
+    log_all = jnp.logaddexp(log_compared, log_neglected)
+    bounds = log_compared - _by_class(logits, classes), log_all - log_class_mass
     if not search.falls_back(memory):
         return bounds
     at_once = memory.geometry.batch_sizes(memory.patterns).queries
-    unproved = ~(log_neglected - jnp.logaddexp(log_compared, log_neglected) <= math.log(search.tol))
+    unproved = ~(log_neglected - log_all <= math.log(search.tol))
     return masked_cond(unproved, _exact_bounds, bounds, target, args, at_once=at_once)
 
 
 def _exact_bounds(
     target: Int[Array, ""], args: tuple[Memory, AnyMeasure, Array, PyTree]
-) -> _ScoreBounds:
+) -> tuple[Float[Array, " N"], Float[Array, ""]]:
     """Return the exact scores in place of both bounds."""
     memory, query, beta, classes = args
     scores = _exact_scores(divergences_of(memory, query), memory, beta, classes)
-    return _ScoreBounds(scores, scores[target])
+    return scores, scores[target]
 
 
 def _exact_scores(
@@ -270,12 +248,7 @@ def _exact_scores(
 ) -> Float[Array, " N"]:
     """Return −log w of each pattern, or of its class."""
     logits = -beta * with_prior(divergences, all_rows(memory.log_prior, memory.layout), beta)
-    return _log_sum(logits) - _by_class(logits, classes)
-
-
-def _log_sum(logits: Float[Array, " N"]) -> Float[Array, ""]:
-    result: Array = jax.nn.logsumexp(logits)
-    return result
+    return jax.nn.logsumexp(logits) - _by_class(logits, classes)
 
 
 def _by_class(logits: Float[Array, " N"], classes: Int[Array, " N"] | None) -> Float[Array, " N"]:

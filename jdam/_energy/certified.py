@@ -147,8 +147,10 @@ class Certified(Search):
 
 
 def choose(search: Search | None, memory: Memory, separation: Separation) -> Search:
-    """Return `search`, or for None the one that suits the memory."""
+    """Return `search`, checked, or for None the one that suits the memory."""
     if search is not None:
+        if not isinstance(search, Search):
+            raise TypeError(f"search must be one of jdam's, as jdam.Exhaustive(); got {search!r}")
         return search
     pays = (
         memory.capacity >= MANY
@@ -169,6 +171,7 @@ class Mass(Goal):
     """The log-sum-exp sums over the patterns compared, up to the Gibbs mass `tol`."""
 
     beta: Float[Array, ""]
+    total_prior: tuple[Array, Array]  # log max πᵢ and Σ πᵢ / max π, over all patterns
     tol: float = eqx.field(static=True)
     with_pull: bool = eqx.field(static=True)
     may_give_up: bool = eqx.field(static=True)
@@ -179,7 +182,7 @@ class Mass(Goal):
         return LogSumExp().empty(zero_comparison(memory, view, patterns), self.with_pull)
 
     def add(self, result: Sums, comparison: Comparison, block: Block) -> Sums:
-        return LogSumExp().accumulate(result, comparison, block, self.beta)
+        return LogSumExp().accumulate(result, comparison, block, self.beta, self.total_prior[0])
 
     def shifted(self, bounds: Array, log_prior: Array | None) -> Array:
         return with_prior(bounds, log_prior, self.beta)
@@ -226,7 +229,7 @@ def _evaluate(
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
     if memory.cells is not None:
         neglected = jnp.where(jnp.isnan(memory.cells.radii).any(), jnp.nan, neglected)
-    evaluation = LogSumExp().finish(total, total_prior(memory), beta, view, state.guess)
+    evaluation = LogSumExp().finish(total, goal.total_prior, beta, view, state.guess)
     return evaluation._replace(neglected=neglected), state.picked.reshape(-1)
 
 
@@ -249,7 +252,7 @@ def _search(
     def explore(goal: Mass, rounds: int) -> Explored:
         return branch_and_bound(goal, memory, query, view, guess, size=size, rounds=rounds)
 
-    goal = Mass(beta, certified.tol / parts, with_pull, gives_up)
+    goal = Mass(beta, total_prior(memory), certified.tol / parts, with_pull, gives_up)
     if layout is not None:  # the search has no communication
         first = explore(goal, 1).result
         sums = LogSumExp().merge(first._replace(pull=None), beta, layout)
@@ -295,7 +298,6 @@ class Bounded(NamedTuple):
     """Result of `bound_all`."""
 
     nearest: Int[Array, ""]  # the pattern of lowest D̃ = D − β⁻¹ log π
-    lowest: Float[Array, ""]  # its D̃
     energy: Float[Array, ""]  # of the candidates alone: an upper bound
     lower: Float[Array, " N"]  # lower bounds on all D̃, exact where patterns were compared
     compared: Bool[Array, " N"]
@@ -308,4 +310,4 @@ def bound_all(certified: Certified, memory: Memory, query: AnyMeasure, beta: Arr
     _, state = _search(certified, memory, query, view, beta, with_pull=False)
     sums = state.result
     energy = sums.lowest - jnp.log(sums.mass) / beta
-    return Bounded(sums.nearest.pattern, sums.lowest, energy, state.bounds, state.compared)
+    return Bounded(sums.nearest.pattern, energy, state.bounds, state.compared)

@@ -134,4 +134,13 @@ def fit_queries(memory: Memory, queries: AnyMeasure) -> AnyMeasure:
 
 def inverse_temperature(memory: Memory, beta: Any) -> Float[Array, ""]:
     """Return β as a checked scalar, NaN where a traced value is not positive."""
-    return checks.positive("beta", beta, working_dtype(memory.dtype))
+    return positive_for(memory, "beta", beta)
+
+
+def positive_for(
+    memory: Memory, name: str, value: Any, *, or_zero: bool = False
+) -> Float[Array, ""]:
+    """Return the value as a checked scalar > 0, or ≥ 0, in the dtype of computations with the
+    memory; NaN where a traced value is not.
+    """
+    return checks.positive(name, value, working_dtype(memory.dtype), or_zero=or_zero)

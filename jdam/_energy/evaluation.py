@@ -39,5 +39,4 @@ class Block(NamedTuple):
     indices: Int[Array, " B"]  # in the memory
     patterns: Patterns
     log_prior: Float[Array, " B"] | None
-    prior: Float[Array, " B"] | None  # πᵢ / max π
     weights: Float[Array, " B"] | None = None  # in the second pass over the patterns

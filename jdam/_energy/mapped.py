@@ -22,14 +22,10 @@ T = TypeVar("T")
 FIRST, BLOCK = 8, 2**24
 
 
-def cell_bounds(memory: MappedMemory, queries: AnyMeasure) -> Float[Array, "Q C"]:
-    """Return lower bounds on D for the cells, ∞ for empty ones."""
-    bounds: Array = _cell_bounds(memory.geometry, memory.cells, queries)
-    return bounds
-
-
 @jax.jit
-def _cell_bounds(geometry: PyTree, cells: PyTree, queries: AnyMeasure) -> Float[Array, "Q C"]:
+def cell_bounds(geometry: PyTree, cells: PyTree, queries: AnyMeasure) -> Float[Array, "Q C"]:
+    """Return lower bounds on D for the cells, ∞ for empty ones."""
+
     def one(embedding: PyTree) -> PyTree:
         return cells.lower_bounds(jax.tree.map(lambda leaf: leaf[None], embedding))
 
@@ -74,7 +70,8 @@ def nearest_in_file(
     k = checks.positive_int("k", k)
     if k > len(memory):
         raise ValueError(f"k must be at most the number of patterns, {len(memory)}; got {k}")
-    bounds = np.asarray(cell_bounds(memory, jax.tree.map(lambda leaf: leaf[None], query)))
+    queries = jax.tree.map(lambda leaf: leaf[None], query)
+    bounds = np.asarray(cell_bounds(memory.geometry, memory.cells, queries))
 
     def compute(some: Memory) -> tuple[Array, Array]:
         return nearest(some, query, min(k, some.capacity))

@@ -59,8 +59,6 @@ def nearest(
     if k > most:
         raise ValueError(f"k must be at most the number of patterns, {most}; got {k}")
     chosen = choose(search, memory, LogSumExp())
-    if not isinstance(chosen, Search):
-        raise TypeError(f"search must be one of jdam's, as jdam.Exhaustive(); got {search!r}")
     result: tuple[Array, Array]
     if isinstance(chosen, Certified) and memory.layout is None and bounds_of(memory):
         size = min(memory.capacity, max(k, chosen.num_candidates))

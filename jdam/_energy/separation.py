@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int, PyTree
+from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import bisect
@@ -76,9 +76,11 @@ class LogSumExp(Separation):
         pull = zero.pull if with_pull else None
         return Sums(lowest, lowest, nearest, zero_sum, zero_sum, zero_sum, pull, zero_sum)
 
-    def accumulate(self, sums: "Sums", comparison: Comparison, block: Block, beta: Array) -> "Sums":
+    def accumulate(
+        self, sums: "Sums", comparison: Comparison, block: Block, beta: Array, top: Array
+    ) -> "Sums":
         """Return the sums with a block of patterns added, relative to the lowest D̃ so far
-        (online softmax).
+        (online softmax). `top` is log max πᵢ of all patterns.
         """
         shifted = with_prior(comparison.divergence, block.log_prior, beta)
         # Every reference gives the same energy and average; the lowest D̃ overflows nowhere.
@@ -90,7 +92,7 @@ class LogSumExp(Separation):
         decay = mass(sums.lowest - reference, beta)
         pulls = None if sums.pull is None else comparison.pull
         row = _first(fixed == low)
-        prior = jnp.ones_like(masses) if block.prior is None else block.prior
+        prior, _ = relative_prior(masses, block.log_prior, top)
         least, expm1_sum = _expm1_sums(
             sums, jnp.where(prior > 0, comparison.divergence, jnp.inf), prior, beta
         )
@@ -239,14 +241,14 @@ class Epanechnikov(Separation):
     """
 
     def energy(self, divergences: Array, log_prior: Array | None, beta: Array) -> Array:
-        prior, top = _prior(divergences, log_prior)
+        prior, top = relative_prior(divergences, log_prior)
         total = jnp.vdot(prior, jnp.maximum(1 - beta * divergences / 2, 0))
         none = total == 0
         energy = -(top + jnp.log(jnp.where(none, 1, total))) / beta
         return jnp.where(none, jnp.inf, energy)
 
     def weights(self, divergences: Array, log_prior: Array | None, beta: Array) -> Array:
-        prior, _ = _prior(divergences, log_prior)
+        prior, _ = relative_prior(divergences, log_prior)
         prior = jnp.where(beta * divergences < 2, prior, 0)
         total = prior.sum()
         return prior / jnp.where(total == 0, 1, total)
@@ -276,6 +278,12 @@ def heaviest(
     return candidates.argmin().astype(jnp.int32)
 
 
+def is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
+    """Return whether the largest weight is at most one half, up to rounding."""
+    result: Array = weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
+    return result
+
+
 def with_prior(divergences: Array, log_prior: Array | None, beta: Array) -> Float[Array, " B"]:
     """Return D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, ∞ where the prior is 0.
 
@@ -299,11 +307,15 @@ def mass(shifted: Array, beta: Array) -> Array:
     return jnp.exp(_logits(shifted, beta))
 
 
-def _prior(divergences: Array, log_prior: Array | None) -> tuple[Array, Array]:
-    """Return π/max π and log max π."""
+def relative_prior(
+    like: Array, log_prior: Array | None, top: Array | None = None
+) -> tuple[Array, Array]:
+    """Return πᵢ/max π, in the shape of `like`, and log max π; `top` is that of all patterns if
+    these are a part of them.
+    """
     if log_prior is None:
-        return jnp.ones_like(divergences), jnp.zeros((), divergences.dtype)
-    top = jax.lax.stop_gradient(log_prior.max())
+        return jnp.ones_like(like), jnp.zeros((), like.dtype)
+    top = jax.lax.stop_gradient(log_prior.max()) if top is None else top
     on = log_prior != -jnp.inf
     return jnp.where(on, jnp.exp(jnp.where(on, log_prior, 0) - top), 0), top
 

@@ -34,7 +34,7 @@ from jdam._learning.parametrize import (
 )
 from jdam._measures.base import AnyMeasure, constrained, unconstrained
 from jdam._memory.memory import Memory, store
-from jdam._recall.recall import check_tolerance, recall, tolerances
+from jdam._recall.recall import check_tolerance, recall
 from jdam._recall.result import Recall
 from jdam._recall.solver import Solver, run
 
@@ -302,8 +302,7 @@ def _descend(
     (free, _), _ = scan(body_fun, start, None, memory, query, beta, length=num_steps)
     measure = constrained(query, free)
     solver = Solver(Exhaustive(), separation)
-    tol, _ = tolerances(memory, query, tol)
-    problem = solver.problem(memory, beta, jnp.ones_like(beta))._replace(tol=tol)
+    problem = solver.problem(memory, query, beta, jnp.ones_like(beta), tol=tol)
     state = run(solver, measure, problem)  # of no steps: it evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
     return solver.report(state, problem)

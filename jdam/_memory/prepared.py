@@ -72,10 +72,10 @@ def units(
     patterns: AnyMeasure, geometry: Geometry, occupied: Bool[Array, " N"] | None
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return `Geometry.typical_norm` and `energy_tolerance` of the patterns at occupied slots."""
-    if occupied is None:
-        return geometry.typical_norm(patterns), geometry.energy_tolerance(patterns)
-    weights = occupied.astype(float_dtype(patterns))
-    weights = weights / weights.sum()
+    weights = None
+    if occupied is not None:
+        weights = occupied.astype(float_dtype(patterns))
+        weights = weights / weights.sum()
     return geometry.typical_norm(patterns, weights), geometry.energy_tolerance(patterns, weights)
 
 

@@ -3,6 +3,7 @@ history of an acceleration is a part of the state of the loop in `solver.py`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,8 +16,9 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.lapack import cholesky, solve_lower
+from jdam._core.linalg import safe_sqrt
+from jdam._core.loops import while_loop
 from jdam._measures.base import AnyMeasure, constrained, unconstrained
-from jdam._recall.trust_region import Quadratic, minimise
 
 if TYPE_CHECKING:
     from jdam._recall.solver import Problem, Solver, State
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 POOR, GOOD = 0.25, 0.75
 #: Factors by which the trust region shrinks and grows.
 SHRINK, GROW = 0.25, 3.0
+#: The slope of the model at which its minimisation ends, relative to that at 0.
+ENOUGH = 0.1
 
 
 class Acceleration(ABC):
@@ -212,12 +216,9 @@ def _newton_step(
     zero_tangent = jax.tree.map(jnp.zeros_like, retraction.masses)
     slope_here, curvature = jax.linearize(slope, zero_tangent)
     flat, unravel = ravel_pytree(slope_here)
-    model = Quadratic(
-        flat,
-        lambda tangent: ravel_pytree(curvature(unravel(tangent)))[0],
-        ravel_pytree(retraction.masses)[0],
-    )
-    minimum = minimise(model, radius, settings.max_products)
+    products = lambda tangent: ravel_pytree(curvature(unravel(tangent)))[0]  # noqa: E731
+    masses, _ = ravel_pytree(retraction.masses)
+    minimum = minimise(flat, products, masses, radius, settings.max_products)
     measure = retraction.retract(unravel(minimum.step))
     return measure, Region(radius, minimum.length, minimum.decrease)
 
@@ -228,3 +229,84 @@ def _newton_step_jvp(*_: Any) -> PyTree:
         "jdam.TrustRegion steps have no derivatives of their own: recall with "
         "adjoint=jdam.Implicit() or jdam.OneStep(), or with another acceleration"
     )
+
+
+class Minimum(NamedTuple):
+    """The minimiser of a quadratic model, as far as it was computed by conjugate gradients."""
+
+    step: Float[Array, " z"]
+    decrease: Float[Array, ""]  # of the model
+    length: Float[Array, ""]  # |step|
+    slope: Float[Array, " z"]  # of the model at the step
+    direction: Float[Array, " z"]
+    squares: Float[Array, ""]  # |slope|², in the dual of the norm
+    along: Float[Array, ""]  # ⟨step, direction⟩
+    speed: Float[Array, ""]  # |direction|²
+    products: Int[Array, ""]
+    ended: Bool[Array, ""]
+
+
+def minimise(
+    slope: Float[Array, " z"],
+    curvature: Callable[[Array], Array],
+    masses: Float[Array, " z"],
+    radius: Float[Array, ""],
+    most: int,
+) -> Minimum:
+    """Return the minimiser of ⟨g, s⟩ + ½⟨s, H s⟩ in a Krylov space of at most `most` dimensions,
+    given the slope g and the map s ↦ H s. The norm is |s|² = Σ mⱼ sⱼ²; coordinates of mass 0 do not
+    move.
+
+    The iteration ends when the slope has fallen to a tenth, or when it leaves the radius, as it
+    does along a direction of negative curvature (Steihaug, SIAM J. Numer. Anal. 20, 1983; norms by
+    the recurrences of Conn, Gould and Toint, Trust-Region Methods, 2000, 7.5).
+    """
+    inverse = jnp.where(masses > 0, 1 / jnp.where(masses > 0, masses, 1), 0)
+    raised = inverse * slope
+    squares = jnp.vdot(slope, raised)
+    zero = jnp.zeros_like(radius)
+    start = Minimum(
+        step=jnp.zeros_like(slope),
+        decrease=zero,
+        length=zero,
+        slope=slope,
+        direction=-raised,
+        squares=squares,
+        along=zero,
+        speed=squares,
+        products=jnp.array(0, jnp.int32),
+        ended=~((squares > 0) & (radius > 0)),
+    )
+    goal = ENOUGH**2 * squares
+
+    def cond_fun(state: Minimum) -> Array:
+        return ~state.ended & (state.squares > goal) & (state.products < most)
+
+    def body_fun(state: Minimum) -> Minimum:
+        image = curvature(state.direction)
+        bend = jnp.vdot(state.direction, image)
+        convex = bend > 0
+        newton = state.squares / jnp.where(convex, bend, 1)
+        gap = jnp.maximum(radius**2 - state.length**2, 0)
+        # To the boundary: |step + t·direction| = radius.
+        edge = gap / (state.along + safe_sqrt(state.along**2 + state.speed * gap))
+        ended = ~convex | (newton >= edge)
+        t = jnp.where(ended, edge, newton)
+        slope = state.slope + t * image
+        raised = inverse * slope
+        squares = jnp.vdot(slope, raised)
+        ratio = squares / state.squares
+        return Minimum(
+            step=state.step + t * state.direction,
+            decrease=state.decrease + t * (state.squares - t * bend / 2),
+            length=safe_sqrt(state.length**2 + t * (2 * state.along + t * state.speed)),
+            slope=slope,
+            direction=ratio * state.direction - raised,
+            squares=squares,
+            along=ratio * (state.along + t * state.speed),
+            speed=squares + ratio**2 * state.speed,
+            products=state.products + 1,
+            ended=ended,
+        )
+
+    return while_loop(cond_fun, body_fun, start, slope, masses, radius)

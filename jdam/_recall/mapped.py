@@ -69,7 +69,7 @@ def recall_from_file(
     prior = np.asarray(memory.cell_log_prior) / float(beta)
 
     def one_part(queries: AnyMeasure) -> Recall:
-        bounds = np.asarray(cell_bounds(memory, queries)) - prior
+        bounds = np.asarray(cell_bounds(memory.geometry, memory.cells, queries)) - prior
 
         def compute(some: Memory) -> tuple[Recall, np.ndarray]:
             result = recall_batch(some, queries, beta, search=half, save_trace=True, **settings)
@@ -114,8 +114,8 @@ def _relative_masses(
     assert result.trace is not None
     queries, steps = result.trace.energy.shape
     flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), result.trace.measure)
-    after = np.asarray(cell_bounds(memory, flat)).reshape(queries, steps, -1)
-    after = after - np.asarray(memory.cell_log_prior) / beta
+    after = np.asarray(cell_bounds(memory.geometry, memory.cells, flat))
+    after = after.reshape(queries, steps, -1) - np.asarray(memory.cell_log_prior) / beta
     lower = np.concatenate([bounds[:, None], after], 1)
     energies = np.concatenate([start[:, None], np.asarray(result.trace.energy)], 1)
     masses: np.ndarray = np.exp(np.minimum(beta * (energies[..., None] - lower), 80))

@@ -7,7 +7,6 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
@@ -20,7 +19,7 @@ from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import on_local_shards
 from jdam._core.progress import check_progress, in_parts, is_here, rows_from
 from jdam._energy.certified import choose
-from jdam._energy.energy import fit_queries, fit_query, inverse_temperature
+from jdam._energy.energy import fit_queries, fit_query, inverse_temperature, positive_for
 from jdam._energy.pairs import TILES
 from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation
@@ -32,13 +31,11 @@ from jdam._recall.acceleration import Acceleration, Anderson, TrustRegion
 from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.mapped import recall_from_file
 from jdam._recall.result import Recall
-from jdam._recall.solver import Solver, run
+from jdam._recall.solver import DEFAULT, Solver, run
 from jdam.geometry.protocol import Geometry
 
 #: Delay of the default acceleration: short recalls are then sequences of `step`.
 PLAIN = 8
-#: Value of `tol` for the tolerances of the geometry; None would compile another program.
-DEFAULT = -1.0
 
 
 def step(
@@ -70,7 +67,7 @@ def step(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    step_size = _positive(memory, "step_size", step_size)
+    step_size = positive_for(memory, "step_size", step_size)
     check_separation(separation)
     # Where full steps never raise the energy, the candidate is not evaluated.
     solver = Solver(Exhaustive(), separation, max_steps=min(memory.geometry.max_backtracks, 1))
@@ -86,15 +83,11 @@ def _batch_size(memory: Memory, *, solver: Solver, **_: Any) -> int | None:
 def _step(
     memory: Memory, query: AnyMeasure, beta: Array, step_size: Array, *, solver: Solver
 ) -> AnyMeasure:
-    problem = solver.problem(memory, beta, step_size)
+    problem = solver.problem(memory, query, beta, step_size)
     if solver.max_steps:
         return run(solver, query, problem).measure
     evaluation = solver.evaluate(query, problem, solver.search.first_guess(memory))
     return solver.move(query, evaluation, problem)
-
-
-def _positive(memory: Memory, name: str, value: Any) -> Float[Array, ""]:
-    return checks.positive(name, value, working_dtype(memory.dtype))
 
 
 def recall(
@@ -153,16 +146,14 @@ def recall(
     """
     query = fit_query(memory, query)
     beta = inverse_temperature(memory, beta)
-    step_size = _positive(memory, "step_size", step_size)
+    step_size = positive_for(memory, "step_size", step_size)
     tol = check_tolerance(memory, tol)
     max_steps = memory.geometry.default_steps if max_steps is None else max_steps
     max_steps = checks.positive_int("max_steps", max_steps)
     check_separation(separation)
     search = choose(search, memory, separation)
-    for name, value, kind in (("search", search, Search), ("adjoint", adjoint, Adjoint)):
-        if not isinstance(value, kind):
-            example = "Unrolled" if kind is Adjoint else "Exhaustive"
-            raise TypeError(f"{name} must be one of jdam's, as jdam.{example}(); got {value!r}")
+    if not isinstance(adjoint, Adjoint):
+        raise TypeError(f"adjoint must be one of jdam's, as jdam.Unrolled(); got {adjoint!r}")
     if not isinstance(save_trace, bool):
         raise TypeError(f"save_trace must be a bool; got {save_trace!r}")
     # One compiled program serves all numbers of steps up to a power of two.
@@ -235,39 +226,27 @@ def recall_batch(
 
     **Raises:** as `recall`; `TypeError` for a `progress` that is no bool.
     """
+    settings: dict[str, Any] = {
+        "max_steps": max_steps,
+        "search": search,
+        "adjoint": adjoint,
+        "separation": separation,
+        "acceleration": acceleration,
+        "save_trace": save_trace,
+    }
     if isinstance(memory, MappedMemory):
+        settings |= {"step_size": step_size, "tol": tol, "progress": progress}
         return recall_from_file(
-            memory,
-            queries,
-            beta,
-            recall_batch,
-            batch_size=batch_size,
-            search=search,
-            save_trace=save_trace,
-            max_steps=max_steps,
-            step_size=step_size,
-            tol=tol,
-            adjoint=adjoint,
-            separation=separation,
-            acceleration=acceleration,
-            progress=progress,
+            memory, queries, beta, recall_batch, batch_size=batch_size, **settings
         )
     queries = fit_queries(memory, queries)
     beta = inverse_temperature(memory, beta)
-    step_size = _positive(memory, "step_size", step_size)
+    step_size = positive_for(memory, "step_size", step_size)
     tol = None if tol is None else check_tolerance(memory, tol)
     batch_size = checks.positive_int("batch_size", batch_size)
     progress = check_progress(progress)
-    settings = (
-        ("max_steps", max_steps),
-        ("search", search),
-        ("adjoint", adjoint),
-        ("separation", separation),
-        ("acceleration", acceleration),
-        ("save_trace", save_trace),
-    )
     args = (memory, queries, beta, step_size, tol)
-    static = {"batch_size": batch_size, "settings": settings}
+    static = {"batch_size": batch_size, "settings": tuple(settings.items())}
     num, at_once = length_of(queries), _recall_batch_size(memory, batch_size)
     result: Recall
     if num == 0 or memory.layout is not None or not is_here(args):
@@ -321,21 +300,11 @@ def _recall_batch(
 
 def check_tolerance(memory: Memory, tol: Any) -> Float[Array, ""]:
     """Return `tol` as a checked scalar ≥ 0; for None `DEFAULT`."""
-    dtype = working_dtype(memory.dtype)
     if tol is None:
-        default: Array = jax.device_put(np.asarray(DEFAULT, dtype))  # `jnp` would compile
+        number = np.asarray(DEFAULT, working_dtype(memory.dtype))
+        default: Array = jax.device_put(number)  # `jnp` would compile
         return default
-    return checks.nonnegative_scalar("tol", tol, dtype)
-
-
-def tolerances(memory: Memory, query: AnyMeasure, tol: Array) -> tuple[Array, Array]:
-    """Return the residual at which to stop, and the residual that counts as converged if the recall
-    stagnated: both `tol`, or those of the geometry.
-    """
-    scale, _ = memory.magnitudes()
-    defaults = jax.lax.stop_gradient(memory.geometry.tolerances(query, scale))
-    if_stagnated, to_stop = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
-    return to_stop, if_stagnated
+    return positive_for(memory, "tol", tol, or_zero=True)
 
 
 @compiled(static=("solver", "adjoint"), batch_size=_batch_size)
@@ -350,7 +319,5 @@ def _recall(
     adjoint: Adjoint,
 ) -> Recall:
     tol, max_steps = limits
-    tol, stagnation_tol = tolerances(memory, query, tol)
-    problem = solver.problem(memory, beta, step_size)
-    problem = problem._replace(tol=tol, stagnation_tol=stagnation_tol, max_steps=max_steps)
+    problem = solver.problem(memory, query, beta, step_size, tol=tol, max_steps=max_steps)
     return solver.report(adjoint.run(solver, query, problem), problem)

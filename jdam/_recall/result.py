@@ -3,12 +3,12 @@
 import enum
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from jdam._core import checks
+from jdam._energy.separation import is_mixture
 from jdam._measures.base import AnyMeasure
 from jdam.geometry import Pose
 
@@ -131,9 +131,3 @@ class Recall(eqx.Module):
             )
         listing = ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True))
         return f"Recall(batch of {self.status.shape}: {listing})"
-
-
-def is_mixture(weight: Float[Array, "*batch"]) -> Bool[Array, "*batch"]:
-    """Return whether the largest weight is at most one half, up to rounding."""
-    result: Array = weight <= 0.5 + float(jnp.finfo(weight.dtype).eps) ** 0.5
-    return result

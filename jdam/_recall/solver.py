@@ -7,11 +7,12 @@ step otherwise. The query is the first candidate.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop
@@ -19,12 +20,16 @@ from jdam._core.derivatives import full_precision, jvp
 from jdam._core.loops import scan
 from jdam._energy.evaluation import Evaluation
 from jdam._energy.search import Search
-from jdam._energy.separation import Separation
+from jdam._energy.separation import Separation, is_mixture
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._recall.acceleration import Acceleration
-from jdam._recall.result import Recall, Status, Trace, is_mixture
+from jdam._recall.result import Recall, Status, Trace
 
+T = TypeVar("T")
+
+#: Value of `tol` for the tolerances of the geometry; None would compile another program.
+DEFAULT = -1.0
 #: Number of stagnated steps in a row after which a recall ends. With 1, 2 of 24 recalls of outlines
 #: with ρ end too early: a single stagnated step may follow a rejected proposal.
 PATIENCE = 3
@@ -42,17 +47,11 @@ class Problem(NamedTuple):
     energy_tolerance: Float[Array, ""]  # the absolute tolerance of the energy
 
 
-class Attempt(NamedTuple):
-    """How a candidate was proposed."""
-
-    backtracks: Int[Array, "*T"]  # the argument of `Geometry.backtrack`
-    accelerated: Bool[Array, "*T"]  # whether the acceleration proposed it
-
-
 class Record(NamedTuple):
     """The decisions of the loop at each step, for the derivative; leaves lead with (T + 1,)."""
 
-    attempt: Attempt
+    backtracks: Int[Array, " T"]  # `backtracks` and `accelerated` of the state before the step
+    accelerated: Bool[Array, " T"]
     moved: Bool[Array, " T"]  # whether the measure became the candidate
     guess: PyTree  # warm start of the same evaluation in `retrace`
 
@@ -66,7 +65,8 @@ class State(NamedTuple):
     stagnated: Int[Array, ""]  # number of steps in a row in which neither energy nor residual fell
     num_steps: Int[Array, ""]  # accepted steps; −1 before the query is evaluated
     candidate: AnyMeasure  # the measure to evaluate next
-    attempt: Attempt
+    backtracks: Int[Array, ""]  # of the candidate: the argument of `Geometry.backtrack`
+    accelerated: Bool[Array, ""]  # whether the acceleration proposed the candidate
     history: PyTree = None  # of the acceleration
     trace: Trace | None = None
     record: Record | None = None  # if `_run_jvp` needs it
@@ -82,23 +82,34 @@ class Solver:
     acceleration: Acceleration | None = None
     save_trace: bool = False
 
-    def problem(self, memory: Memory, beta: Array, step_size: Array) -> Problem:
-        """Return the problem of `max_steps` steps with tolerance 0."""
-        _, resolution = memory.magnitudes()
+    def problem(
+        self,
+        memory: Memory,
+        query: AnyMeasure,
+        beta: Array,
+        step_size: Array,
+        *,
+        tol: ArrayLike = 0,
+        max_steps: Array | None = None,
+    ) -> Problem:
+        """Return the problem of at most `max_steps` steps, None for as many as the settings say.
+        `tol` is a tolerance ≥ 0 or `DEFAULT`.
+        """
+        scale, resolution = memory.magnitudes()
         # Energies have errors from rounding and from the mass that the search may neglect.
-        resolution = jax.lax.stop_gradient(jnp.maximum(resolution, self.search.tolerance / beta))
-        most, zero = jnp.array(self.max_steps, jnp.int32), jnp.zeros_like(beta)
-        return Problem(memory, beta, step_size, zero, zero, most, resolution)
+        resolution = jnp.maximum(resolution, self.search.tolerance / beta)
+        defaults = memory.geometry.tolerances(query, scale)
+        defaults, resolution = jax.lax.stop_gradient((defaults, resolution))
+        stagnation_tol, tol = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)
+        max_steps = jnp.array(self.max_steps, jnp.int32) if max_steps is None else max_steps
+        return Problem(memory, beta, step_size, tol, stagnation_tol, max_steps, resolution)
 
     def start(self, query: AnyMeasure, problem: Problem, *, record: bool = False) -> State:
         """Return the state before the query is evaluated, with infinite energy."""
         beta, guess = problem.beta, self.search.first_guess(problem.memory)
-        evaluation = _zeros(jax.eval_shape(self.evaluate, query, problem, guess))
-        infinite, zero, false = (
-            jnp.full_like(beta, jnp.inf),
-            jnp.array(0, jnp.int32),
-            jnp.array(False),
-        )
+        shapes = jax.eval_shape(self.evaluate, query, problem, guess)
+        evaluation = jax.tree.map(jnp.zeros_like, shapes)
+        infinite, zero, false = jnp.full_like(beta, jnp.inf), jnp.int32(0), jnp.array(False)
         rows = partial(
             jax.tree.map, lambda leaf: jnp.zeros((self.max_steps + 1, *leaf.shape), leaf.dtype)
         )
@@ -109,10 +120,11 @@ class Solver:
             stagnated=zero,
             num_steps=zero - 1,
             candidate=query,
-            attempt=Attempt(zero, false),
+            backtracks=zero,
+            accelerated=false,
             history=None if self.acceleration is None else self.acceleration.start(query, beta),
             trace=rows(Trace(beta, beta, query)) if self.save_trace else None,
-            record=rows(Record(Attempt(zero, false), false, guess)) if record else None,
+            record=rows(Record(zero, false, false, guess)) if record else None,
         )
 
     @partial(jax.jit, static_argnums=0)
@@ -157,7 +169,7 @@ class Solver:
         """Evaluate the candidate, accept it or keep the measure, and propose the next candidate."""
         before, state = state, state._replace(trace=None, record=None)
         evaluation = self.evaluate(state.candidate, problem, state.evaluation.guess)
-        residual = _residual(evaluation, problem, state.attempt.backtracks)
+        residual = _residual(evaluation, problem, state.backtracks)
         if self._accepts_all(problem):
             true = jnp.array(True)
             state = self._update(state, evaluation, residual, problem)
@@ -166,12 +178,12 @@ class Solver:
         gain = state.evaluation.shifted_energy - evaluation.shifted_energy
         resolution = _resolution(state, problem)
         first, level = state.num_steps < 0, gain >= -resolution
-        accelerated = state.attempt.accelerated
+        accelerated = state.accelerated
         closer = residual < state.residual  # decides if changes of energy are only rounding
         accepted = first | level & (~accelerated | closer | (gain > resolution))
         moved = first | (gain >= 0) | level & closer
         most = problem.memory.geometry.max_backtracks
-        given_up = ~accelerated & (state.attempt.backtracks >= most)
+        given_up = ~accelerated & (state.backtracks >= most)
         ended = accepted | given_up
         state = self._update_history(state, gain + resolution, accelerated & accepted)
         state = _where(ended, self._update(state, evaluation, residual, problem, moved), state)
@@ -208,13 +220,12 @@ class Solver:
         after = state._replace(
             measure=state.candidate, evaluation=evaluation, residual=residual, num_steps=step
         )
-        if moved is not None:
-            gains = old.shifted_energy - evaluation.shifted_energy > _resolution(state, problem)
-            unmoved = state._replace(num_steps=step)
-            after = _where(moved, after, unmoved)
-            still = (step > 0) & ~gains & (after.residual >= state.residual)
-            after = after._replace(stagnated=jnp.where(still, state.stagnated + 1, 0))
-        return after
+        if moved is None:
+            return after
+        gains = old.shifted_energy - evaluation.shifted_energy > _resolution(state, problem)
+        after = _where(moved, after, state._replace(num_steps=step))
+        still = (step > 0) & ~gains & (after.residual >= state.residual)
+        return after._replace(stagnated=jnp.where(still, state.stagnated + 1, 0))
 
     def _with_row(
         self, before: State, state: State, evaluation: Evaluation, ended: Array, moved: Array
@@ -224,7 +235,7 @@ class Solver:
         """
         row = jnp.where(ended, state.num_steps, self.max_steps + 1)  # rows out of range are dropped
         trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
-        record_row = Record(before.attempt, moved, evaluation.guess)
+        record_row = Record(before.backtracks, before.accelerated, moved, evaluation.guess)
 
         def add(table: PyTree, new: PyTree) -> PyTree:
             if table is None:
@@ -240,41 +251,42 @@ class Solver:
         """Return the state with the next candidate. Caution falls by one after a plain step, and
         rises by one after its rejection.
         """
-        backtracks, accelerated = state.attempt
-        change = jnp.where(accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
-        backtracks, false = jnp.maximum(backtracks + change, 0), jnp.zeros_like(accelerated)
+        change = jnp.where(state.accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
+        backtracks = jnp.maximum(state.backtracks + change, 0)
+        false = jnp.zeros_like(state.accelerated)
         plain = self.move(state.measure, state.evaluation, problem, backtracks)
-        state = state._replace(candidate=plain, attempt=Attempt(backtracks, false))
+        state = state._replace(candidate=plain, backtracks=backtracks, accelerated=false)
         if self.acceleration is None:
             return state
         candidate, history = self.acceleration.propose(self, state, problem)
-        faster = state._replace(
-            candidate=candidate, history=history, attempt=Attempt(backtracks, ~false)
-        )
-        proposed: State = _where(ended, faster, state)
-        return proposed
+        faster = state._replace(candidate=candidate, accelerated=~false, history=history)
+        return _where(ended, faster, state)
 
     def retrace(self, record: Record | None, query: AnyMeasure, problem: Problem) -> State:
         """Return the last state from a repetition of the recorded steps, in a form that has a
         derivative. Without a record all steps are full ones.
         """
 
-        def step(state: State, current: Record | None, following: Attempt | None) -> State:
+        def step(state: State, current: Record | None, following: PyTree) -> State:
             guess = None if current is None else current.guess
             evaluation = self.evaluate(state.candidate, problem, guess)
-            residual = _residual(evaluation, problem, state.attempt.backtracks)
+            residual = _residual(evaluation, problem, state.backtracks)
             if current is not None:
                 gain = state.evaluation.shifted_energy - evaluation.shifted_energy
                 gain = gain + _resolution(state, problem)
-                state = self._update_history(state, gain, current.attempt.accelerated)
+                state = self._update_history(state, gain, current.accelerated)
             state = self._update(state, evaluation, residual, problem)
             if following is None:
                 state = state._replace(candidate=self.move(state.measure, evaluation, problem))
             else:
                 state = self._propose(state, problem, jnp.array(True))
-                plain = self.move(state.measure, evaluation, problem, following.backtracks)
-                candidate = _where(following.accelerated, state.candidate, plain)
-                state = state._replace(candidate=candidate, attempt=following)
+                backtracks, accelerated = following
+                plain = self.move(state.measure, evaluation, problem, backtracks)
+                state = state._replace(
+                    candidate=_where(accelerated, state.candidate, plain),
+                    backtracks=backtracks,
+                    accelerated=accelerated,
+                )
             return _stripped(state)
 
         def body_fun(state: State, rows: PyTree) -> tuple[State, Trace | None]:
@@ -286,7 +298,7 @@ class Solver:
         start = _stripped(self.start(query, problem))._replace(trace=None)
         following = None
         if record is not None:
-            following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, 0), record.attempt)
+            following = jnp.roll(record.backtracks, -1), jnp.roll(record.accelerated, -1)
         remat_body_fun: Any = jax.checkpoint(body_fun, prevent_cse=False)
         rows, length = (record, following), self.max_steps + 1
         end, trace = scan(remat_body_fun, start, rows, problem, length=length)
@@ -344,7 +356,7 @@ def _run_jvp(
     if solver._accepts_all(problem) and solver.search.first_guess(problem.memory) is None:
         result: tuple[State, State] = jvp(partial(solver.retrace, None), primals, tangents)
         return result
-    # The accepted attempts are a piecewise constant function of the arguments.
+    # Which candidates are accepted is a piecewise constant function of the arguments.
     end = solver.descend(solver.start(query, problem, record=True), problem)
     _, tangent = jvp(partial(solver.retrace, end.record), primals, tangents)
     return _stripped(end), tangent
@@ -372,12 +384,9 @@ def _residual(
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
-def _where(condition: Array, new: PyTree, old: PyTree) -> PyTree:
-    return jax.tree.map(partial(jnp.where, condition), new, old)
-
-
-def _zeros(shapes: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+def _where(condition: Array, new: T, old: T) -> T:
+    chosen: T = jax.tree.map(partial(jnp.where, condition), new, old)
+    return chosen
 
 
 def _last_true(*conditions: tuple[Array, Status]) -> Int[Array, ""]:

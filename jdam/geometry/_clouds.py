@@ -79,12 +79,12 @@ def checked_parameters(
     epsilon: ArrayLike, rho: ArrayLike | None, hellinger_scale: ArrayLike, feature_scale: ArrayLike
 ) -> tuple[Array, Array | None, Array, Array]:
     """Return ε > 0, ρ > 0 or None, κ ≥ 0 and λ ≥ 0 as scalars, or raise."""
-    dtype, least = checks.scalar_dtype, checks.nonnegative_scalar
+    dtype, positive = checks.scalar_dtype, checks.positive
     return (
-        checks.positive("epsilon", epsilon, dtype(epsilon)),
-        None if rho is None else checks.positive("rho", rho, dtype(rho)),
-        least("hellinger_scale", hellinger_scale, dtype(hellinger_scale)),
-        least("feature_scale", feature_scale, dtype(feature_scale)),
+        positive("epsilon", epsilon, dtype(epsilon)),
+        None if rho is None else positive("rho", rho, dtype(rho)),
+        positive("hellinger_scale", hellinger_scale, dtype(hellinger_scale), or_zero=True),
+        positive("feature_scale", feature_scale, dtype(feature_scale), or_zero=True),
     )
 
 

@@ -234,9 +234,7 @@ class Geometry(eqx.Module):
         `typical_norm`, and 0 if `max_backtracks` is 0. Arguments as of `typical_norm`."""
         if self.max_backtracks == 0:
             return jnp.zeros((), float_dtype(patterns))
-        scale = (
-            self.typical_norm(patterns) if weights is None else self.typical_norm(patterns, weights)
-        )
+        scale = self.typical_norm(patterns, weights)
         return 4 * float(jnp.finfo(float_dtype(patterns)).eps) * scale**2
 
     # ------------------------------------------------------------- what is computed once

@@ -20,7 +20,7 @@ from jdam._core import checks
 from jdam._core.batching import map_in_batches
 from jdam._core.compile import compiled, working_dtype
 from jdam._core.lapack import singular_values
-from jdam._energy.energy import inverse_temperature
+from jdam._energy.energy import inverse_temperature, positive_for
 from jdam._measures.gaussian import Gaussian
 from jdam._memory.memory import Memory
 from jdam._memory.slots import checked_index
@@ -133,7 +133,7 @@ def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
     **Returns:** β, (N,), at most a few per cent too large; ∞ for a pattern that is stored twice.
     """
     check_memory(memory)
-    return _transition_beta(memory, checks.positive("level", level, working_dtype(memory.dtype)))
+    return _transition_beta(memory, positive_for(memory, "level", level))
 
 
 @compiled()
@@ -308,7 +308,7 @@ def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
     **Returns:** a scalar; ∞ if there is no such β, as for patterns that are stored twice.
     """
     check_memory(memory)
-    error = checks.positive("error", error, working_dtype(memory.dtype))
+    error = positive_for(memory, "error", error)
     return _minimum_beta(memory, error)
 
 

@@ -13,10 +13,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Float, PyTree
 
-from jdam._core import checks
-from jdam._core.compile import compiled, working_dtype
+from jdam._core.compile import compiled
 from jdam._core.lapack import eigenvalues
-from jdam._energy.energy import inverse_temperature
+from jdam._energy.energy import inverse_temperature, positive_for
 from jdam._entropic.c_transform import c_transform
 from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
@@ -66,7 +65,7 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
     one that is out of range.
     """
     _check_clouds(memory)
-    step_size = checks.positive("step_size", step_size, working_dtype(memory.dtype))
+    step_size = positive_for(memory, "step_size", step_size)
     return _constants(memory, checked_index(memory, index), step_size)
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 import jdam
-from jdam._energy.calibration import _available_search
 
 
 def draw(rng, points, num):
@@ -184,6 +183,9 @@ def test_which_search(many, drawn):
     points, small, *_ = drawn
     assert isinstance(jdam.calibrate(memory, queries[:3], owner[:3], 1.0).search, jdam.Certified)
     assert jdam.calibrate(small, points, np.arange(12), 1.0).search == jdam.Exhaustive()
-    assert _available_search(jdam.Certified(), jdam.store(points, Plain())) == jdam.Exhaustive()
+    plain = jdam.calibrate(
+        jdam.store(points, Plain()), points, np.arange(12), 1.0, search=jdam.Certified()
+    )
+    assert plain.search == jdam.Exhaustive()
     with pytest.raises(TypeError, match="search must be .*; got 'all'"):
         jdam.calibrate(small, points, np.arange(12), 1.0, search="all")

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -57,6 +58,31 @@ def test_two_devices(rng):
     for name in ("measure", "energy", "weight", "divergence"):
         parts = getattr(found, name), getattr(wanted, name)
         chex.assert_trees_all_close(*parts, rtol=1e-9, atol=1e-9)
+
+
+def collectives(jaxpr, depth=0):
+    """Yield the communications of a program, with the number of loops around each."""
+    for equation in jaxpr.eqns:
+        if "axes" in equation.params and equation.primitive.name in ("psum", "pmin", "pmax"):
+            yield equation.primitive.name, depth
+        for part in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+            if is_jaxpr(part):
+                inner = depth + (equation.primitive.name in ("while", "scan"))
+                yield from collectives(getattr(part, "jaxpr", part), inner)
+
+
+def is_jaxpr(part):
+    return hasattr(part, "eqns")
+
+
+def test_devices_do_not_wait_for_each_other_while_they_search(rng):
+    """Each takes as many rounds as its own patterns need: communication there might hang."""
+    memory = jdam.store(gaussians(rng, 5, 2), log_prior=rng.normal(size=5))
+    sharded = jdam.shard(memory, jax.make_mesh((1,), ("patterns",)), "patterns")
+    recall = partial(jdam.recall, search=jdam.Certified(2), max_steps=2)
+    found = set(collectives(jax.make_jaxpr(recall)(sharded, memory[1], 3.0).jaxpr))
+    # In the loop of steps, which is the same on all devices, but not in that of the search.
+    assert found == {("psum", 1), ("pmin", 1)}
 
 
 def test_one_device(rng):

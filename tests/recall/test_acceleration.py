@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jdam
+from jdam._recall.acceleration import ENOUGH, minimise
 from tests.cases import KINDS, alike, every_kind_in_full, problem
 from tests.helpers import gaussians
 
@@ -183,3 +184,62 @@ def test_kinds_choose(rng):
         kind for kind, (_, geometry) in KINDS.items() if type(geometry).retraction is not retraction
     }
     assert smooth == {"clouds"}
+
+
+def quadratic(rng, size, least):
+    """The slope and the curvature of a model, and the masses of its norm."""
+    basis = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    matrix = basis @ np.diag(np.linspace(least, 3.0, size)) @ basis.T
+    slope, masses = rng.normal(size=size), rng.uniform(0.5, 2, size)
+    return jnp.array(slope), lambda s: matrix @ s, jnp.array(masses)
+
+
+def value(model, step):
+    slope, curvature, _ = model
+    return slope @ step + step @ curvature(step) / 2
+
+
+def length(model, step):
+    return np.sqrt(model[2] @ step**2)
+
+
+def test_convex_within_a_large_radius(rng):
+    model = slope, curvature, masses = quadratic(rng, 6, 0.5)
+    found = minimise(*model, jnp.array(100.0), 50)
+    dual = lambda slope: np.sqrt(np.sum(slope**2 / masses))  # noqa: E731
+    assert dual(slope + curvature(found.step)) <= ENOUGH * dual(slope)
+    best = value(model, -np.linalg.solve(curvature(np.eye(6)), slope))
+    assert value(model, found.step) < 0.98 * best
+
+
+@pytest.mark.parametrize("least", [0.5, -2.0])
+def test_what_is_reported_is_so_and_the_radius_is_kept(rng, least):
+    model = quadratic(rng, 6, least)
+    for radius in (0.01, 0.3, 1.0, 5.0):
+        for most in (1, 2, 6):
+            found = minimise(*model, jnp.array(radius), most)
+            np.testing.assert_allclose(found.decrease, -value(model, found.step), rtol=1e-9)
+            np.testing.assert_allclose(found.length, length(model, found.step), rtol=1e-9)
+            assert found.length <= radius * (1 + 1e-9)
+            if least < 0 and most == 6:  # a negative curvature is followed to the boundary
+                np.testing.assert_allclose(found.length, radius, rtol=1e-9)
+
+
+def test_no_less_than_the_best_along_the_slope(rng):
+    model = slope, _, masses = quadratic(rng, 6, -2.0)
+    raised = slope / masses
+    for radius in (0.1, 1.0):
+        ts = np.linspace(0, radius / length(model, raised), 200)
+        cauchy = min(value(model, -t * raised) for t in ts)
+        assert -float(minimise(*model, jnp.array(radius), 6).decrease) <= cauchy + 1e-9
+
+
+def test_massless_coordinates_stay_and_a_zero_slope_takes_no_step(rng):
+    slope, curvature, masses = quadratic(rng, 6, 0.5)
+    masses = masses.at[:2].set(0)
+    found = jax.jit(lambda radius: minimise(slope, curvature, masses, radius, 6))(jnp.array(1.0))
+    assert (found.step[:2] == 0).all()
+    assert found.decrease > 0
+    flat = minimise(jnp.zeros(6), curvature, masses, jnp.array(1.0), 6)
+    assert (flat.step == 0).all()
+    assert flat.decrease == flat.length == 0
