@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.loops import varying
-from jdam._core.mesh import on_parts
+from jdam._core.mesh import is_whole, on_parts
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,7 +55,7 @@ def compiled(
                 values = cast_floats(values, inside)
             if batch_size is not None:
                 call = functools.partial(in_batches, body, batch_size(first, **kwargs))
-            result = on_parts(call, *values)
+            result = on_parts(call, *values) if is_whole(first) else call(*values)
             return cast_floats(result, dtype) if rounded and inside != dtype else result
 
         @functools.wraps(function)

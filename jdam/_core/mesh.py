@@ -83,14 +83,11 @@ class Layout:
 
 
 def on_parts(function: Callable[..., Any], memory: PyTree, *args: Any) -> PyTree:
-    """Call `function(memory, *args)`; if the memory is sharded, and seen from outside of
-    `jax.shard_map`, call it on each device, with its shard of the memory. The result must then be
-    the same on all devices.
+    """Call `function(memory, *args)` on each device, with its shard of the memory; the result must
+    be the same on all devices.
 
-    **Raises:** `ValueError` for a sharded memory inside of another `jax.shard_map`."""
-    layout = getattr(memory, "layout", None)
-    if layout is None or layout.inside:
-        return function(memory, *args)
+    **Raises:** `ValueError` inside of another `jax.shard_map`."""
+    layout = memory.layout
     if any(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(args)):
         raise ValueError(
             "a sharded memory cannot be used inside jax.shard_map: call jax.vmap of the function, "
@@ -172,6 +169,12 @@ def in_one_piece(array: Array) -> Array:
     sharded = not isinstance(array, jax.core.Tracer) and len(array.devices()) > 1
     whole: Array = jax.device_put(on_host(array)) if sharded else array
     return whole
+
+
+def is_whole(memory: PyTree) -> bool:
+    """Return whether the memory is sharded, and seen from outside of `jax.shard_map`."""
+    layout = getattr(memory, "layout", None)
+    return layout is not None and not layout.inside
 
 
 def psum(tree: PyTree, layout: Layout | None) -> PyTree:
