@@ -12,15 +12,14 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.linalg import safe_log, safe_sqrt
-from jdam._entropic.cost import Cost, HalfSquaredDistance
-from jdam._entropic.ground_cost import GroundCost
+from jdam._entropic.cost import Cost, GroundCost, HalfSquaredDistance
 from jdam._entropic.problem import (
     Cloud,
     Marginals,
     SelfTransport,
     Solver,
 )
-from jdam._entropic.self_transport import self_transport
+from jdam._entropic.transport import self_transport
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import (

@@ -17,17 +17,19 @@ from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.linalg import rounding
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
-from jdam._entropic.ground_cost import GroundCost, checked_cost, mean_within
+from jdam._entropic.cost import GroundCost, checked_cost, mean_within
 from jdam._entropic.problem import Pair, SinkhornOutput
 from jdam._entropic.transport import solve_pair
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud
-from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
     Pull,
     View,
+    by_dual,
+    by_gap,
+    by_means,
     check_cloud,
     checked_parameters,
     radius_of,

@@ -10,8 +10,7 @@ import pytest
 from scipy.special import logsumexp
 
 from jdam._entropic.problem import Cloud, Marginals, Pair, Solver
-from jdam._entropic.self_transport import self_transport
-from jdam._entropic.transport import solve_pair
+from jdam._entropic.transport import self_transport, solve_pair
 from tests.helpers import check_derivatives, entropic_transport
 
 TIGHT = Solver(1e-13, 5000)

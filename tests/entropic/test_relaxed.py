@@ -13,8 +13,7 @@ import pytest
 from jdam._entropic.bounds import cost_of_masses, dual_after_half_iteration
 from jdam._entropic.cost import Cost
 from jdam._entropic.problem import Cloud, Marginals, Pair, Solver
-from jdam._entropic.self_transport import self_transport
-from jdam._entropic.transport import solve_pair
+from jdam._entropic.transport import self_transport, solve_pair
 from tests.helpers import check_derivatives, relaxed_transport
 
 TIGHT = Solver(1e-13, 5000)
