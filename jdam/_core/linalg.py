@@ -289,3 +289,10 @@ def squared_norm(x: Float[Array, "*batch m n"]) -> Float[Array, " *batch"]:
     """Compute |x|_F² of each matrix."""
     flat = x.reshape(*x.shape[:-2], -1)
     return long_vecdot(flat, flat)
+
+
+def squared_distances(x: Float[Array, "..."], ys: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """Compute |x − yᵢ|² of arrays, from differences: relative accuracy even for near-coincident
+    points."""
+    difference = (x[None] - ys).reshape(len(ys), -1)
+    return long_vecdot(difference, difference)

@@ -10,7 +10,14 @@ from jaxtyping import Bool, Float, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
-from jdam._core.linalg import PIECE, long_products, long_vecdot, rounding, safe_sqrt
+from jdam._core.linalg import (
+    PIECE,
+    long_products,
+    long_vecdot,
+    rounding,
+    safe_sqrt,
+    squared_distances,
+)
 from jdam._measures.base import AnyMeasure, Measure
 from jdam.geometry.protocol import (
     AnyView,
@@ -102,12 +109,6 @@ def _energies_less_rounding(x: Float[Array, " d"], patterns: Patterns) -> Float[
     ys = patterns.measures
     size = long_vecdot(x, x) + long_vecdot(ys, ys)
     return _energies(x, ys) - rounding(x.size, x.dtype) * size
-
-
-def squared_distances(x: Float[Array, "..."], ys: Float[Array, "B ..."]) -> Float[Array, " B"]:
-    """|x − yᵢ|² of arrays, from differences: relative accuracy even for near-coincident points."""
-    difference = (x[None] - ys).reshape(len(ys), -1)
-    return long_vecdot(difference, difference)
 
 
 def fast_squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:

@@ -18,12 +18,11 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, Int, PyTree
 
 from jdam._core.batching import map_in_batches
-from jdam._core.linalg import rounding
+from jdam._core.linalg import rounding, squared_distances
 from jdam._energy.certified import Certified, bound_all
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
 from jdam._memory.memory import check_memory as check_is_memory
-from jdam.geometry.euclidean import squared_distances
 
 T = TypeVar("T")
 #: The search makes few comparisons, since it runs once for each pattern.
