@@ -162,7 +162,7 @@ class Diagonal:
 
     @staticmethod
     def embed(measures: DiagonalGaussian, prepared: None) -> Embedding:
-        return Embedding(_stacked(measures), jnp.zeros_like(measures.mean[:, 0]))
+        return _stacked(measures), jnp.zeros_like(measures.mean[:, 0])
 
     @staticmethod
     def bounds() -> tuple[PyTree, ...]:
@@ -230,7 +230,7 @@ class Full:
         E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ."""
         spread = Full.prepare(measures) if prepared is None else prepared
         errors = rounding(measures.rank, spread.dtype) * jnp.linalg.norm(spread, axis=-1)
-        return Embedding(jnp.concatenate([measures.mean, spread], axis=-1), errors)
+        return jnp.concatenate([measures.mean, spread], axis=-1), errors
 
     @staticmethod
     def bounds() -> tuple[PyTree, ...]:

@@ -131,8 +131,8 @@ def squared_distances_less_rounding(
 
 def embedding_bound(query: Embedding, patterns: Embedding) -> Float[Array, " B"]:
     """What |Φ(ξ) − Φ(X)|² surely is not less than, by one matrix product; `query` has one row."""
-    squares = squared_distances_less_rounding(query.vectors[0], patterns.vectors)
-    distances = safe_sqrt(squares) - (query.errors + patterns.errors)
+    (x, error), (ys, errors) = query, patterns
+    distances = safe_sqrt(squared_distances_less_rounding(x[0], ys)) - (error + errors)
     return jnp.maximum(distances, 0) ** 2
 
 

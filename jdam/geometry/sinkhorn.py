@@ -324,7 +324,7 @@ class Sinkhorn(SHKGeometry):
         clouds = self.lifted(measures)
         squares = zero_padding(clouds.points, clouds.weights) ** 2
         size = jnp.sqrt(jnp.vecdot(clouds.weights, squares.sum(-1)) / 2)
-        return Embedding(clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size)
+        return clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size
 
     def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """Return the root mean square distance of atoms to the mean of all, plus eps^0.3 times the
