@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from jdam._core import checks
 from jdam._core.lapack import eigh
 from jdam._core.linalg import nearest_rotation, polar, safe_log, safe_sqrt, squared_norm
+from jdam._entropic.problem import Marginals
 from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud, unchecked
@@ -65,13 +66,6 @@ class Problem(NamedTuple):
         return jnp.where(positive, jnp.sqrt(self.size / jnp.where(positive, self.sizes, 1)), 1)
 
 
-class Regularisation(NamedTuple):
-    """ε and ρ of one-sided plans."""
-
-    epsilon: Float[Array, ""]
-    rho: Float[Array, ""] | None
-
-
 class Moments(NamedTuple):
     """Moments of a plan P of mass m between atoms x and y. Leaves lead with any batch axes."""
 
@@ -102,7 +96,7 @@ def alignment_problem(
 
 
 def one_sided_moments(
-    problem: Problem, regularisation: Regularisation, pose: Pose
+    problem: Problem, marginals: Marginals, pose: Pose
 ) -> tuple[Moments, Float[Array, "B S"]]:
     """Compute the moments of the one-sided plans between a query and patterns in S poses each, (B,
     S), and their costs, up to a constant.
@@ -112,7 +106,7 @@ def one_sided_moments(
     """
     num_patterns, num_poses, dim = pose.translation.shape
     x, weights, y = problem.x, problem.x_weights, problem.y
-    epsilon, rho = regularisation
+    epsilon, rho = marginals
     # (c + x − t − sRc')/(sR), the atoms of the query about the centre c' of a pattern.
     shift = problem.centre[None, None] - pose.translation
     shift = shift - pose.scale[..., None] * jnp.matvec(pose.rotation, problem.centres[:, None])
