@@ -222,6 +222,25 @@ def _solve(root: Array, values: Array, basis: Array, right: Array) -> Array:
     return result
 
 
+def pseudo_solve(
+    matrix: Float[Array, "*batch n n"], right: Float[Array, "*batch n"], rtol: float
+) -> Float[Array, "*batch n"]:
+    """Compute A⁺b of symmetric matrices A, in the same way. Eigenvalues up to `rtol` times the
+    largest one count as 0."""
+    matrix = _symmetric(matrix)
+    values, basis = eigh(jax.lax.stop_gradient(matrix))
+    sizes = jnp.abs(values)
+    regular = sizes > rtol * sizes.max(-1, keepdims=True)
+    reciprocal = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
+    result: Array = jax.lax.custom_linear_solve(
+        lambda x: jnp.matvec(matrix, x),
+        right,
+        lambda _, b: jnp.matvec(basis, reciprocal * jnp.vecmat(b, basis)),
+        symmetric=True,
+    )
+    return result
+
+
 def _symmetric(matrix: Array) -> Array:
     return (matrix + matrix.mT) / 2
 

@@ -7,8 +7,7 @@ from jax import Array
 from jaxtyping import Float, PyTree
 
 from jdam._core.derivatives import full_precision, jvp
-from jdam._core.lapack import eigh
-from jdam._core.linalg import safe_sqrt
+from jdam._core.linalg import pseudo_solve, safe_sqrt
 from jdam.geometry._alignment import Group, atoms_of, variance
 from jdam.geometry._poses import Pose
 from jdam.geometry.protocol import AnyView, Patterns
@@ -58,30 +57,11 @@ def _derivative_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -
     curvature = jnp.moveaxis(jax.vmap(column)(jnp.eye(zero.shape[1], dtype=zero.dtype)), 0, -1)
     inputs = aligned, view, patterns
     mixed = jvp(lambda *args: gradient(zero, *args), inputs, tangents[:3])[1]
-    tangent = -_pseudo_solve(curvature, mixed)
+    tangent = -pseudo_solve(curvature, mixed, float(jnp.finfo(mixed.dtype).eps) ** 0.5)
     return pose, jax.jvp(pose_at, (zero,), (tangent,))[1]
 
 
 with_derivative.defjvp(full_precision(_derivative_jvp), symbolic_zeros=True)
-
-
-def _pseudo_solve(matrix: Float[Array, "B k k"], right: Float[Array, "B k"]) -> Float[Array, "B k"]:
-    """Compute A⁺b of symmetric matrices as the solution of a linear system, which can be
-    differentiated again.
-    """
-    values, basis = eigh(jax.lax.stop_gradient((matrix + matrix.mT) / 2))
-    regular = jnp.abs(values) > float(jnp.finfo(values.dtype).eps) ** 0.5 * jnp.abs(values).max(
-        -1, keepdims=True
-    )
-    reciprocal = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
-
-    def solve(_: PyTree, b: Array) -> Array:
-        return jnp.matvec(basis, reciprocal * jnp.vecmat(b, basis))
-
-    result: Array = jax.lax.custom_linear_solve(
-        lambda x: jnp.matvec((matrix + matrix.mT) / 2, x), right, solve, symmetric=True
-    )
-    return result
 
 
 def directions(group: Group, dim: int) -> Float[np.ndarray, "k d_and_1 d_and_1"]:
