@@ -41,7 +41,6 @@ from jdam._entropic.problem import (
     Cloud,
     Marginals,
     Pair,
-    SelfTransport,
     SinkhornOutput,
     Solver,
     pair_batch_size,
@@ -77,21 +76,21 @@ def _solve_pair_jvp(
     (pair, _), (dpair, _) = primals, tangents  # the solution does not depend on the guess
     marginals = pair.marginals
 
-    # columns = target implies (∂(columns − target)/∂g) dg = (∂(target − columns)/∂pair) dpair.
+    # sums = targets implies (∂(sums − targets)/∂g) dg = (∂(targets − sums)/∂pair) dpair.
     column_sums = partial(columns_of, solver.cost, solved.g)
     a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.tau
-    (response, columns, target), tangent = jvp(column_sums, (pair,), (dpair,))
+    (response, sums, targets), (dresponse, dsums, dtargets) = jvp(column_sums, (pair,), (dpair,))
     density, mass = response.density, a * marginals.transported_fraction(response.potential)
-    diagonal = columns
+    diagonal = sums
     if marginals.rho is not None:
-        diagonal = columns + target * (marginals.epsilon / marginals.rho)
+        diagonal = sums + targets * (marginals.epsilon / marginals.rho)
 
     def hessian(d: Array) -> Array:
         crossed = b * ((mass * (density @ (b * d))) @ density)
         image = diagonal * d - s * crossed
         if marginals.rho is None:
             # A constant in g is free, as mass is conserved. This term makes the system definite.
-            image += columns * (jnp.vdot(columns, d) / columns.sum())
+            image += sums * (jnp.vdot(sums, d) / sums.sum())
         return jnp.where(on, image, 0)
 
     def solve(matvec: Any, right: Array) -> Array:
@@ -99,10 +98,10 @@ def _solve_pair_jvp(
         precision = float(jnp.finfo(right.dtype).eps)
         return conjugate_gradients(matvec, right, scale, precision, 2 * right.size + 50)[0]
 
-    right = marginals.epsilon * jnp.where(on, tangent.targets - tangent.sums, 0)
+    right = marginals.epsilon * jnp.where(on, dtargets - dsums, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
     df, dgradient = c_transform_change(solver.cost, response, dg, pair.turned())
-    df, dgradient = df + tangent.response.potential, dgradient + tangent.response.gradient
+    df, dgradient = df + dresponse.potential, dgradient + dresponse.gradient
     zero = jnp.zeros_like(solved.error)
     dcost = _dcost(solver.cost, solved, pair, dpair)
     return solved, SinkhornOutput(dcost, df, dg, dgradient, zero)
@@ -153,8 +152,8 @@ def change_by_marginals(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def self_transport(
-    solver: Solver, cloud: Cloud, marginals: Marginals, known: SelfTransport | None = None
-) -> SelfTransport:
+    solver: Solver, cloud: Cloud, marginals: Marginals, known: SinkhornOutput | None = None
+) -> SinkhornOutput:
     """Compute the optimal coupling of a cloud with itself.
 
     If the coupling is `known`, it is returned, and only derivatives are computed. Under `jax.vmap`,
@@ -162,7 +161,7 @@ def self_transport(
     if known is not None:
         return known
     pairs = pair_batch_size(len(cloud.x) ** 2)
-    result: SelfTransport = in_batches(
+    result: SinkhornOutput = in_batches(
         partial(solve_self, solver), pairs, cloud.normalised(), marginals, flat=True
     )
     return result
@@ -172,9 +171,9 @@ def self_transport(
 @full_precision
 def _self_transport_jvp(
     solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
-) -> tuple[SelfTransport, SelfTransport]:
+) -> tuple[SinkhornOutput, SinkhornOutput]:
     solved = self_transport(solver, *primals)
-    problem, h = primals[:2], solved.potential
+    problem, h = primals[:2], solved.f
     cloud, marginals = problem
     dcloud, dmarginals = tangents[:2]
 
@@ -201,7 +200,7 @@ def _self_transport_jvp(
     dcost = 2 * change_by_atoms(marginals, h, cloud.a, response.gradient, dcloud)
     dcost += change_by_marginals(itself, h, response._replace(potential=h), dmarginals)
     dgradient = None if solved.gradient is None else dresponse.gradient + differential(dh)[1]
-    return solved, SelfTransport(dcost, dh, jnp.zeros_like(solved.error), dgradient)
+    return solved, SinkhornOutput(dcost, dh, None, dgradient, jnp.zeros_like(solved.error))
 
 
 def _with_itself(cloud: Cloud, marginals: Marginals) -> Pair:

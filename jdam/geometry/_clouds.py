@@ -19,7 +19,7 @@ from jdam._core.compile import compiled
 from jdam._core.linalg import rounding, safe_log, safe_sqrt
 from jdam._entropic.bounds import cost_of_masses
 from jdam._entropic.cost import Cost, HalfSquaredDistance
-from jdam._entropic.problem import FREE, Marginals, Pair, SelfTransport
+from jdam._entropic.problem import FREE, Marginals, Pair, SinkhornOutput
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud, unchecked
 from jdam.geometry.protocol import Geometry, Patterns, check_batch_ndim
@@ -39,7 +39,7 @@ class Prepared(NamedTuple):
 
     centre: Float[Array, "N z"]
     offset: Float[Array, "N z"]  # of the mean from the centre, a rounding error
-    self_transport: SelfTransport
+    self_transport: SinkhornOutput
     radius: Float[Array, " N"] | None = None  # of a ball about the centre; None without ρ
 
 
@@ -49,7 +49,7 @@ class View(NamedTuple):
     query: PointCloud
     centre: Float[Array, " z"]
     centred: Float[Array, "n z"]
-    self_transport: SelfTransport
+    self_transport: SinkhornOutput
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the transported fraction of xⱼ
 
 
@@ -58,13 +58,6 @@ class Pull(NamedTuple):
 
     velocity: Float[Array, "n d"]  # −∇F(xⱼ), which is Tᵢ(xⱼ) − T₀(xⱼ)
     variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
-
-
-class Tangent(NamedTuple):
-    """A change of a cloud: displacements of atoms, and changes of log weights in units of √κ."""
-
-    points: Float[Array, "n d"]
-    reaction: Float[Array, " n"]
 
 
 def check_cloud(geometry: Geometry, name: str, measure: AnyMeasure, batch_ndim: int) -> PointCloud:
@@ -283,7 +276,7 @@ def by_dual(
         return dual_value(Pair(*query, points, weights, marginals), potential)
 
     at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
-    guess = prepared.self_transport.potential if patterns.guess is None else patterns.guess
+    guess = prepared.self_transport.f if patterns.guess is None else patterns.guess
     duals = map_in_batches(dual, at_once, (atoms, clouds.weights, guess))
     selves = (view.self_transport.cost + prepared.self_transport.cost) / 2
     error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))

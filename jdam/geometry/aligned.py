@@ -30,8 +30,8 @@ from jdam.geometry._alignment import (
     landmark_moments,
     mixture_plan_moments,
     plan_moments,
+    with_derivative,
 )
-from jdam.geometry._pose_derivatives import with_derivative
 from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
 from jdam.geometry._poses import Pose, transform_points, where_rows
 from jdam.geometry.chamfer import Chamfer, self_cost_growth

@@ -227,15 +227,14 @@ class Sinkhorn(SHKGeometry):
         return Prepared(centre, *jax.lax.stop_gradient((offset, solution, radius)))
 
     def first_guess(self, prepared: PyTree) -> PyTree:
-        return prepared.self_transport.potential
+        return prepared.self_transport.f
 
     def view(self, query: AnyMeasure) -> AnyView:
         atoms = self.lifted(query)
         centre = self._centre(atoms)
         centred = relative_to(centre, atoms, self.epsilon)
         solution = self._self_transport(centred, query.weights)
-        fraction = self._marginals.transported_fraction(solution.potential)
-        assert solution.gradient is not None  # only patterns are prepared without it
+        fraction = self._marginals.transported_fraction(solution.f)
         force = fraction[:, None] * solution.gradient[:, : query.dim]  # features are fixed
         return View(query, centre, centred, solution, force)
 
@@ -264,7 +263,7 @@ class Sinkhorn(SHKGeometry):
                 velocity=view.force[None] - force[..., coordinates] - shift[:, None, coordinates],
                 variation=variation(solution.f)
                 + shift @ view.centred.T
-                - variation(view.self_transport.potential)[None],
+                - variation(view.self_transport.f)[None],
             ),
             guess=jax.lax.stop_gradient(solution.g),
             not_converged=not_converged | (view.self_transport.error > self._tol),
@@ -275,9 +274,7 @@ class Sinkhorn(SHKGeometry):
         self, view: View, atoms: Float[Array, "B m d"], patterns: Patterns
     ) -> SinkhornOutput:
         """Solve the transport problems between the query and patterns with these atoms."""
-        guess = (
-            patterns.prepared.self_transport.potential if patterns.guess is None else patterns.guess
-        )
+        guess = patterns.prepared.self_transport.f if patterns.guess is None else patterns.guess
 
         def solve(points: Array, weights: Array, guess: Array) -> SinkhornOutput:
             pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
