@@ -155,8 +155,8 @@ def clusters(rng: np.random.Generator, num: int) -> Iterator[Row]:
     mean, factor = clustered(rng, num)
     queries = near(rng, mean, factor, rng.integers(num, size=count))
     memory = jax.block_until_ready(jdam.store(jdam.Gaussian(mean, factor)))
-    stored = memory.geometry.embed(memory.patterns, memory.prepared).vectors
-    asked = memory.geometry.embed(queries).vectors
+    stored = memory.geometry.embed(memory.patterns, memory.prepared)[0]
+    asked = memory.geometry.embed(queries)[0]
     name = "one matrix product, top 16"
     yield measure(kind, num, name, products_and_top_k, stored, asked, rounds=3)
     yield from inverted_file(kind, np.asarray(stored), np.asarray(asked))

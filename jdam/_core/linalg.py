@@ -220,6 +220,25 @@ def _solve(root: Array, values: Array, basis: Array, right: Array) -> Array:
     return result
 
 
+def pseudo_solve(
+    matrix: Float[Array, "*batch n n"], right: Float[Array, "*batch n"], rtol: float
+) -> Float[Array, "*batch n"]:
+    """Compute A⁺b of symmetric matrices A, in the same way. Eigenvalues up to `rtol` times the
+    largest one count as 0."""
+    matrix = _symmetric(matrix)
+    values, basis = eigh(jax.lax.stop_gradient(matrix))
+    sizes = jnp.abs(values)
+    regular = sizes > rtol * sizes.max(-1, keepdims=True)
+    reciprocal = jnp.where(regular, 1 / jnp.where(regular, values, 1), 0)
+    result: Array = jax.lax.custom_linear_solve(
+        lambda x: jnp.matvec(matrix, x),
+        right,
+        lambda _, b: jnp.matvec(basis, reciprocal * jnp.vecmat(b, basis)),
+        symmetric=True,
+    )
+    return result
+
+
 def _symmetric(matrix: Array) -> Array:
     return (matrix + matrix.mT) / 2
 
@@ -287,3 +306,10 @@ def squared_norm(x: Float[Array, "*batch m n"]) -> Float[Array, " *batch"]:
     """Compute |x|_F² of each matrix."""
     flat = x.reshape(*x.shape[:-2], -1)
     return long_vecdot(flat, flat)
+
+
+def squared_distances(x: Float[Array, "..."], ys: Float[Array, "B ..."]) -> Float[Array, " B"]:
+    """Compute |x − yᵢ|² of arrays, from differences: relative accuracy even for near-coincident
+    points."""
+    difference = (x[None] - ys).reshape(len(ys), -1)
+    return long_vecdot(difference, difference)

@@ -57,25 +57,15 @@ def c_transform_change(
     return -pair.marginals.tau * mean, dgradient
 
 
-class Columns(NamedTuple):
-    """Column sums of the plan of g and its c-transform f, whose row sums are exact."""
-
-    response: CTransform
-    sums: Float[Array, " m"]  # column sums of the plan
-    targets: Float[Array, " m"]  # their targets, b e^(−g/ρ)
-
-    @property
-    def marginal_error(self) -> Float[Array, ""]:
-        """The L1 error of the column sums."""
-        return jnp.abs(self.sums - self.targets).sum()
-
-
-def columns_of(cost: Cost, g: Float[Array, " m"], pair: Pair) -> Columns:
-    """Compute the column sums of the plan of g; they meet their targets if g is optimal."""
+def columns_of(
+    cost: Cost, g: Float[Array, " m"], pair: Pair
+) -> tuple[CTransform, Float[Array, " m"], Float[Array, " m"]]:
+    """Compute the c-transform f of g, the column sums of their plan, whose row sums are exact, and
+    the targets b e^(−g/ρ) of the column sums, which they meet if g is optimal."""
     response, marginals = c_transform(cost, g, pair.turned()), pair.marginals
     rows = pair.a * marginals.transported_fraction(response.potential)
-    target = pair.b * marginals.transported_fraction(jnp.where(pair.b > 0, g, 0))
-    return Columns(response, pair.b * (rows @ response.density), target)
+    targets = pair.b * marginals.transported_fraction(jnp.where(pair.b > 0, g, 0))
+    return response, pair.b * (rows @ response.density), targets
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

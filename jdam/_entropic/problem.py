@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, PyTree
 
 from jdam._core.batching import by_platform
 from jdam._entropic.cost import Cost, HalfSquaredDistance
@@ -138,22 +138,15 @@ class State(NamedTuple):
 
 
 class SinkhornOutput(NamedTuple):
-    """Solution for a pair; the plan's row sums are exact for f, the column sums up to `error`."""
+    """Solution for a pair; the plan's row sums are exact for f, the column sums up to `error`.
+
+    For a cloud and itself, f is also the second potential."""
 
     cost: Float[Array, ""]  # OT_ε
     f: Float[Array, " n"]  # potentials: the plan is aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε)
-    g: Float[Array, " m"]
-    gradient: Float[Array, "n d"]  # Σₖ Pⱼₖ ∇ₓc(xⱼ, yₖ) / Σₖ Pⱼₖ
+    g: PyTree  # (m,); None for a cloud and itself
+    gradient: PyTree  # (n, d), Σₖ Pⱼₖ ∇ₓc(xⱼ, yₖ) / Σₖ Pⱼₖ; None if not stored
     error: Float[Array, ""]  # |Pᵀ1 − b e^(−g/ρ)|₁
-
-
-class SelfTransport(NamedTuple):
-    """Solution for a cloud and itself, with one symmetric potential."""
-
-    cost: Float[Array, ""]
-    potential: Float[Array, " n"]
-    error: Float[Array, ""]
-    gradient: Float[Array, "n d"] | None = None  # as in `SinkhornOutput`; None if not stored
 
 
 def soft_minimum(logits: Float[Array, "n m"], weights: Float[Array, "1 m"]) -> Float[Array, " n"]:

@@ -30,12 +30,12 @@ def solve_by_ott(solver: Solver, pair: Pair) -> State:
     # ott-jax needs JAX's default promotion rules, which users may have made stricter.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         g, count = iterate(solver, pair, geometry)
-    columns = columns_of(solver.cost, g, pair)
+    response, sums, targets = columns_of(solver.cost, g, pair)
     state = State(
-        f=columns.response.potential,
+        f=response.potential,
         g=g,
-        gradient=columns.response.gradient,
-        error=columns.marginal_error,
+        gradient=response.gradient,
+        error=jnp.abs(sums - targets).sum(),
         iterations=count,
         ratio=jnp.ones_like(epsilon),
         cooled=jnp.zeros_like(epsilon),
@@ -68,7 +68,8 @@ def _relaxed(solver: Solver, pair: Pair, geometry: PyTree) -> tuple[Array, Array
         f = transform(jnp.zeros_like(a), g, b, 1)
         g = transform(f, jnp.zeros_like(b), a, 0)
         g = g + marginals.dual_shift(transform(jnp.zeros_like(a), g, b, 1), a, g, b)
-        return count + 1, g, columns_of(solver.cost, g, pair).marginal_error
+        _, sums, targets = columns_of(solver.cost, g, pair)
+        return count + 1, g, jnp.abs(sums - targets).sum()
 
     def cond_fun(carry: tuple[Array, Array, Array]) -> Array:
         count, _, marginal_error = carry

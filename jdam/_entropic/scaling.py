@@ -18,7 +18,7 @@ from jdam._entropic.problem import (
     Cloud,
     Marginals,
     Pair,
-    SelfTransport,
+    SinkhornOutput,
     Solver,
     State,
     pair_batch_size,
@@ -362,7 +362,7 @@ def conjugate_gradients(
 
 
 @partial(jax.jit, static_argnums=0)
-def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfTransport:
+def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SinkhornOutput:
     """Solve for the symmetric potential of a cloud by h ← (h + 2h^{c,ε}) s/(2+s). The coupling's
     spectrum lies in [0, 1], so each iteration reduces the error to a third at most. exp(h/ε) stays
     between √min a and 1/√min a, so no kernel overflows or vanishes."""
@@ -396,4 +396,4 @@ def solve_self(solver: Solver, cloud: Cloud, marginals: Marginals) -> SelfTransp
     plan = a[None] * jnp.exp(jnp.minimum(potential[:, None] + potential[None] - cost, LARGE))
     plan = plan / plan.sum(1, keepdims=True)
     gradient = solver.cost.gradient(plan, x, x)
-    return SelfTransport(epsilon * value, epsilon * potential, error, gradient)
+    return SinkhornOutput(epsilon * value, epsilon * potential, None, gradient, error)

@@ -1,4 +1,5 @@
-"""Entropic optimal transport between weighted clouds: potentials, barycentric maps and costs.
+"""Entropic optimal transport between weighted clouds, and of a cloud to itself: potentials,
+barycentric maps and costs.
 
     OT_ε(μ, ν) = min over π ∈ Π(μ, ν) of ∫ c dπ + ε KL(π | μ⊗ν)
                = max over f, g of ⟨f, a⟩ + ⟨g, b⟩ − ε(Σ aⱼbₖ exp((fⱼ+gₖ−Cⱼₖ)/ε) − 1)
@@ -15,6 +16,7 @@ them. First derivatives of costs follow from the envelope theorem, those of pote
 the implicit function theorem; iterations are never differentiated.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -26,8 +28,10 @@ from jaxtyping import Float, PyTree
 
 from jdam._core.batching import in_batches
 from jdam._core.derivatives import ITERATED, full_precision, jvp, moves, vdot
+from jdam._core.loops import repeat
 from jdam._entropic.c_transform import (
     CTransform,
+    c_transform,
     c_transform_change,
     c_transform_in_batches,
     columns_of,
@@ -42,7 +46,7 @@ from jdam._entropic.problem import (
     pair_batch_size,
 )
 from jdam._entropic.reference import solve_by_ott
-from jdam._entropic.scaling import conjugate_gradients, solve
+from jdam._entropic.scaling import conjugate_gradients, solve, solve_self
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -72,21 +76,21 @@ def _solve_pair_jvp(
     (pair, _), (dpair, _) = primals, tangents  # the solution does not depend on the guess
     marginals = pair.marginals
 
-    # columns = target implies (∂(columns − target)/∂g) dg = (∂(target − columns)/∂pair) dpair.
+    # sums = targets implies (∂(sums − targets)/∂g) dg = (∂(targets − sums)/∂pair) dpair.
     column_sums = partial(columns_of, solver.cost, solved.g)
     a, b, on, s = pair.a, pair.b, pair.b > 0, marginals.tau
-    (response, columns, target), tangent = jvp(column_sums, (pair,), (dpair,))
+    (response, sums, targets), (dresponse, dsums, dtargets) = jvp(column_sums, (pair,), (dpair,))
     density, mass = response.density, a * marginals.transported_fraction(response.potential)
-    diagonal = columns
+    diagonal = sums
     if marginals.rho is not None:
-        diagonal = columns + target * (marginals.epsilon / marginals.rho)
+        diagonal = sums + targets * (marginals.epsilon / marginals.rho)
 
     def hessian(d: Array) -> Array:
         crossed = b * ((mass * (density @ (b * d))) @ density)
         image = diagonal * d - s * crossed
         if marginals.rho is None:
             # A constant in g is free, as mass is conserved. This term makes the system definite.
-            image += columns * (jnp.vdot(columns, d) / columns.sum())
+            image += sums * (jnp.vdot(sums, d) / sums.sum())
         return jnp.where(on, image, 0)
 
     def solve(matvec: Any, right: Array) -> Array:
@@ -94,10 +98,10 @@ def _solve_pair_jvp(
         precision = float(jnp.finfo(right.dtype).eps)
         return conjugate_gradients(matvec, right, scale, precision, 2 * right.size + 50)[0]
 
-    right = marginals.epsilon * jnp.where(on, tangent.targets - tangent.sums, 0)
+    right = marginals.epsilon * jnp.where(on, dtargets - dsums, 0)
     dg = jax.lax.custom_linear_solve(hessian, right, solve, symmetric=True)
     df, dgradient = c_transform_change(solver.cost, response, dg, pair.turned())
-    df, dgradient = df + tangent.response.potential, dgradient + tangent.response.gradient
+    df, dgradient = df + dresponse.potential, dgradient + dresponse.gradient
     zero = jnp.zeros_like(solved.error)
     dcost = _dcost(solver.cost, solved, pair, dpair)
     return solved, SinkhornOutput(dcost, df, dg, dgradient, zero)
@@ -144,3 +148,60 @@ def change_by_marginals(
     lost = second / marginals.rho  # 1 − ΣP
     relaxed = (first + second - paired) / marginals.rho
     return vdot(entropy + lost, dmarginals.epsilon) + vdot(relaxed, dmarginals.rho)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def self_transport(
+    solver: Solver, cloud: Cloud, marginals: Marginals, known: SinkhornOutput | None = None
+) -> SinkhornOutput:
+    """Compute the optimal coupling of a cloud with itself.
+
+    If the coupling is `known`, it is returned, and only derivatives are computed. Under `jax.vmap`,
+    a few clouds are solved at a time."""
+    if known is not None:
+        return known
+    pairs = pair_batch_size(len(cloud.x) ** 2)
+    result: SinkhornOutput = in_batches(
+        partial(solve_self, solver), pairs, cloud.normalised(), marginals, flat=True
+    )
+    return result
+
+
+@partial(self_transport.defjvp, symbolic_zeros=True)
+@full_precision
+def _self_transport_jvp(
+    solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[SinkhornOutput, SinkhornOutput]:
+    solved = self_transport(solver, *primals)
+    problem, h = primals[:2], solved.f
+    cloud, marginals = problem
+    dcloud, dmarginals = tangents[:2]
+
+    def transform(cloud: Cloud, marginals: Marginals) -> CTransform:
+        return c_transform(solver.cost, h, _with_itself(cloud, marginals))
+
+    # h = s h^{c,ε} implies (I + sP̃) dh = (∂(s h^{c,ε})/∂problem) dproblem.
+    response, dresponse = jvp(transform, problem, (dcloud, dmarginals))
+    itself = _with_itself(cloud, marginals)
+    differential = partial(c_transform_change, solver.cost, response, pair=itself)
+
+    def plus_plan(d: Array) -> Array:
+        return d - differential(d)[0]
+
+    def solve(matvec: Any, right: Array) -> Array:
+        iterations = math.ceil(-math.log(float(jnp.finfo(right.dtype).eps)) / math.log(3))
+        # Richardson iterations of step 2/3: the spectrum of I + sP̃ lies in [1, 2].
+        return repeat(
+            iterations, lambda d: d + (right - matvec(d)) * (2 / 3), jnp.zeros_like(right), right
+        )
+
+    right = dresponse.potential
+    dh = jax.lax.custom_linear_solve(plus_plan, right, solve, transpose_solve=solve)
+    dcost = 2 * change_by_atoms(marginals, h, cloud.a, response.gradient, dcloud)
+    dcost += change_by_marginals(itself, h, response._replace(potential=h), dmarginals)
+    dgradient = None if solved.gradient is None else dresponse.gradient + differential(dh)[1]
+    return solved, SinkhornOutput(dcost, dh, None, dgradient, jnp.zeros_like(solved.error))
+
+
+def _with_itself(cloud: Cloud, marginals: Marginals) -> Pair:
+    return Pair(cloud.x, cloud.a, cloud.x, cloud.a, marginals)

@@ -48,7 +48,7 @@ class Cells(eqx.Module):
 
     def lower_bounds(self, query: Embedding) -> Float[Array, " C"]:
         """Return (|Φ(ξ) − c| − r)₊² of each cell, less rounding, ∞ for empty cells."""
-        bounds = embedding_bound(query, Embedding(self.centres, self.radii))
+        bounds = embedding_bound(query, (self.centres, self.radii))
         return jnp.where(self.counts > 0, bounds, jnp.inf)
 
     def invalid_if(self, stale: Bool[Array, ""]) -> "Cells":
@@ -68,7 +68,7 @@ def cells_of(embedding: Embedding, num_cells: int) -> Cells:
     sum of squares: N patterns take N log C distances, where k-means with C centres takes N·C. A
     cluster that is too large for a cell is cut into several.
     """
-    vectors, num = np.asarray(embedding.vectors), len(embedding.vectors)
+    vectors, num = np.asarray(embedding[0]), len(embedding[0])
     if num == 0:  # the shard of a device that has only padding
         none, zero = np.zeros(1, np.int32), np.zeros(1, vectors.dtype)
         members, centre = none[:, None] - 1, np.zeros((1, vectors.shape[1]), vectors.dtype)
@@ -183,7 +183,7 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
     shards = []
     for first in range(0, size * layout.parts, size):
         local = jax.tree.map(lambda leaf, first=first: leaf[first : first + size], rows)
-        shards.append(cells_of(local, min(each, max(1, len(local.errors)))))
+        shards.append(cells_of(local, min(each, max(1, len(local[1])))))
     count = max(len(cells.members) for cells in shards)
 
     def put(leaf: np.ndarray) -> Array:

@@ -1,9 +1,10 @@
-"""Preparation of point clouds for comparison, shared by geometries of clouds.
+"""Preparation of point clouds for comparison, shared by geometries of clouds, and lower bounds.
 
 Clouds are centred, their transport to themselves is computed once, and features become
 coordinates.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,13 +14,15 @@ from jax.typing import ArrayLike
 from jaxtyping import Float, PyTree
 
 from jdam._core import checks
+from jdam._core.batching import map_in_batches
 from jdam._core.compile import compiled
-from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._core.linalg import rounding, safe_log, safe_sqrt
+from jdam._entropic.bounds import cost_of_masses
 from jdam._entropic.cost import Cost, HalfSquaredDistance
-from jdam._entropic.problem import FREE, Marginals, SelfTransport
+from jdam._entropic.problem import FREE, Marginals, Pair, SinkhornOutput
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud, unchecked
-from jdam.geometry.protocol import Geometry, check_batch_ndim
+from jdam.geometry.protocol import Geometry, Patterns, check_batch_ndim
 
 #: The distance, in units of √ε, up to which padding keeps its position.
 MAX_PADDING_DISTANCE = 100.0
@@ -36,7 +39,7 @@ class Prepared(NamedTuple):
 
     centre: Float[Array, "N z"]
     offset: Float[Array, "N z"]  # of the mean from the centre, a rounding error
-    self_transport: SelfTransport
+    self_transport: SinkhornOutput
     radius: Float[Array, " N"] | None = None  # of a ball about the centre; None without ρ
 
 
@@ -46,7 +49,7 @@ class View(NamedTuple):
     query: PointCloud
     centre: Float[Array, " z"]
     centred: Float[Array, "n z"]
-    self_transport: SelfTransport
+    self_transport: SinkhornOutput
     force: Float[Array, "n d"]  # xⱼ − T₀(xⱼ), times the transported fraction of xⱼ
 
 
@@ -55,13 +58,6 @@ class Pull(NamedTuple):
 
     velocity: Float[Array, "n d"]  # −∇F(xⱼ), which is Tᵢ(xⱼ) − T₀(xⱼ)
     variation: Float[Array, " n"]  # F(xⱼ), which is fᵢ(xⱼ) − h(xⱼ), up to a constant
-
-
-class Tangent(NamedTuple):
-    """A change of a cloud: displacements of atoms, and changes of log weights in units of √κ."""
-
-    points: Float[Array, "n d"]
-    reaction: Float[Array, " n"]
 
 
 def check_cloud(geometry: Geometry, name: str, measure: AnyMeasure, batch_ndim: int) -> PointCloud:
@@ -225,3 +221,64 @@ def shortening(
     gains = jax.nn.logsumexp(safe_log(weights)[None] - tilts, axis=1)
     linear = gains >= jnp.square(tilts) @ weights / 4
     return factors[jnp.argmax(linear)]
+
+
+# ------------------------------------------------------------------ bounds on S_ε, with rounding
+
+
+def by_means(view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """Compute ½|m_q − m_X|²: S_ε is the sum of this and of S_ε of the centred clouds, which is ≥
+    0."""
+    offset, prepared = view.query.weights @ view.centred, patterns.prepared
+    shift = (view.centre[None] - prepared.centre) + (offset[None] - prepared.offset)
+    return jnp.vecdot(shift, shift) / 2 * (1 - rounding(shift.shape[-1], shift.dtype))
+
+
+def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[Array, " B"]:
+    """Compute a bound for a given ρ: all mass of each cloud is placed at the nearest points of two
+    balls that contain them; S ≥ 0."""
+    prepared, clouds = patterns.prepared, patterns.measures
+    shift = view.centre[None] - prepared.centre
+    distance = safe_sqrt(jnp.vecdot(shift, shift))
+    radius = radius_of(view.centred[None], view.query.weights[None])[0] + prepared.radius
+    error = rounding(shift.shape[-1], shift.dtype)
+    gap = jnp.maximum(distance * (1 - error) - radius * (1 + error), 0)
+    selves = (view.self_transport.cost + prepared.self_transport.cost) / 2
+    cost = cost_of_masses(epsilon, rho, gap**2 / 2)
+    slack = rounding(view.query.num_atoms + clouds.num_atoms, shift.dtype) * rho
+    return jnp.maximum(cost - selves - slack, 0)
+
+
+def by_dual(
+    dual_value: Callable[[Pair, Array], Array],
+    lift: Callable[[PointCloud], PointCloud],
+    marginals: Marginals,
+    view: View,
+    patterns: Patterns,
+) -> Float[Array, " B"]:
+    """Compute ½|m_q − m_X|² plus S_ε of the centred clouds, with a dual value in place of OT_ε; for
+    relaxed marginals, of the clouds where they are.
+
+    **Arguments:**
+
+    - `dual_value`: pair, warm start ↦ a lower bound on OT_ε.
+    - `lift`: makes features coordinates.
+    - `marginals`, `view`, `patterns`: the problem."""
+    prepared, clouds = patterns.prepared, lift(patterns.measures)
+    centred = relative_to(prepared.centre, clouds, marginals.epsilon)
+    _, means, atoms = relative_coordinates(
+        marginals, view, prepared.centre, centred, clouds.weights
+    )
+
+    def dual(cloud: tuple[Array, Array, Array]) -> Array:
+        points, weights, potential = cloud
+        query = view.centred, view.query.weights
+        return dual_value(Pair(*query, points, weights, marginals), potential)
+
+    at_once = max(1, 2**20 // (view.query.num_atoms * clouds.num_atoms))
+    guess = prepared.self_transport.f if patterns.guess is None else patterns.guess
+    duals = map_in_batches(dual, at_once, (atoms, clouds.weights, guess))
+    selves = (view.self_transport.cost + prepared.self_transport.cost) / 2
+    error = rounding(clouds.num_atoms, duals.dtype) * (selves + jnp.abs(means))
+    result: Array = means + duals - selves - error
+    return result

@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from jdam._core.lapack import determinant, eigh
 from jdam._core.linalg import safe_sqrt
 from jdam._core.loops import while_loop
+from jdam._entropic.problem import Marginals
 from jdam.geometry._alignment import (
     Group,
     Problem,
-    Regularisation,
     best_pose,
     displacement,
     one_sided_moments,
@@ -48,7 +48,7 @@ class Settings(NamedTuple):
     the growth of the self cost as a function of the scale (B, W), see `best_pose`.
     """
 
-    regularisation: Regularisation
+    marginals: Marginals
     max_refinements: int
     growth: Callable[[Array], Array] | None = None
 
@@ -81,7 +81,7 @@ def search(
         poses = where_rows(searching & (level == 0), new_start, state.poses)
         exponent = jnp.where(searching, 1 - jnp.minimum(level + 1, LEVELS) / LEVELS, 0)
         epsilon = final.epsilon * ratio ** exponent.astype(ratio.dtype)
-        moments, score = one_sided_moments(problem, Regularisation(epsilon, final.rho), poses)
+        moments, score = one_sided_moments(problem, Marginals(epsilon, final.rho), poses)
         moved = best_pose(group, moments, poses, problem.ratio[:, None])
         if growth is not None:
             costs = growth(poses.scale)

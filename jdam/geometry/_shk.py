@@ -12,20 +12,18 @@ from jax import Array
 from jaxtyping import Float
 
 from jdam._core.linalg import safe_log, safe_sqrt
-from jdam._entropic.cost import Cost, HalfSquaredDistance
-from jdam._entropic.ground_cost import GroundCost
+from jdam._entropic.cost import Cost, GroundCost, HalfSquaredDistance
 from jdam._entropic.problem import (
     Cloud,
     Marginals,
-    SelfTransport,
+    SinkhornOutput,
     Solver,
 )
-from jdam._entropic.self_transport import self_transport
+from jdam._entropic.transport import self_transport
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import (
     Pull,
-    Tangent,
     View,
     lifted,
     shortening,
@@ -121,7 +119,7 @@ class SHKGeometry(Geometry):
     def _transported(self, view: View, pull: Pull) -> Float[Array, " n"]:
         """Compute Σᵢ wᵢ e^(−fᵢ/ρ), the transported fraction of each atom in the average plan: 1
         without ρ."""
-        fraction = self._marginals.transported_fraction(view.self_transport.potential)
+        fraction = self._marginals.transported_fraction(view.self_transport.f)
         return (
             fraction if self.rho is None else fraction - pull.variation / (self.rho + self.epsilon)
         )
@@ -139,8 +137,8 @@ class SHKGeometry(Geometry):
         return zeros.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
 
     def retraction(self, query: AnyMeasure) -> Retraction | None:
-        """Return coordinates of displacements of atoms and changes of log pⱼ/√κ, both of mass pⱼ in
-        the SHK metric.
+        """Return coordinates of displacements of atoms and changes of log pⱼ/√κ, (n, d) and (n,),
+        both of mass pⱼ in the SHK metric.
 
         The gradients in x and log p are −pⱼvⱼ and pⱼ(Fⱼ−F̄). The result is None for other ground
         costs, which may lack second derivatives."""
@@ -148,20 +146,21 @@ class SHKGeometry(Geometry):
             return None
         weights, speed = query.weights, safe_sqrt(self.hellinger_scale)
 
-        def retract(tangent: Tangent) -> PointCloud:
-            logits = safe_log(weights) + speed * tangent.reaction
+        def retract(tangent: tuple[Array, Array]) -> PointCloud:
+            displacement, reaction = tangent
+            logits = safe_log(weights) + speed * reaction
             reweighted = jax.nn.softmax(logits, where=weights > 0)
             # With κ = 0 the weights stay exactly the same.
             new_weights = jnp.where(speed > 0, reweighted, weights)
-            moved_atoms: PointCloud = query.with_atoms(query.points + tangent.points, new_weights)
+            moved_atoms: PointCloud = query.with_atoms(query.points + displacement, new_weights)
             return moved_atoms
 
-        def slope(view: View, pull: Pull) -> Tangent:
+        def slope(view: View, pull: Pull) -> tuple[Array, Array]:
             p = view.query.weights
             reaction = speed * p * (pull.variation - jnp.vdot(p, pull.variation))
-            return Tangent(-p[:, None] * pull.velocity, reaction)
+            return -p[:, None] * pull.velocity, reaction
 
-        masses = Tangent(jnp.broadcast_to(weights[:, None], query.points.shape), weights)
+        masses = jnp.broadcast_to(weights[:, None], query.points.shape), weights
         return Retraction(masses, retract, slope)
 
     def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
@@ -248,6 +247,6 @@ class SHKGeometry(Geometry):
         return lifted(cloud, self.feature_scale, self.epsilon)
 
     def _self_transport(
-        self, points: Array, weights: Array, solution: SelfTransport | None = None
-    ) -> SelfTransport:
+        self, points: Array, weights: Array, solution: SinkhornOutput | None = None
+    ) -> SinkhornOutput:
         return self_transport(self._solver, Cloud(points, weights), self._marginals, solution)

@@ -1,24 +1,27 @@
 """The geometry `Aligned`: point clouds, mixtures and landmarks up to motions of the pattern."""
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Bool, Float, Int, PyTree
+from jaxtyping import Bool, Float, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import ITERATED
 from jdam._core.loops import while_loop
+from jdam._entropic.problem import Marginals
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam.geometry._alignment import (
     Group,
     Moments,
     Problem,
-    Regularisation,
     alignment_problem,
     atoms_of,
     best_pose,
@@ -27,8 +30,8 @@ from jdam.geometry._alignment import (
     landmark_moments,
     mixture_plan_moments,
     plan_moments,
+    with_derivative,
 )
-from jdam.geometry._pose_derivatives import with_derivative
 from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
 from jdam.geometry._poses import Pose, transform_points, where_rows
 from jdam.geometry.chamfer import Chamfer, self_cost_growth
@@ -37,38 +40,26 @@ from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
 from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 #: The ε of the search for poses of mixtures, as a fraction of the variance of the query.
 COARSE_EPSILON = 0.01
 
 
-class Prepared(NamedTuple):
-    """What the wrapped geometry prepares, and unknown poses."""
+class Posed(NamedTuple):
+    """What the wrapped geometry prepares for patterns, or its warm start, and poses of patterns."""
 
     inner: PyTree
-    unknown_pose: Pose  # NaN
+    pose: Pose  # NaN if unknown
 
 
-class WarmStart(NamedTuple):
-    """Warm start of a later comparison."""
+def _forwarded(method: Method) -> Method:
+    """Return the same method of the wrapped geometry, as a method of `Aligned`."""
 
-    pose: Pose  # NaN before the first comparison
-    inner: PyTree  # the warm start of the wrapped geometry
+    @functools.wraps(method)
+    def call(self: "Aligned", *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.geometry, method.__name__)(*args, **kwargs)
 
-
-class Refinement(NamedTuple):
-    """State of the refinement of the poses of B patterns."""
-
-    pose: Pose
-    change: Float[Array, " B"]  # last displacement of atoms, in units of the tolerance
-    iteration: Int[Array, ""]
-
-
-class BestPoses(NamedTuple):
-    """The best poses of B patterns so far."""
-
-    rank: Int[Array, ""]  # of the next candidate
-    divergence: Float[Array, " B"]
-    warm_start: WarmStart
+    return call  # type: ignore[return-value]
 
 
 class Aligned(Geometry):
@@ -176,9 +167,8 @@ class Aligned(Geometry):
         patterns = self._with_best_poses(view, patterns)
         pose = with_derivative(self, view, patterns, patterns.guess.pose)
         comparison = self.geometry.compare(view, self.posed(patterns, pose))
-        return comparison._replace(
-            guess=WarmStart(patterns.guess.pose, comparison.guess), pose=pose
-        )
+        guess = Posed(comparison.guess, patterns.guess.pose)
+        return comparison._replace(guess=guess, pose=pose)
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """Return the plans of the wrapped geometry, for patterns in the poses of the warm start."""
@@ -190,7 +180,7 @@ class Aligned(Geometry):
         return self.geometry.plan(view, self.posed(patterns, pose))
 
     def first_guess(self, prepared: PyTree) -> PyTree:
-        return WarmStart(prepared.unknown_pose, self.geometry.first_guess(prepared.inner))
+        return Posed(self.geometry.first_guess(prepared.inner), prepared.pose)
 
     def posed(self, patterns: Patterns, pose: Pose) -> Patterns:
         """Return patterns of the wrapped geometry in the given poses.
@@ -213,78 +203,81 @@ class Aligned(Geometry):
         if patterns.guess is None:
             patterns = patterns._replace(guess=self.first_guess(patterns.prepared))
         fixed, query, rows = jax.lax.stop_gradient((self, view, patterns))
-        warm_start: WarmStart = checkpoint_name(fixed._best_poses(query, rows), ITERATED)
+        warm_start: Posed = checkpoint_name(fixed._best_poses(query, rows), ITERATED)
         return patterns._replace(guess=warm_start)
 
-    def _best_poses(self, view: AnyView, patterns: Patterns) -> WarmStart:
+    def _best_poses(self, view: AnyView, patterns: Patterns) -> Posed:
         """Refine the previous poses or, in the first comparison, the results of a search."""
         query, measures = atoms_of(_query(view)), atoms_of(patterns.measures)
         problem = alignment_problem(query, measures, getattr(self.geometry, "feature_scale", None))
-        previous, inner = patterns.guess
+        inner, previous = patterns.guess
         if isinstance(self.geometry, Euclidean):
             moments = jax.vmap(landmark_moments, (None, 0))(query.points, measures.points)
             growth = jnp.zeros_like(problem.sizes)
-            return WarmStart(best_pose(self.group, moments, previous, problem.ratio, growth), inner)
+            return Posed(inner, best_pose(self.group, moments, previous, problem.ratio, growth))
         settings = self._plan_settings(problem, patterns)
         candidates = starts(self.group, problem, self.num_starts)
         result = search(self.group, problem, previous, candidates, settings)
         if isinstance(self.geometry, Chamfer):  # the search has the same plans
             row, best_lane = jnp.arange(len(result.score)), result.score.argmin(1)
-            return WarmStart(jax.tree.map(lambda leaf: leaf[row, best_lane], result.poses), inner)
+            return Posed(inner, jax.tree.map(lambda leaf: leaf[row, best_lane], result.poses))
 
-        def body_fun(best: BestPoses) -> BestPoses:
-            start = jax.tree.map(lambda leaf: leaf[:, best.rank], result.poses)
+        def body_fun(best: tuple[Array, Array, Posed]) -> tuple[Array, Array, Posed]:
+            rank, divergence, warm_start = best
+            start = jax.tree.map(lambda leaf: leaf[:, rank], result.poses)
             pose = self._refine(problem, view, patterns, start)
             comparison = self.geometry.compare(view, self.posed(patterns, pose))
-            better = comparison.divergence < best.divergence
-            return BestPoses(
-                best.rank + 1,
-                jnp.where(better, comparison.divergence, best.divergence),
-                where_rows(better, WarmStart(pose, comparison.guess), best.warm_start),
-            )
+            better = comparison.divergence < divergence
+            divergence = jnp.where(better, comparison.divergence, divergence)
+            refined = Posed(comparison.guess, pose)
+            return rank + 1, divergence, where_rows(better, refined, warm_start)
 
         count = jnp.where(jnp.isfinite(previous.scale).all(), 1, LANES)
         unbounded = jnp.full_like(problem.sizes, jnp.inf)
-        start = BestPoses(jnp.array(0, jnp.int32), unbounded, patterns.guess)
+        start = jnp.array(0, jnp.int32), unbounded, patterns.guess
         closure = result, view, patterns, self
-        return while_loop(lambda best: best.rank < count, body_fun, start, *closure).warm_start
+        best: tuple[Array, Array, Posed] = while_loop(
+            lambda best: best[0] < count, body_fun, start, *closure
+        )
+        return best[2]
 
     def _plan_settings(self, problem: Problem, patterns: Patterns) -> Settings:
         """Return the settings of the search."""
         geometry = self.geometry
         if isinstance(geometry, MixtureWasserstein):
-            return Settings(Regularisation(COARSE_EPSILON * problem.size, None), 0)
+            return Settings(Marginals(COARSE_EPSILON * problem.size), 0)
         assert not isinstance(geometry, Euclidean)  # landmarks need no search
-        regularisation = Regularisation(geometry.epsilon, geometry.rho)
+        marginals = Marginals(geometry.epsilon, geometry.rho)
         if isinstance(geometry, Sinkhorn):
-            return Settings(regularisation, 0)
+            return Settings(marginals, 0)
         if not self.scaled:
-            return Settings(regularisation, MAX_REFINEMENTS)
+            return Settings(marginals, MAX_REFINEMENTS)
 
         def growth(scale: Float[Array, "B W"]) -> Float[Array, "B W"]:
             over_scales = jax.vmap(self_cost_growth, (None, None, 0))
             result: Array = jax.vmap(over_scales, (None, 0, 0))(geometry, patterns.measures, scale)
             return result
 
-        return Settings(regularisation, MAX_REFINEMENTS, growth)
+        return Settings(marginals, MAX_REFINEMENTS, growth)
 
     def _refine(self, problem: Problem, view: AnyView, patterns: Patterns, pose: Pose) -> Pose:
         """Alternate plans of the wrapped geometry and motions until the displacement is within the
         tolerance."""
         tol = tolerance(problem)
 
-        def cond_fun(state: Refinement) -> Bool[Array, ""]:
-            return (state.change > 1).any() & (state.iteration < MAX_REFINEMENTS)
+        def cond_fun(state: tuple[Pose, Array, Array]) -> Bool[Array, ""]:
+            _, change, iteration = state
+            return (change > tol).any() & (iteration < MAX_REFINEMENTS)
 
-        def body_fun(state: Refinement) -> Refinement:
-            moments, growth = self._moments(view, patterns, state.pose)
-            new_pose = best_pose(self.group, moments, state.pose, problem.ratio, growth)
-            old, new = jax.tree.map(lambda leaf: leaf[:, None], (state.pose, new_pose))
-            change = displacement(problem, old, new)[:, 0] / tol
-            return Refinement(new_pose, change, state.iteration + 1)
+        def body_fun(state: tuple[Pose, Array, Array]) -> tuple[Pose, Array, Array]:
+            pose, _, iteration = state
+            moments, growth = self._moments(view, patterns, pose)
+            new_pose = best_pose(self.group, moments, pose, problem.ratio, growth)
+            old, new = jax.tree.map(lambda leaf: leaf[:, None], (pose, new_pose))
+            return new_pose, displacement(problem, old, new)[:, 0], iteration + 1
 
-        start = Refinement(pose, jnp.full_like(tol, jnp.inf), jnp.array(0, jnp.int32))
-        return while_loop(cond_fun, body_fun, start, problem, view, patterns, self).pose
+        start = pose, jnp.full_like(tol, jnp.inf), jnp.array(0, jnp.int32)
+        return while_loop(cond_fun, body_fun, start, problem, view, patterns, self)[0]
 
     def _moments(self, view: AnyView, patterns: Patterns, pose: Pose) -> tuple[Moments, Array]:
         """Return the moments of the plans between the query and patterns in the given poses, and
@@ -330,7 +323,20 @@ class Aligned(Geometry):
 
         return (bound,)
 
-    # The other methods are those of the wrapped geometry.
+    # All else is that of the wrapped geometry.
+    view = _forwarded(Geometry.view)
+    move = _forwarded(Geometry.move)
+    backtrack = _forwarded(Geometry.backtrack)
+    masses = _forwarded(Geometry.masses)
+    residual = _forwarded(Geometry.residual)
+    cautious_residual = _forwarded(Geometry.cautious_residual)
+    tolerances = _forwarded(Geometry.tolerances)
+    gauge = _forwarded(Geometry.gauge)
+    typical_norm = _forwarded(Geometry.typical_norm)
+    energy_tolerance = _forwarded(Geometry.energy_tolerance)
+    max_backtracks = property(attrgetter("geometry.max_backtracks"))
+    default_steps = property(attrgetter("geometry.default_steps"))
+    default_acceleration = property(attrgetter("geometry.default_acceleration"))
 
     def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
         if isinstance(self.geometry, Euclidean) and query.shape[-2] != patterns.shape[-2]:
@@ -349,39 +355,7 @@ class Aligned(Geometry):
         mean = jax.lax.stop_gradient(atoms_of(patterns).mean)
         nan = jnp.full_like(mean, jnp.nan)
         rotation = jnp.broadcast_to(nan[..., None], (*nan.shape, nan.shape[-1]))
-        return Prepared(self.geometry.prepare(patterns), Pose(rotation, nan, nan[:, 0]))
-
-    def view(self, query: AnyMeasure) -> AnyView:
-        return self.geometry.view(query)
-
-    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
-        return self.geometry.move(view, pull, step_size)
-
-    def backtrack(
-        self, view: AnyView, pull: AnyMeasure, step_size: Array, backtracks: Any
-    ) -> AnyMeasure:
-        return self.geometry.backtrack(view, pull, step_size, backtracks)
-
-    def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure | None:
-        return self.geometry.masses(view, pull)
-
-    def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
-        return self.geometry.residual(view, pull)
-
-    def cautious_residual(self, view: AnyView, pull: AnyMeasure, backtracks: Any) -> Array:
-        return self.geometry.cautious_residual(view, pull, backtracks)
-
-    def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
-        return self.geometry.tolerances(query, scale)
-
-    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
-        return self.geometry.gauge(measure, tangent)
-
-    def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
-        return self.geometry.typical_norm(patterns, weights)
-
-    def energy_tolerance(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
-        return self.geometry.energy_tolerance(patterns, weights)
+        return Posed(self.geometry.prepare(patterns), Pose(rotation, nan, nan[:, 0]))
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
         """Return smaller sizes than the wrapped geometry, since the search has several lanes."""
@@ -392,18 +366,6 @@ class Aligned(Geometry):
         at_once = min(inner.patterns, budget, len(patterns))
         queries = max(1, min(inner.queries, budget // at_once))
         return BatchSizes(queries, at_once, min(inner.differentiated, at_once))
-
-    @property
-    def max_backtracks(self) -> int:  # type: ignore[override]
-        return self.geometry.max_backtracks
-
-    @property
-    def default_steps(self) -> int:  # type: ignore[override]
-        return self.geometry.default_steps
-
-    @property
-    def default_acceleration(self) -> int:  # type: ignore[override]
-        return self.geometry.default_acceleration
 
     def __repr__(self) -> str:
         settings = [repr(self.geometry)]

@@ -4,6 +4,7 @@
 geometry of the components of `MixtureWasserstein`.
 """
 
+from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Float, PyTree
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_principal
 from jdam._core.lapack import full_svd, svd
-from jdam._core.linalg import polar, rounding, squared_norm
+from jdam._core.linalg import polar, rounding, squared_distances, squared_norm
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.batches import as_row
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
@@ -22,7 +23,6 @@ from jdam.geometry.euclidean import (
     embedding_bound,
     fast_squared_distances,
     products_err,
-    squared_distances,
     squared_distances_less_rounding,
     vector_batch_sizes,
 )
@@ -41,7 +41,7 @@ from jdam.geometry.protocol import (
 
 class Gaussians(Geometry):
     """The base class of geometries of Gaussians: patterns are all `Gaussian` or all
-    `DiagonalGaussian`, and queries have the type of the patterns."""
+    `DiagonalGaussian`, and queries have the type of the patterns, which selects the formulas."""
 
     max_backtracks: ClassVar[int] = 0
 
@@ -58,8 +58,34 @@ class Gaussians(Geometry):
         if isinstance(query, Gaussian):
             # The polar factor R of MᵀL satisfies R Rᵀ = I only if L has at least as many columns as
             # M; otherwise R Rᵀ is a projection.
-            query = query.pad(patterns.rank)
+            query = query.padded(r=patterns.sizes["r"])
         return query
+
+    @abstractmethod
+    def _formulas(self, x: PyTree) -> PyTree:
+        """Return the formulas for a query, a view or patterns."""
+
+    def view(self, query: AnyMeasure) -> AnyView:
+        return self._formulas(query).view(query)
+
+    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
+        comparison: Comparison = self._formulas(view).compare(view, patterns)
+        return comparison
+
+    def prepare(self, patterns: AnyMeasure) -> PyTree:
+        return self._formulas(patterns).prepare(patterns)
+
+    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
+        bounds: tuple[Bound, ...] = self._formulas(patterns.measures).bounds()
+        return bounds
+
+    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
+        return self._formulas(view).move(view, pull, step_size)
+
+
+def is_diagonal(x: PyTree) -> bool:
+    """Whether a query, a view or patterns are of diagonal covariances."""
+    return isinstance(getattr(x, "query", x), DiagonalGaussian)
 
 
 class Bures(Gaussians):
@@ -85,38 +111,25 @@ class Bures(Gaussians):
     is_squared_metric: ClassVar[bool] = True
     bounds_pay: ClassVar[bool] = True
 
-    def view(self, query: AnyMeasure) -> AnyView:
-        return _kernel(query).view(query)
-
-    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
-        return _kernel(view).compare(view, patterns)
-
-    def prepare(self, patterns: AnyMeasure) -> PyTree:
-        return _kernel(patterns).prepare(patterns)
-
-    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        return _kernel(patterns.measures).bounds()
+    def _formulas(self, x: PyTree) -> "type[Full | Diagonal]":
+        return Diagonal if is_diagonal(x) else Full
 
     def embed(self, measures: AnyMeasure, prepared: PyTree = None) -> Embedding:
-        return _kernel(measures).embed(measures, prepared)
+        return self._formulas(measures).embed(measures, prepared)
 
     def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Array
     ) -> tuple[Geometry, Array] | None:
-        if type(self) is not Bures or _kernel(query) is not Diagonal:
+        if type(self) is not Bures or not is_diagonal(query):
             return None
         errs = products_err(query, patterns, beta)
         return None if errs is None else (_ByProducts(), errs)
 
-    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
-        return _kernel(view).move(view, pull, step_size)
-
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
-        return _kernel(view).residual(view, pull)
+        return self._formulas(view).residual(view, pull)
 
     def batch_sizes(self, patterns: AnyMeasure) -> BatchSizes:
-        diagonal = _kernel(patterns) is Diagonal
-        return vector_batch_sizes() if diagonal else super().batch_sizes(patterns)
+        return vector_batch_sizes() if is_diagonal(patterns) else super().batch_sizes(patterns)
 
 
 class _ByProducts(Bures):
@@ -124,34 +137,24 @@ class _ByProducts(Bures):
 
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         stacked = _stacked(patterns.measures)
-        return Comparison(fast_squared_distances(view.vector, stacked), stacked)
-
-
-def _kernel(measure_or_view: PyTree) -> "type[Full | Diagonal]":
-    """The formulas for a query, a view or patterns."""
-    return Diagonal if isinstance(measure_or_view, DiagonalGaussian | DiagonalView) else Full
+        return Comparison(fast_squared_distances(_stacked(view), stacked), stacked)
 
 
 # ------------------------------------------------------------------ diagonal covariances
 
 
-class DiagonalView(NamedTuple):
-    """A diagonal Gaussian as the vector (m, σ), whose Euclidean distances are W₂."""
-
-    vector: Float[Array, " two_d"]
-
-
 class Diagonal:
-    """The formulas for diagonal covariances: W₂² = |m − μ|² + |σ − s|²."""
+    """The formulas for diagonal covariances: W₂² = |m − μ|² + |σ − s|², distances of the vectors
+    (m, σ). The view of a query is the query."""
 
     @staticmethod
-    def view(query: DiagonalGaussian) -> DiagonalView:
-        return DiagonalView(_stacked(query))
+    def view(query: DiagonalGaussian) -> DiagonalGaussian:
+        return query
 
     @staticmethod
-    def compare(view: DiagonalView, patterns: Patterns) -> Comparison:
+    def compare(view: DiagonalGaussian, patterns: Patterns) -> Comparison:
         stacked = _stacked(patterns.measures)
-        return Comparison(squared_distances(view.vector, stacked), stacked)
+        return Comparison(squared_distances(_stacked(view), stacked), stacked)
 
     @staticmethod
     def prepare(patterns: DiagonalGaussian) -> None:
@@ -159,22 +162,23 @@ class Diagonal:
 
     @staticmethod
     def embed(measures: DiagonalGaussian, prepared: None) -> Embedding:
-        return Embedding(_stacked(measures), jnp.zeros_like(measures.mean[:, 0]))
+        return _stacked(measures), jnp.zeros_like(measures.mean[:, 0])
 
     @staticmethod
     def bounds() -> tuple[PyTree, ...]:
-        def bound(view: DiagonalView, patterns: Patterns) -> Float[Array, " B"]:
-            return squared_distances_less_rounding(view.vector, _stacked(patterns.measures))
+        def bound(view: DiagonalGaussian, patterns: Patterns) -> Float[Array, " B"]:
+            return squared_distances_less_rounding(_stacked(view), _stacked(patterns.measures))
 
         return (bound,)
 
     @staticmethod
-    def move(view: DiagonalView, pull: Array, step_size: Array) -> DiagonalGaussian:
-        return upright(*jnp.split(view.vector + step_size * (pull - view.vector), 2))
+    def move(view: DiagonalGaussian, pull: Array, step_size: Array) -> DiagonalGaussian:
+        vector = _stacked(view)
+        return upright(*jnp.split(vector + step_size * (pull - vector), 2))
 
     @staticmethod
-    def residual(view: DiagonalView, pull: Array) -> Float[Array, ""]:
-        return norm(pull - view.vector)
+    def residual(view: DiagonalGaussian, pull: Array) -> Float[Array, ""]:
+        return norm(pull - _stacked(view))
 
 
 def upright(mean: Float[Array, " d"], scale: Float[Array, " d"]) -> DiagonalGaussian:
@@ -226,7 +230,7 @@ class Full:
         E|X−Y|² = Σₖ E⟨X−Y, vₖ⟩², and each term is at least W₂² of the marginals along vₖ."""
         spread = Full.prepare(measures) if prepared is None else prepared
         errors = rounding(measures.rank, spread.dtype) * jnp.linalg.norm(spread, axis=-1)
-        return Embedding(jnp.concatenate([measures.mean, spread], axis=-1), errors)
+        return jnp.concatenate([measures.mean, spread], axis=-1), errors
 
     @staticmethod
     def bounds() -> tuple[PyTree, ...]:

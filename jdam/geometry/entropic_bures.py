@@ -16,11 +16,10 @@ from jdam._core import checks
 from jdam._core.batching import map_in_batches
 from jdam._core.derivatives import full_precision, moves
 from jdam._core.lapack import full_svd, svd
-from jdam._core.linalg import ShrunkPolar, rounding, shrink, shrunk_polar
+from jdam._core.linalg import ShrunkPolar, rounding, shrink, shrunk_polar, squared_distances
 from jdam._measures.base import AnyMeasure, with_leaves
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
-from jdam.geometry.bures import Gaussians, deviations_along_axes, principal, upright
-from jdam.geometry.euclidean import squared_distances
+from jdam.geometry.bures import Gaussians, deviations_along_axes, is_diagonal, principal, upright
 from jdam.geometry.protocol import AnyView, Bound, Comparison, Patterns, norm
 
 
@@ -75,20 +74,8 @@ class EntropicBures(Gaussians):
     def __init__(self, epsilon: ArrayLike):
         self.epsilon = checks.positive("epsilon", epsilon, checks.scalar_dtype(epsilon))
 
-    def view(self, query: AnyMeasure) -> AnyView:
-        return self._kernel(query).view(query)
-
-    def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
-        return self._kernel(view).compare(view, patterns)
-
-    def prepare(self, patterns: AnyMeasure) -> PyTree:
-        return self._kernel(patterns).prepare(patterns)
-
-    def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
-        return self._kernel(patterns.measures).bounds()
-
-    def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
-        return self._kernel(view).move(view, pull, step_size)
+    def _formulas(self, x: PyTree) -> "Full | Diagonal":
+        return Diagonal(self.epsilon) if is_diagonal(x) else Full(self.epsilon)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """Compute |v| = √(|Σ wᵢμᵢ − m|² + |Σ wᵢMᵢRᵢ − LR₀|²)."""
@@ -97,11 +84,6 @@ class EntropicBures(Gaussians):
     def __repr__(self) -> str:
         shown = checks.is_concrete(self.epsilon) and self.epsilon.ndim == 0
         return f"EntropicBures(epsilon={f'{float(self.epsilon):.4g}' if shown else '…'})"
-
-    def _kernel(self, measure_or_view: PyTree) -> "Full | Diagonal":
-        """Return the formulas for a query, a view or patterns."""
-        diagonal = isinstance(measure_or_view, DiagonalGaussian | DiagonalView)
-        return Diagonal(self.epsilon) if diagonal else Full(self.epsilon)
 
 
 def _toward(query: PyTree, pull: PyTree, self_pull: PyTree, step_size: Array) -> PyTree:
@@ -115,14 +97,17 @@ def _with_shifts(mean: Array, means: Array, epsilon: Array, gaps: Array) -> Floa
     return (shifts + epsilon * gaps) * ((1 - rounding(mean.size, shifts.dtype)) / 2)
 
 
+class View(NamedTuple):
+    """A query and its self transport. A full covariance has the factor L V, whose columns are along
+    its principal axes."""
+
+    query: AnyMeasure
+    self_pull: AnyMeasure  # the pull of the self transport, (m, LR₀)
+    shrunk: PyTree = None  # R₀, (r, r); None for diagonal covariances
+    axes: PyTree = None  # Vᵀ, (r, r); None for diagonal covariances
+
+
 # ------------------------------------------------------------------ diagonal covariances
-
-
-class DiagonalView(NamedTuple):
-    """A query, and the pull of its self transport."""
-
-    query: DiagonalGaussian
-    self_pull: DiagonalGaussian
 
 
 class Diagonal(NamedTuple):
@@ -131,11 +116,11 @@ class Diagonal(NamedTuple):
 
     epsilon: Float[Array, ""]
 
-    def view(self, query: DiagonalGaussian) -> DiagonalView:
+    def view(self, query: DiagonalGaussian) -> View:
         scale = query.scale * shrink(query.scale**2 / self.epsilon)
-        return DiagonalView(query, with_leaves(query, query.mean, scale))
+        return View(query, with_leaves(query, query.mean, scale))
 
-    def compare(self, view: DiagonalView, patterns: Patterns) -> Comparison:
+    def compare(self, view: View, patterns: Patterns) -> Comparison:
         query, measures = view.query, patterns.measures
         first, second = self._scales(view, measures)
         gaps = _scalar_gap(first, second).sum(-1)
@@ -150,33 +135,23 @@ class Diagonal(NamedTuple):
     def bounds(self) -> tuple[Bound, ...]:
         return (self._less_rounding,)
 
-    def _less_rounding(self, view: DiagonalView, patterns: Patterns) -> Float[Array, " B"]:
+    def _less_rounding(self, view: View, patterns: Patterns) -> Float[Array, " B"]:
         first, second = self._scales(view, patterns.measures)
         error = rounding(1, first.dtype) * (first + second)
         gaps = _gap_less_rounding(first, second, error).sum(-1)
         return _with_shifts(view.query.mean, patterns.measures.mean, self.epsilon, gaps)
 
-    def move(self, view: DiagonalView, pull: PyTree, step_size: Array) -> DiagonalGaussian:
+    def move(self, view: View, pull: PyTree, step_size: Array) -> DiagonalGaussian:
         moved = _toward(view.query, pull, view.self_pull, step_size)
         return upright(moved.mean, moved.scale)
 
-    def _scales(self, view: DiagonalView, measures: DiagonalGaussian) -> tuple[Array, Array]:
+    def _scales(self, view: View, measures: DiagonalGaussian) -> tuple[Array, Array]:
         """Return α and β in units of √ε, so that ε = 1."""
         root = jnp.sqrt(self.epsilon)
         return (view.query.scale / root)[None], measures.scale / root
 
 
 # ------------------------------------------------------------------ full covariances
-
-
-class View(NamedTuple):
-    """A query with the factor L V, whose columns are along its principal axes, and its self
-    transport."""
-
-    query: Gaussian
-    self_pull: Gaussian  # the pull (m, LR₀) of the self transport
-    shrunk: Float[Array, "r r"]  # R₀
-    axes: Float[Array, "r r"]  # Vᵀ
 
 
 class Prepared(NamedTuple):

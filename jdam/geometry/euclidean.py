@@ -10,7 +10,14 @@ from jaxtyping import Bool, Float, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import by_platform
-from jdam._core.linalg import PIECE, long_products, long_vecdot, rounding, safe_sqrt
+from jdam._core.linalg import (
+    PIECE,
+    long_products,
+    long_vecdot,
+    rounding,
+    safe_sqrt,
+    squared_distances,
+)
 from jdam._measures.base import AnyMeasure, Measure
 from jdam.geometry.protocol import (
     AnyView,
@@ -104,12 +111,6 @@ def _energies_less_rounding(x: Float[Array, " d"], patterns: Patterns) -> Float[
     return _energies(x, ys) - rounding(x.size, x.dtype) * size
 
 
-def squared_distances(x: Float[Array, "..."], ys: Float[Array, "B ..."]) -> Float[Array, " B"]:
-    """|x − yᵢ|² of arrays, from differences: relative accuracy even for near-coincident points."""
-    difference = (x[None] - ys).reshape(len(ys), -1)
-    return long_vecdot(difference, difference)
-
-
 def fast_squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
     """|x − yᵢ|² by one matrix product over a batch of queries, a fifth of the differences' time.
 
@@ -130,8 +131,8 @@ def squared_distances_less_rounding(
 
 def embedding_bound(query: Embedding, patterns: Embedding) -> Float[Array, " B"]:
     """What |Φ(ξ) − Φ(X)|² surely is not less than, by one matrix product; `query` has one row."""
-    squares = squared_distances_less_rounding(query.vectors[0], patterns.vectors)
-    distances = safe_sqrt(squares) - (query.errors + patterns.errors)
+    (x, error), (ys, errors) = query, patterns
+    distances = safe_sqrt(squared_distances_less_rounding(x[0], ys)) - (error + errors)
     return jnp.maximum(distances, 0) ** 2
 
 

@@ -114,7 +114,7 @@ class MixtureWasserstein(Geometry):
         """
         moments, prepared_moments = self.prepare(measures) if prepared is None else prepared
         vectors, errors = Full.embed(moments, prepared_moments)
-        return Embedding(vectors, errors + _rounding(moments, measures.num_components))
+        return vectors, errors + _rounding(moments, measures.num_components)
 
     def bounds(self, patterns: Patterns) -> tuple[Bound, ...]:
         """Return bounds by the moments, since W₂² ≥ |Δ mean|² + Bures² of the covariances

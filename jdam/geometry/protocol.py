@@ -21,6 +21,9 @@ from jdam._measures.base import AnyMeasure, Measure
 
 #: The query as prepared for comparison by `Geometry.view`: by default the query itself.
 AnyView: TypeAlias = PyTree
+#: Vectors Φ(X) of B measures, (B, k), with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X), and at least the rounding
+#: errors |vectors − Φ(X)|, (B,).
+Embedding: TypeAlias = tuple[Float[Array, "B k"], Float[Array, " B"]]
 
 
 class Patterns(NamedTuple):
@@ -49,14 +52,6 @@ class Comparison(NamedTuple):
     inliers: Float[Array, "B n"] | None = None
     #: The `jdam.Pose` that aligns each pattern with the query.
     pose: PyTree = None
-
-
-class Embedding(NamedTuple):
-    """Vectors Φ(X) of B measures, with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X)."""
-
-    vectors: Float[Array, "B k"]
-    #: At least |vectors − Φ(X)|, the rounding error.
-    errors: Float[Array, " B"]
 
 
 class BatchSizes(NamedTuple):
@@ -280,7 +275,8 @@ class Geometry(eqx.Module):
         return ()
 
     def embed(self, measures: AnyMeasure, prepared: PyTree = None) -> Embedding | None:
-        """Return vectors Φ(X) with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X), or None if there are none.
+        """Return vectors Φ(X), (B, k), with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X), and bounds on their rounding
+        errors |vectors − Φ(X)|, (B,); or None if there are none.
 
         `Memory.indexed` makes cells of them, so that a search need not look at all patterns. By
         default they are √c·(mean of X), c the `cost_scale`; longer vectors bound D more closely.
@@ -293,10 +289,10 @@ class Geometry(eqx.Module):
             return None
         means = measures.mean if isinstance(measures, Measure) else measures  # type: ignore[attr-defined]
         if self.cost_scale == 1:
-            return Embedding(means, jnp.zeros_like(means[:, 0]))
+            return means, jnp.zeros_like(means[:, 0])
         vectors = means * self.cost_scale**0.5
         errors = 2 * float(jnp.finfo(vectors.dtype).eps) * jnp.linalg.norm(vectors, axis=-1)
-        return Embedding(vectors, errors)
+        return vectors, errors
 
     def approximation(
         self, query: AnyMeasure, patterns: AnyMeasure, beta: Float[Array, ""]

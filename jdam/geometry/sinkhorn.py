@@ -17,17 +17,19 @@ from jdam._core import checks
 from jdam._core.batching import by_platform
 from jdam._core.linalg import rounding
 from jdam._entropic.bounds import dual_after_half_iteration, dual_after_some_iterations
-from jdam._entropic.ground_cost import GroundCost, checked_cost, mean_within
+from jdam._entropic.cost import GroundCost, checked_cost, mean_within
 from jdam._entropic.problem import Pair, SinkhornOutput
 from jdam._entropic.transport import solve_pair
 from jdam._measures.base import AnyMeasure
 from jdam._measures.batches import as_batch
 from jdam._measures.point_cloud import PointCloud, variance
-from jdam.geometry._cloud_bounds import by_dual, by_gap, by_means
 from jdam.geometry._clouds import (
     Prepared,
     Pull,
     View,
+    by_dual,
+    by_gap,
+    by_means,
     check_cloud,
     checked_parameters,
     radius_of,
@@ -225,15 +227,14 @@ class Sinkhorn(SHKGeometry):
         return Prepared(centre, *jax.lax.stop_gradient((offset, solution, radius)))
 
     def first_guess(self, prepared: PyTree) -> PyTree:
-        return prepared.self_transport.potential
+        return prepared.self_transport.f
 
     def view(self, query: AnyMeasure) -> AnyView:
         atoms = self.lifted(query)
         centre = self._centre(atoms)
         centred = relative_to(centre, atoms, self.epsilon)
         solution = self._self_transport(centred, query.weights)
-        fraction = self._marginals.transported_fraction(solution.potential)
-        assert solution.gradient is not None  # only patterns are prepared without it
+        fraction = self._marginals.transported_fraction(solution.f)
         force = fraction[:, None] * solution.gradient[:, : query.dim]  # features are fixed
         return View(query, centre, centred, solution, force)
 
@@ -262,7 +263,7 @@ class Sinkhorn(SHKGeometry):
                 velocity=view.force[None] - force[..., coordinates] - shift[:, None, coordinates],
                 variation=variation(solution.f)
                 + shift @ view.centred.T
-                - variation(view.self_transport.potential)[None],
+                - variation(view.self_transport.f)[None],
             ),
             guess=jax.lax.stop_gradient(solution.g),
             not_converged=not_converged | (view.self_transport.error > self._tol),
@@ -273,9 +274,7 @@ class Sinkhorn(SHKGeometry):
         self, view: View, atoms: Float[Array, "B m d"], patterns: Patterns
     ) -> SinkhornOutput:
         """Solve the transport problems between the query and patterns with these atoms."""
-        guess = (
-            patterns.prepared.self_transport.potential if patterns.guess is None else patterns.guess
-        )
+        guess = patterns.prepared.self_transport.f if patterns.guess is None else patterns.guess
 
         def solve(points: Array, weights: Array, guess: Array) -> SinkhornOutput:
             pair = Pair(view.centred, view.query.weights, points, weights, self._marginals)
@@ -322,7 +321,7 @@ class Sinkhorn(SHKGeometry):
         clouds = self.lifted(measures)
         squares = zero_padding(clouds.points, clouds.weights) ** 2
         size = jnp.sqrt(jnp.vecdot(clouds.weights, squares.sum(-1)) / 2)
-        return Embedding(clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size)
+        return clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size
 
     def typical_norm(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """Return the root mean square distance of atoms to the mean of all, plus eps^0.3 times the

@@ -19,8 +19,9 @@ from jdam.theory._neighbourhood import (
     cost_scale,
     distances_of_means,
     neighbourhood,
+    stable_radii,
+    step_bound,
 )
-from jdam.theory._sums import stable_radii, step_bound
 
 #: Number of recall steps for whose rounding errors of the energy the proof has an allowance.
 STEPS = 100

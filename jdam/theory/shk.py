@@ -162,7 +162,7 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         cloud, prepared = pattern
         centred = cloud.points - prepared.centre[None]
         problem = Pair(centred, cloud.weights, centred, cloud.weights, Marginals(epsilon))
-        plan = c_transform(HalfSquaredDistance(), prepared.self_transport.potential, problem)
+        plan = c_transform(HalfSquaredDistance(), prepared.self_transport.f, problem)
         root = jnp.sqrt(cloud.weights)
         values = eigenvalues(root[:, None] * plan.density * root[None])
         second = values[-2] if values.size > 1 else jnp.zeros_like(epsilon)

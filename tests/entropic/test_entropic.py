@@ -10,8 +10,7 @@ import pytest
 from scipy.special import logsumexp
 
 from jdam._entropic.problem import Cloud, Marginals, Pair, Solver
-from jdam._entropic.self_transport import self_transport
-from jdam._entropic.transport import solve_pair
+from jdam._entropic.transport import self_transport, solve_pair
 from tests.helpers import check_derivatives, entropic_transport
 
 TIGHT = Solver(1e-13, 5000)
@@ -139,10 +138,10 @@ def test_a_cloud_and_itself(rng, epsilon):
     np.testing.assert_allclose(found.cost, float(cost), rtol=1e-12)
     # Up to a constant (f − c, g + c), which the symmetric potential has not.
     h = np.asarray(f + g, float) / 2
-    np.testing.assert_allclose(found.potential[:6], h[:6], atol=1e-12)
+    np.testing.assert_allclose(found.f[:6], h[:6], atol=1e-12)
     cost = ((x[6:, None] - x[None, :6]) ** 2).sum(-1) / 2
     extended = -epsilon * logsumexp((h[:6] - cost) / epsilon, b=a[:6], axis=1)
-    np.testing.assert_allclose(found.potential[6:], extended, atol=1e-12)
+    np.testing.assert_allclose(found.f[6:], extended, atol=1e-12)
 
 
 @pytest.mark.full
@@ -200,7 +199,7 @@ def test_derivatives_by_differences(rng):
         weights, others = weights / weights.sum(), others / others.sum()
         found = transport(Solver(1e-14, 2000), x, weights, y, others, epsilon, jnp.zeros(4))
         known = transport_to_itself(Solver(1e-15, 200), x, weights, epsilon)
-        return found.cost, found.gradient, jnp.diff(found.f), known.cost, known.potential
+        return found.cost, found.gradient, jnp.diff(found.f), known.cost, known.f
 
     def outputs(*arguments):
         return jax.vmap(one)(jnp.asarray(weigh), jnp.asarray(weigh_others), *arguments)
