@@ -97,14 +97,16 @@ def shown_parameters(geometry: PyTree) -> list[str]:
     return settings + ([f"feature_scale={scale}"] if scale != "1" else [])
 
 
-def lifted(cloud: PointCloud, scale: Float[Array, ""], epsilon: Float[Array, ""]) -> PointCloud:
-    """Return the cloud of zⱼ = (xⱼ, √λ uⱼ), where u are the features and λ is `scale`.
+def lifted(geometry: PyTree, cloud: PointCloud) -> PointCloud:
+    """Return the cloud of zⱼ = (xⱼ, √λ uⱼ), where u are the features and λ is the feature scale of
+    the geometry.
 
     The cost ½|x−y|² + ½λ|u−v|² of atoms is then ½|z−z'|². A cloud without features is returned as
     it is."""
     if cloud.features is None:
         return cloud
-    root = jnp.sqrt(scale + MIN_FEATURE_SCALE * jax.lax.stop_gradient(epsilon))
+    least = MIN_FEATURE_SCALE * jax.lax.stop_gradient(geometry.epsilon)
+    root = jnp.sqrt(geometry.feature_scale + least)
     return unchecked(jnp.concatenate([cloud.points, root * cloud.features], -1), cloud.weights)
 
 
@@ -147,7 +149,7 @@ def radius_of(centred: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> F
     return safe_sqrt(squares.max(1))
 
 
-def zero_padding(points: Float[Array, "N n d"], weights: Float[Array, "N n"]) -> Array:
+def zero_padding(points: Float[Array, "*batch n d"], weights: Float[Array, "*batch n"]) -> Array:
     """Return the points with 0 for atoms of weight 0, since squared distances to padding may be
     infinite."""
     return jnp.where(weights[..., None] > 0, points, 0)
@@ -205,6 +207,39 @@ def rounding_of(
     return jax.lax.stop_gradient(jnp.where(error > marginals.epsilon, error, 0))
 
 
+def masses_of(query: PointCloud, p: Float[Array, " n"], kappa: Float[Array, ""]) -> PointCloud:
+    """Return the masses of the SHK metric for atoms of masses p: pⱼ for points, pⱼ/κ for logarithms
+    of weights, and 0 for features, which do not change."""
+    reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
+    zeros: PointCloud = jax.tree.map(jnp.zeros_like, query)
+    return zeros.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+
+
+def metric_length(
+    weights: Float[Array, " n"],
+    velocity: Float[Array, "n d"],
+    variation: Float[Array, " n"],
+    kappa: Float[Array, ""],
+) -> Float[Array, ""]:
+    """Compute the length √(Σ pⱼ|vⱼ|² + κ Var_p F) in the SHK metric."""
+    centred = variation - jnp.vdot(weights, variation)
+    reaction = safe_sqrt(kappa) * centred  # a velocity; F² alone may be out of range
+    return safe_sqrt(jnp.vdot(weights, jnp.vecdot(velocity, velocity) + reaction**2))
+
+
+def reweighted(
+    weights: Float[Array, " n"], variation: Float[Array, " n"], rate: Float[Array, ""]
+) -> Float[Array, " n"]:
+    """Return weights ∝ pⱼ exp(−sFⱼ) for the rate s = τκ; padding keeps the weight 0."""
+    # Logarithms are finite for padding, so that weights of padding alone are not NaN.
+    log_weights = jnp.maximum(safe_log(weights), float(jnp.finfo(weights.dtype).min) / 2)
+    new_weights = jax.nn.softmax(log_weights - rate * variation)
+    # A weight that underflowed to 0 could never grow again.
+    new_weights = jnp.maximum(new_weights, float(jnp.finfo(weights.dtype).tiny))
+    # With κ = 0 the weights stay exactly the same.
+    return jnp.where((weights > 0) & (rate > 0), new_weights, weights)
+
+
 def shortening(
     weights: Float[Array, " n"], variation: Float[Array, " n"], rate: Float[Array, ""]
 ) -> Float[Array, ""]:
@@ -251,7 +286,7 @@ def by_gap(epsilon: Array, rho: Array, view: View, patterns: Patterns) -> Float[
 
 def by_dual(
     dual_value: Callable[[Pair, Array], Array],
-    lift: Callable[[PointCloud], PointCloud],
+    geometry: Geometry,
     marginals: Marginals,
     view: View,
     patterns: Patterns,
@@ -262,9 +297,8 @@ def by_dual(
     **Arguments:**
 
     - `dual_value`: pair, warm start ↦ a lower bound on OT_ε.
-    - `lift`: makes features coordinates.
-    - `marginals`, `view`, `patterns`: the problem."""
-    prepared, clouds = patterns.prepared, lift(patterns.measures)
+    - `geometry`, `marginals`, `view`, `patterns`: the problem."""
+    prepared, clouds = patterns.prepared, lifted(geometry, patterns.measures)
     centred = relative_to(prepared.centre, clouds, marginals.epsilon)
     _, means, atoms = relative_coordinates(
         marginals, view, prepared.centre, centred, clouds.weights

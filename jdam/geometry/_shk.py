@@ -25,7 +25,9 @@ from jdam._measures.point_cloud import PointCloud
 from jdam.geometry._clouds import (
     Pull,
     View,
-    lifted,
+    masses_of,
+    metric_length,
+    reweighted,
     shortening,
 )
 from jdam.geometry.protocol import (
@@ -80,21 +82,14 @@ class SHKGeometry(Geometry):
     ) -> AnyMeasure:
         """Return a step with less reweighting and, after `WEIGHT_ATTEMPTS` attempts, a shorter step
         of the support."""
-        query, log_weights = view.query, safe_log(view.query.weights)
-        length = step_size * shortening(
-            query.weights, pull.variation, step_size * self.hellinger_scale
-        )
+        query, whole_rate = view.query, step_size * self.hellinger_scale
+        length = step_size * shortening(query.weights, pull.variation, whole_rate)
         shrinks = jnp.asarray(backtracks, step_size.dtype)
         rate = length * self.hellinger_scale * WEIGHT_SHRINK**-shrinks
         # Without weight steps, the first attempt already shortens the support step.
         tried = jnp.where(self.hellinger_scale > 0, WEIGHT_ATTEMPTS, 0)
         length = length * 2.0 ** jnp.minimum(tried - shrinks, 0)
-        weights = jax.nn.softmax(log_weights - rate * pull.variation)
-        # A weight that underflowed to 0 could never grow again.
-        weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
-        # With κ = 0 the weights stay exactly the same.
-        moves = (query.weights > 0) & (rate > 0)
-        weights = jnp.where(moves, weights, query.weights)
+        weights = reweighted(query.weights, pull.variation, rate)
         factor = length * self._transported(view, pull)
         length = length / jnp.where(factor > STABLE, factor, 1)
         points = query.points + length[..., None] * pull.velocity
@@ -125,16 +120,11 @@ class SHKGeometry(Geometry):
         )
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
-        """Return the masses of the SHK metric: pⱼ for points and pⱼ/κ for logarithms of weights.
-
-        They are 0 for atoms with little mass in the plans, whose position hardly changes the
-        energy, and for features, which do not change."""
-        query, kappa = view.query, self.hellinger_scale
-        p = query.weights * jnp.minimum(self._transported(view, pull), 1)
+        """Return the masses of the SHK metric, 0 for atoms with little mass in the plans, whose
+        position hardly changes the energy."""
+        p = view.query.weights * jnp.minimum(self._transported(view, pull), 1)
         p = jnp.where(p > LIGHT / len(p), p, 0)
-        reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        zeros: PointCloud = jax.tree.map(jnp.zeros_like, query)
-        return zeros.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+        return masses_of(view.query, p, self.hellinger_scale)
 
     def retraction(self, query: AnyMeasure) -> Retraction | None:
         """Return coordinates of displacements of atoms and changes of log pⱼ/√κ, (n, d) and (n,),
@@ -172,7 +162,8 @@ class SHKGeometry(Geometry):
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """Compute |grad E|_SHK = √(Σ pⱼ|vⱼ|² + κ Var_p F)."""
-        return self._residual(view, pull, self.hellinger_scale)
+        kappa = self.hellinger_scale
+        return metric_length(view.query.weights, pull.velocity, pull.variation, kappa)
 
     def cautious_residual(self, view: AnyView, pull: AnyMeasure, backtracks: Any) -> Array:
         """Compute √(Σ pⱼ|vⱼ|² + κ'²/κ Var_p F), the SHK length of the step with the reduced weight
@@ -181,15 +172,8 @@ class SHKGeometry(Geometry):
         Stiff weights, which only small steps improve, count as converged although F is not yet
         constant."""
         shrinks = jnp.asarray(backtracks, self.hellinger_scale.dtype)
-        return self._residual(view, pull, self.hellinger_scale * WEIGHT_SHRINK ** (-2 * shrinks))
-
-    def _residual(self, view: View, pull: Pull, rate: Array) -> Array:
-        weights = view.query.weights
-        speed = jnp.vdot(weights, jnp.vecdot(pull.velocity, pull.velocity))
-        centred = pull.variation - jnp.vdot(weights, pull.variation)
-        # F² alone may be out of range; √κ F is a velocity.
-        reaction = safe_sqrt(rate) * centred
-        return safe_sqrt(speed + jnp.vdot(weights, reaction**2))
+        kappa = self.hellinger_scale * WEIGHT_SHRINK ** (-2 * shrinks)
+        return metric_length(view.query.weights, pull.velocity, pull.variation, kappa)
 
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
         """Return tolerances in units of √ε, below which plans do not resolve atoms, plus the
@@ -241,10 +225,6 @@ class SHKGeometry(Geometry):
     @property
     def _ground(self) -> Cost:
         return HalfSquaredDistance() if self.cost is None else GroundCost(self.cost)
-
-    def lifted(self, cloud: PointCloud) -> PointCloud:
-        """Return the cloud with its features as coordinates, by `_clouds.lifted`."""
-        return lifted(cloud, self.feature_scale, self.epsilon)
 
     def _self_transport(
         self, points: Array, weights: Array, solution: SinkhornOutput | None = None

@@ -13,10 +13,19 @@ from jaxtyping import Bool, Float, PyTree
 
 from jdam._core.batching import by_platform
 from jdam._core.derivatives import full_precision, jvp
-from jdam._core.linalg import safe_log, safe_sqrt
+from jdam._core.linalg import safe_sqrt
 from jdam._measures.base import AnyMeasure
 from jdam._measures.point_cloud import PointCloud
-from jdam.geometry._clouds import check_cloud, checked_parameters, lifted, shown_parameters
+from jdam.geometry._clouds import (
+    check_cloud,
+    checked_parameters,
+    lifted,
+    masses_of,
+    metric_length,
+    reweighted,
+    shown_parameters,
+    zero_padding,
+)
 from jdam.geometry.protocol import (
     AnyView,
     BatchSizes,
@@ -167,13 +176,9 @@ class Chamfer(Geometry):
         return check_cloud(self, name, measure, batch_ndim)
 
     def prepare(self, patterns: AnyMeasure) -> PyTree:
-        patterns, epsilon = jax.lax.stop_gradient((self._lift(patterns), self.epsilon))
+        patterns, epsilon = jax.lax.stop_gradient((lifted(self, patterns), self.epsilon))
         centre = patterns.mean
         return Prepared(centre, jax.vmap(_self_cost, (0, 0, None))(centre, patterns, epsilon))
-
-    def _lift(self, cloud: PointCloud) -> PointCloud:
-        """Return the cloud of z = (x, √λ u) for features u."""
-        return lifted(cloud, self.feature_scale, self.epsilon)
 
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         def one(cloud: PointCloud, prepared: Prepared) -> Comparison:
@@ -204,7 +209,7 @@ class Chamfer(Geometry):
         """Return the assignment of the query to a pattern, the fractions aⱼ, which are 0 for
         padding, and Fⱼ.
         """
-        dim, query, cloud = query.dim, self._lift(query), self._lift(cloud)
+        dim, query, cloud = query.dim, lifted(self, query), lifted(self, cloud)
         assignment = assign(prepared.centre, query, cloud, self.epsilon)
         assignment = assignment._replace(displacement=assignment.displacement[:, :dim])
         self_cost = _with_derivative(prepared.self_cost, prepared.centre, cloud, self.epsilon)
@@ -223,22 +228,12 @@ class Chamfer(Geometry):
         return jnp.exp(-scaled), -reach * jnp.expm1(-scaled)
 
     def move(self, view: AnyView, pull: AnyMeasure, step_size: Array) -> AnyMeasure:
-        rate = step_size * self.hellinger_scale
-        # Logarithms are finite for padding, so that weights of padding alone are not NaN.
-        log_weights = jnp.maximum(safe_log(view.weights), float(jnp.finfo(rate.dtype).min) / 2)
-        weights = jax.nn.softmax(log_weights - rate * pull.variation)
-        # A weight that underflowed to 0 could never grow again.
-        weights = jnp.maximum(weights, float(jnp.finfo(weights.dtype).tiny))
-        # With κ = 0 the weights stay exactly the same.
-        weights = jnp.where((view.weights > 0) & (rate > 0), weights, view.weights)
+        weights = reweighted(view.weights, pull.variation, step_size * self.hellinger_scale)
         return view.with_atoms(view.points + step_size * _step(pull), weights)
 
     def residual(self, view: AnyView, pull: AnyMeasure) -> Array:
         """Compute √(Σ pⱼ|Δxⱼ|² + κ Var_p F), where Δx is the displacement of the full step."""
-        change, weights = _step(pull), view.weights
-        centred = pull.variation - jnp.vdot(weights, pull.variation)
-        reaction = safe_sqrt(self.hellinger_scale) * centred  # a length; F² may be out of range
-        return safe_sqrt(jnp.vdot(weights, jnp.vecdot(change, change) + reaction**2))
+        return metric_length(view.weights, _step(pull), pull.variation, self.hellinger_scale)
 
     def tolerances(self, query: AnyMeasure, scale: Array) -> tuple[Array, Array]:
         """Return tolerances in units of √ε, below which plans do not resolve atoms, plus the
@@ -249,14 +244,8 @@ class Chamfer(Geometry):
         return tol, tol
 
     def masses(self, view: AnyView, pull: AnyMeasure) -> AnyMeasure:
-        """Return the masses of the metric of `residual`: pⱼ for points and pⱼ/κ for logarithms of
-        weights.
-        """
-        query, kappa = view, self.hellinger_scale
-        p = query.weights
-        reaction = jnp.where(kappa > 0, p / jnp.where(kappa > 0, kappa, 1), 0)
-        zeros: PointCloud = jax.tree.map(jnp.zeros_like, query)
-        return zeros.with_atoms(jnp.broadcast_to(p[:, None], query.points.shape), reaction)
+        """Return the masses of the metric of `residual`."""
+        return masses_of(view, view.weights, self.hellinger_scale)
 
     def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
         """Project a tangent on padding and, if κ = 0, on all weights, which no step moves."""
@@ -268,7 +257,7 @@ class Chamfer(Geometry):
         """Return the root mean square of |x| over all patterns, which determines the rounding of
         coordinates.
         """
-        points = jnp.where(patterns.weights[..., None] > 0, patterns.points, 0)
+        points = zero_padding(patterns.points, patterns.weights)
         squares = jnp.vecdot(patterns.weights, jnp.vecdot(points, points))
         return safe_sqrt(average(squares, weights))
 
@@ -282,11 +271,6 @@ class Chamfer(Geometry):
         return f"Chamfer({', '.join(shown_parameters(self))})"
 
 
-def coordinates(centre: Float[Array, " d"], cloud: PointCloud) -> Float[Array, "n d"]:
-    """Return the coordinates z of atoms relative to a centre, with c = ½|z−z'|²; 0 for padding."""
-    return jnp.where(cloud.weights[:, None] > 0, cloud.points - centre[None], 0)
-
-
 def assign(
     centre: Float[Array, " d"], query: PointCloud, cloud: PointCloud, epsilon: Float[Array, ""]
 ) -> Assignment:
@@ -294,8 +278,8 @@ def assign(
 
     Coordinates relative to the centre of the cloud avoid the cancellation of large common shifts.
     """
-    centre = jax.lax.stop_gradient(centre)
-    x, y, has_weight = coordinates(centre, query), coordinates(centre, cloud), cloud.weights > 0
+    centre, has_weight = jax.lax.stop_gradient(centre), cloud.weights > 0
+    x, y = (zero_padding(c.points - centre[None], c.weights) for c in (query, cloud))
     squares = jnp.vecdot(y, y)
     # ½|x−y|² − ½|x|² − ε log b; padding is infinitely far.
     offsets = jnp.where(
@@ -325,7 +309,7 @@ def self_cost_growth(geometry: Chamfer, cloud: PointCloud, scale: Array) -> Floa
     centred = cloud.points - cloud.mean[None]
 
     def self_cost(scale: Array) -> Array:
-        scaled = geometry._lift(cloud.with_atoms(scale * centred, cloud.weights))
+        scaled = lifted(geometry, cloud.with_atoms(scale * centred, cloud.weights))
         return _self_cost(jnp.zeros_like(scaled.points[0]), scaled, geometry.epsilon)
 
     growth: Array = jax.jvp(self_cost, (scale,), (jnp.ones_like(scale),))[1] / scale

@@ -32,6 +32,7 @@ from jdam.geometry._clouds import (
     by_means,
     check_cloud,
     checked_parameters,
+    lifted,
     radius_of,
     relative_coordinates,
     relative_to,
@@ -217,7 +218,7 @@ class Sinkhorn(SHKGeometry):
         return measure
 
     def prepare(self, patterns: AnyMeasure) -> PyTree:
-        patterns = self.lifted(patterns)
+        patterns = lifted(self, patterns)
         centre = self._centre(patterns)
         centred = relative_to(centre, patterns, self.epsilon)
         solution = jax.vmap(self._self_transport)(centred, patterns.weights)
@@ -230,7 +231,7 @@ class Sinkhorn(SHKGeometry):
         return prepared.self_transport.f
 
     def view(self, query: AnyMeasure) -> AnyView:
-        atoms = self.lifted(query)
+        atoms = lifted(self, query)
         centre = self._centre(atoms)
         centred = relative_to(centre, atoms, self.epsilon)
         solution = self._self_transport(centred, query.weights)
@@ -239,7 +240,7 @@ class Sinkhorn(SHKGeometry):
         return View(query, centre, centred, solution, force)
 
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
-        query, prepared, clouds = view.query, patterns.prepared, self.lifted(patterns.measures)
+        query, prepared, clouds = view.query, patterns.prepared, lifted(self, patterns.measures)
         weights, centres = clouds.weights, jax.lax.stop_gradient(prepared.centre)
         centred = relative_to(centres, clouds, self.epsilon)
         pattern_transport = jax.vmap(self._self_transport)(
@@ -285,7 +286,7 @@ class Sinkhorn(SHKGeometry):
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """Compute pⱼbₖ exp((fⱼ + gₖ − cⱼₖ)/ε)."""
-        clouds, centres = self.lifted(patterns.measures), patterns.prepared.centre
+        clouds, centres = lifted(self, patterns.measures), patterns.prepared.centre
         weights, centres = clouds.weights, jax.lax.stop_gradient(centres)
         centred = relative_to(centres, clouds, self.epsilon)
         _, _, atoms = relative_coordinates(self._marginals, view, centres, centred, weights)
@@ -312,13 +313,13 @@ class Sinkhorn(SHKGeometry):
         first = by_means if self.rho is None else partial(by_gap, self.epsilon, self.rho)
         values = (dual_after_half_iteration, dual_after_some_iterations)
         duals = (partial(dual, self._solver) for dual in values)
-        return first, *(partial(by_dual, dual, self.lifted, self._marginals) for dual in duals)
+        return first, *(partial(by_dual, dual, self, self._marginals) for dual in duals)
 
     def embed(self, measures: AnyMeasure, prepared: PyTree = None) -> Embedding | None:
         """Return m/√2 for the means m, features included: S_ε ≥ ½|m_q − m_X|²."""
         if self.cost_scale is None:
             return None
-        clouds = self.lifted(measures)
+        clouds = lifted(self, measures)
         squares = zero_padding(clouds.points, clouds.weights) ** 2
         size = jnp.sqrt(jnp.vecdot(clouds.weights, squares.sum(-1)) / 2)
         return clouds.mean * 0.5**0.5, rounding(clouds.num_atoms, clouds.dtype) * size
@@ -336,7 +337,7 @@ class Sinkhorn(SHKGeometry):
     def energy_tolerance(self, patterns: AnyMeasure, weights: Array | None = None) -> Array:
         """Return the rounding error of S_ε between clouds of this size, or the inner solver's if
         larger."""
-        eps, patterns = float(jnp.finfo(patterns.dtype).eps), self.lifted(patterns)
+        eps, patterns = float(jnp.finfo(patterns.dtype).eps), lifted(self, patterns)
         variances = variance(patterns)
         if self.cost is not None:
             variances = mean_within(self._ground, patterns.points, patterns.weights)

@@ -19,10 +19,10 @@ from jdam._energy.energy import inverse_temperature, positive_for
 from jdam._entropic.c_transform import c_transform
 from jdam._entropic.cost import HalfSquaredDistance
 from jdam._entropic.problem import Marginals, Pair
-from jdam._measures.point_cloud import PointCloud
 from jdam._memory.memory import Memory
 from jdam._memory.slots import checked_index
 from jdam.geometry import Sinkhorn
+from jdam.geometry._clouds import lifted
 from jdam.geometry.protocol import Patterns
 from jdam.theory._neighbourhood import check_memory
 from jdam.theory.basins import interference
@@ -71,7 +71,9 @@ def shk_constants(memory: Memory, index: ArrayLike, *, step_size: ArrayLike = 1.
 
 @compiled()
 def _constants(memory: Memory, index: Array, step_size: Array) -> ShkConstants:
-    patterns, kappa = _lifted(memory), memory.geometry.hellinger_scale  # type: ignore[attr-defined]
+    # With features as coordinates the theory applies unchanged.
+    patterns = lifted(memory.geometry, memory.patterns)
+    kappa = memory.geometry.hellinger_scale  # type: ignore[attr-defined]
     points, on = patterns.points, patterns.weights > 0
     low = jnp.where(on[..., None], points, jnp.inf).min((0, 1))
     high = jnp.where(on[..., None], points, -jnp.inf).max((0, 1))
@@ -169,7 +171,8 @@ def _weight_stiffness(memory: Memory) -> Float[Array, " N"]:
         result: Array = epsilon * second / ((1 - second) * (1 + second))
         return result
 
-    result: Array = jax.lax.map(of_pattern, (_lifted(memory), memory.prepared))
+    patterns = lifted(memory.geometry, memory.patterns)
+    result: Array = jax.lax.map(of_pattern, (patterns, memory.prepared))
     return result if memory.occupied is None else jnp.where(memory.occupied, result, 0)
 
 
@@ -239,14 +242,6 @@ def shk_travel_bound(constants: ShkConstants, gap: ArrayLike) -> Float[Array, ""
     """
     root = jnp.sqrt(2 * jnp.asarray(gap) / constants.curvature)
     return 2 * constants.gradient * constants.retraction * root
-
-
-def _lifted(memory: Memory) -> PointCloud:
-    """Return the patterns with features as additional coordinates, to which the theory applies
-    unchanged.
-    """
-    lifted: PointCloud = memory.geometry.lifted(memory.patterns)  # type: ignore[attr-defined]
-    return lifted
 
 
 def _check_clouds(memory: Memory) -> None:
