@@ -23,7 +23,7 @@ from jdam._measures.base import AnyMeasure, Measure
 AnyView: TypeAlias = PyTree
 #: Vectors Φ(X) of B measures, (B, k), with |Φ(ξ) − Φ(X)|² ≤ D(ξ, X), and at least the rounding
 #: errors |vectors − Φ(X)|, (B,).
-Embedding: TypeAlias = tuple[Float[Array, "B k"], Float[Array, " B"]]
+Embedding: TypeAlias = tuple[Float[Array, "_ k"], Float[Array, " _"]]
 
 
 class Patterns(NamedTuple):
