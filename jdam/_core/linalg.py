@@ -98,6 +98,8 @@ def nearest_rotation(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch
     It has no derivative."""
     matrix = jax.lax.stop_gradient(matrix)
     size = matrix.shape[-1]
+    if size == 2:
+        return _plane_rotation(matrix)
     if size <= SMALL:
         return small_polar(matrix, proper=True)
     left, _, right = svd(matrix)
@@ -105,6 +107,17 @@ def nearest_rotation(matrix: Float[Array, "*batch d d"]) -> Float[Array, "*batch
     signs = jnp.where(jnp.arange(size) == size - 1, jnp.sign(sign), jnp.ones_like(sign))
     rotation: Array = (left * signs[..., None, :]) @ right
     return rotation
+
+
+def _plane_rotation(matrix: Float[Array, "*batch 2 2"]) -> Float[Array, "*batch 2 2"]:
+    """Return the R of `nearest_rotation` in the plane, by its angle θ:
+    ⟨R, K⟩ = (K₁₁ + K₂₂) cos θ + (K₂₁ − K₁₂) sin θ."""
+    cosine, sine = jnp.trace(matrix, axis1=-2, axis2=-1), matrix[..., 1, 0] - matrix[..., 0, 1]
+    norm = jnp.hypot(cosine, sine)
+    cosine = jnp.where(norm > 0, cosine / jnp.where(norm > 0, norm, 1), 1)
+    sine = sine / jnp.where(norm > 0, norm, 1)
+    rows = jnp.stack([cosine, -sine], -1), jnp.stack([sine, cosine], -1)
+    return jnp.stack(rows, -2)
 
 
 class ShrunkPolar(NamedTuple):

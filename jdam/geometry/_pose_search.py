@@ -69,8 +69,8 @@ def search(
     search_end = num_rounds * num_levels
 
     def cond_fun(state: SearchState) -> Bool[Array, ""]:
-        best_lane = state.score.argmin(1)[:, None]
-        moving = (jnp.take_along_axis(state.change, best_lane, 1) > 1).any()
+        is_best = state.score == state.score.min(1, keepdims=True)
+        moving = (is_best & (state.change > 1)).any()
         refining = moving & (state.iteration < search_end + max_refinements)
         return (state.iteration < search_end) | refining
 
