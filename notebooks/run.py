@@ -83,7 +83,7 @@ def run(path: Path, save: bool, figures: Path | None) -> bool:
 
 def compile_quickly() -> None:
     """Let kernels compile quickly, which takes most of the time of the short versions: programs are
-    shared between notebooks, and XLA uses its older emitter, which takes half as long."""
+    shared between notebooks, and XLA uses its older emitter, which takes less time."""
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(FOLDER.parent / "build/xla"))
     if jaxlib.version.__version_info__ < (0, 11):  # a version without this flag would not start
         os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
