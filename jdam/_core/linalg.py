@@ -114,10 +114,9 @@ def _plane_rotation(matrix: Float[Array, "*batch 2 2"]) -> Float[Array, "*batch 
     ⟨R, K⟩ = (K₁₁ + K₂₂) cos θ + (K₂₁ − K₁₂) sin θ."""
     cosine, sine = jnp.trace(matrix, axis1=-2, axis2=-1), matrix[..., 1, 0] - matrix[..., 0, 1]
     norm = jnp.hypot(cosine, sine)
-    cosine = jnp.where(norm > 0, cosine / jnp.where(norm > 0, norm, 1), 1)
-    sine = sine / jnp.where(norm > 0, norm, 1)
+    cosine, norm = (jnp.where(norm == 0, 1, x) for x in (cosine, norm))  # K has no angle
     rows = jnp.stack([cosine, -sine], -1), jnp.stack([sine, cosine], -1)
-    return jnp.stack(rows, -2)
+    return jnp.stack(rows, -2) / norm[..., None, None]
 
 
 class ShrunkPolar(NamedTuple):

@@ -24,6 +24,7 @@ from jdam._entropic.problem import Marginals
 from jdam._measures.base import AnyMeasure, Measure
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud, unchecked, variance
+from jdam.geometry._clouds import zero_padding
 from jdam.geometry._poses import Pose, where_rows
 from jdam.geometry.protocol import AnyView, Patterns
 
@@ -93,9 +94,8 @@ def alignment_problem(
     query: PointCloud, patterns: PointCloud, feature_scale: Array | None
 ) -> Problem:
     """Return the problem of a query and patterns, as clouds."""
-    x = jnp.where(query.weights[:, None] > 0, query.points - query.mean[None], 0)
-    y = patterns.points - patterns.mean[:, None]
-    y = jnp.where(patterns.weights[..., None] > 0, y, 0)
+    x = zero_padding(query.points - query.mean[None], query.weights)
+    y = zero_padding(patterns.points - patterns.mean[:, None], patterns.weights)
     feature_costs = None
     if query.features is not None and patterns.features is not None and feature_scale is not None:
         differences = query.features[None, :, None] - patterns.features[:, None]
@@ -220,15 +220,14 @@ def check_landmarks(name: str, measure: AnyMeasure, batch_ndim: int) -> Float[Ar
 
 def landmark_moments(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Moments:
     """Compute the moments of the plan that maps each landmark to the one of the same number."""
-    plan = jnp.eye(len(x), dtype=x.dtype)
-    weights = jnp.ones_like(x[:, 0])
-    return plan_moments(plan, unchecked(x, weights), unchecked(y, weights))
+    x_mean, y_mean, num = x.mean(0), y.mean(0), jnp.full((), len(x), x.dtype)
+    x, y = x - x_mean[None], y - y_mean[None]
+    return Moments(num, x_mean, y_mean, x.T @ y / num, jnp.vdot(x, x) / num, jnp.vdot(y, y) / num)
 
 
 def plan_moments(plan: Float[Array, "n m"], query: PointCloud, cloud: PointCloud) -> Moments:
     """Compute the moments of a plan (n, m) between the atoms of two clouds."""
-    x = jnp.where(query.weights[:, None] > 0, query.points, 0)
-    y = jnp.where(cloud.weights[:, None] > 0, cloud.points, 0)
+    x, y = (zero_padding(c.points, c.weights) for c in (query, cloud))
     mass = plan.sum()
     total = jnp.where(mass > float(jnp.finfo(mass.dtype).tiny) ** 0.5, mass, 1)
     x_masses, y_masses = plan.sum(1) / total, plan.sum(0) / total
