@@ -122,9 +122,9 @@ def clouds_of(some: Sequence[Any]) -> jdam.PointCloud:
 
 @dataclass
 class Outcome:
-    """What a method says of each cue: which molecule it is of, where the atoms (n, 3) of this
-    molecule are, what share (m,) of each atom of the cue belongs, and to which, by a plan (m, n),
-    all padded; and how many seconds all cues took."""
+    """The answers of a method: of each cue the molecule, the positions (n, 3) of its atoms, the
+    share (m,) of each atom of the cue that belongs, and the plan (m, n) between the two, all
+    padded; and the seconds that all cues took."""
 
     nearest: np.ndarray
     seconds: float

@@ -1,4 +1,4 @@
-"""What jdam needs beyond JAX, and which has nothing to do with measures.
+"""Numerical and array functions that have nothing to do with measures.
 
 The folder holds batching, loops, collectives on meshes, decompositions with safe derivatives,
 compilation, argument checks and progress bars. It imports nothing else of jdam. Add a function here

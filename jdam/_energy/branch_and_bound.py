@@ -40,7 +40,8 @@ COMPARED = 127
 
 
 class Goal(eqx.Module):
-    """What a search computes of the patterns it compares, and which others it may leave out."""
+    """The result of a search over the patterns it compares, and the test of which others it may
+    leave out."""
 
     @abstractmethod
     def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> PyTree:

@@ -118,7 +118,7 @@ class Solver:
 
     @property
     def tight(self) -> bool:
-        """Whether potentials must be accurate too: for plans that are nearly permutations, the
+        """True if potentials must be accurate too: for plans that are nearly permutations, the
         marginal error does not control them."""
         return self.tol < TIGHT
 

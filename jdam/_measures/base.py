@@ -160,12 +160,12 @@ def _padded_along(measure: Kind, axis: str, missing: int) -> Kind:
 
 
 def unconstrained(measure: AnyMeasure) -> AnyMeasure:
-    """`measure.unconstrained()`; vectors and other pytrees are returned as they are."""
+    """Return `measure.unconstrained()`, and vectors and other pytrees as they are."""
     return measure.unconstrained() if isinstance(measure, Measure) else measure
 
 
 def constrained(like: AnyMeasure, free: AnyMeasure) -> AnyMeasure:
-    """`like.constrained(free)`; `free` itself for vectors and other pytrees."""
+    """Return `like.constrained(free)`, or `free` itself for vectors and other pytrees."""
     return like.constrained(free) if isinstance(like, Measure) else free
 
 
@@ -181,7 +181,7 @@ def _sizes(measure: AnyMeasure) -> dict[str, int]:
 
 
 def describe(patterns: AnyMeasure) -> str:
-    """`patterns.describe()`; for vectors their dimension, and the class name for other pytrees."""
+    """Return `patterns.describe()`; of vectors the dimension, of other pytrees the class name."""
     if isinstance(patterns, Measure):
         return patterns.describe()
     if isinstance(patterns, Array | np.ndarray):

@@ -48,7 +48,7 @@ def join(first: AnyMeasure, second: AnyMeasure) -> AnyMeasure:
 
 
 def as_batch(measures: AnyMeasure) -> AnyMeasure:
-    """`stack(measures)` for a list of `Measure`s; anything else is returned as it is."""
+    """Return `stack(measures)` for a list of `Measure`s, and anything else as it is."""
     is_list = isinstance(measures, list | tuple) and len(measures) > 0
     return stack(measures) if is_list and isinstance(measures[0], Measure) else measures
 
@@ -64,7 +64,7 @@ def as_row(measure: AnyMeasure) -> AnyMeasure:
 
 
 def _single(name: str, measure: AnyMeasure) -> AnyMeasure:
-    """`measure`, checked to be a single measure or a vector (d,) of floats."""
+    """Return `measure`, or raise an error if it is not one measure or a vector (d,) of floats."""
     if isinstance(measure, Measure):
         if measure.batch_shape:
             raise ValueError(

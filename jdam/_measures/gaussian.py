@@ -133,8 +133,8 @@ class Gaussian(Measure):
     def from_ragged_samples(
         cls, samples: Sequence[ArrayLike], weights: Sequence[ArrayLike] | None = None
     ) -> "Gaussian":
-        """`from_samples` for N sets of different numbers of samples. The covariance of a single
-        sample is 0.
+        """Fit N Gaussians to sets of different numbers of samples, as `from_samples` does. The
+        covariance of a single sample is 0.
 
         **Arguments:**
 

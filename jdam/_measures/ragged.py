@@ -52,8 +52,8 @@ def with_arrays(
 
 
 def build(make: Callable[..., T], one: str, rows: Mapping[int, tuple[PyTree, ...]]) -> T:
-    """`make(points, weights, …)` of all as one padded batch: with weights of 0, and copies of all
-    else. Errors name the one they are about."""
+    """Return `make(points, weights, …)` of all rows as one batch, padded with weights of 0 and
+    copies of all else. Errors have the number of the row."""
     size = max(len(points) for points, *_ in rows.values())
     try:
         columns = zip(zip(*rows.values(), strict=True), MODES, strict=False)

@@ -39,7 +39,7 @@ def weighted(
 
 
 def simplex_weights(weights: ArrayLike, **points: Array) -> Array:
-    """`weights` as an array (…, n), checked to be ≥ 0 and to sum to one for each measure.
+    """Return `weights` as an array (…, n), ≥ 0 and with sum one for each measure.
 
     **Arguments:**
 

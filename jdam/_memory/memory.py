@@ -90,7 +90,7 @@ class Memory(eqx.Module):
 
     @property
     def size_is_known(self) -> bool:
-        """Whether the number of patterns is known: with a capacity it is traced in `jax.jit`."""
+        """True if the number of patterns is known: with a capacity it is traced in `jax.jit`."""
         return self.size is None or checks.is_concrete(self.size)
 
     @property
@@ -119,7 +119,7 @@ class Memory(eqx.Module):
 
     @property
     def log_weights(self) -> Float[Array, " N"]:
-        """`log_prior`, or zeros."""
+        """The prior log πᵢ, zeros if `log_prior` is None."""
         if self.log_prior is None:
             return jnp.zeros(self.capacity, self.dtype)
         return self.log_prior

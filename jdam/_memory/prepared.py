@@ -1,5 +1,5 @@
-"""What a geometry computes once of patterns, and fingerprints of the patterns it was computed of,
-by which changes of them are detected.
+"""The arrays that a geometry computes once from patterns, and fingerprints of these patterns, by
+which later changes of them are detected.
 """
 
 from functools import partial

@@ -113,7 +113,7 @@ class Recall(eqx.Module):
 
     @property
     def mixture(self) -> Bool[Array, ""]:
-        """Whether no pattern has more than half of the weight."""
+        """True if no pattern has more than half of the weight."""
         return is_mixture(self.weight)
 
     def __repr__(self) -> str:

@@ -46,7 +46,7 @@ COARSE_EPSILON = 0.01
 
 
 class Posed(NamedTuple):
-    """What the wrapped geometry prepares for patterns, or its warm start, and poses of patterns."""
+    """Prepared arrays of the wrapped geometry, or its warm start, and poses of patterns."""
 
     inner: PyTree
     pose: Pose  # NaN if unknown

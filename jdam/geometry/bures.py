@@ -84,7 +84,7 @@ class Gaussians(Geometry):
 
 
 def is_diagonal(x: PyTree) -> bool:
-    """Whether a query, a view or patterns are of diagonal covariances."""
+    """Return whether a query, a view or patterns have diagonal covariances."""
     return isinstance(getattr(x, "query", x), DiagonalGaussian)
 
 
@@ -133,7 +133,7 @@ class Bures(Gaussians):
 
 
 class _ByProducts(Bures):
-    """`Bures` on diagonal Gaussians, its distances by matrix products."""
+    """`Bures` on diagonal Gaussians, with distances by matrix products."""
 
     def compare(self, view: AnyView, patterns: Patterns) -> Comparison:
         stacked = _stacked(patterns.measures)
@@ -304,8 +304,8 @@ def principal(factor: Float[Array, "d r"]) -> tuple[Float[Array, "d r"], Float[A
 def _aligned_gap(
     factor: Float[Array, "d r"], factors: Float[Array, "B d s"], rotations: Float[Array, "B s r"]
 ) -> Float[Array, " B"]:
-    """|L − LᵢRᵢ|_F² for the minimisers Rᵢ. By the envelope theorem its derivative is the one for
-    constant Rᵢ."""
+    """Compute |L − LᵢRᵢ|_F² for the minimisers Rᵢ. By the envelope theorem its derivative is the
+    one for constant Rᵢ."""
     return squared_norm(factor[None] - factors @ rotations)
 
 
@@ -322,12 +322,12 @@ def _aligned_gap_jvp(
 
 
 def _shifts(mean: Float[Array, " d"], means: Float[Array, "B d"]) -> Float[Array, " B"]:
-    """|m − μᵢ|² minus its rounding error."""
+    """Compute |m − μᵢ|² minus its rounding error."""
     return squared_distances(mean, means) * (1 - rounding(mean.size, mean.dtype))
 
 
 def _gaps(first: Float[Array, " k"], second: Float[Array, "B k"]) -> Float[Array, " B"]:
-    """Σₖ (aₖ − bₖ)² of standard deviations, minus its rounding error."""
+    """Compute Σₖ (aₖ − bₖ)² of standard deviations, minus its rounding error."""
     error = rounding(first.size, first.dtype)
     gap = jnp.abs(first[None] - second) - error * (first[None] + second)
     gap = jnp.maximum(gap, 0)

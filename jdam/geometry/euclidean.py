@@ -31,13 +31,13 @@ from jdam.geometry.protocol import (
 
 
 def vector_batch_sizes() -> BatchSizes:
-    """How many vectors to compare at once: enough for matrix products to be efficient."""
+    """Return batch sizes for vectors, large enough for efficient matrix products."""
     patterns = by_platform(2048, 2**15)
     return BatchSizes(by_platform(512, 4096), patterns, patterns)
 
 
 class Vectors(Geometry):
-    """What `Euclidean` and `DotProduct` share: measures are arrays (d,), pulls the patterns."""
+    """A geometry whose measures are arrays (d,) and whose pulls are the patterns."""
 
     max_backtracks: ClassVar[int] = 0
 
@@ -101,7 +101,7 @@ class DotProduct(Vectors):
 
 
 def _energies(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
-    """½|x|² − ⟨x, yᵢ⟩."""
+    """Compute ½|x|² − ⟨x, yᵢ⟩."""
     return long_vecdot(x, x) / 2 - long_products(x, ys)
 
 
@@ -112,10 +112,11 @@ def _energies_less_rounding(x: Float[Array, " d"], patterns: Patterns) -> Float[
 
 
 def fast_squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Float[Array, " B"]:
-    """|x − yᵢ|² by one matrix product over a batch of queries, a fifth of the differences' time.
+    """Compute |x − yᵢ|² by one matrix product over a batch of queries, in a fifth of the time of
+    differences.
 
-    About the centre c of the block, |x−c|² + |yᵢ−c|² − 2⟨x−c, yᵢ−c⟩ errs by some
-    eps·(|x−c|² + |yᵢ−c|²); `products_err` tells where that is too much.
+    With the centre c of the block, |x−c|² + |yᵢ−c|² − 2⟨x−c, yᵢ−c⟩ has an error of about
+    eps·(|x−c|² + |yᵢ−c|²); `products_err` returns whether that is too large.
     """
     squares, crossed = _products(x, ys)
     return jnp.maximum(squares - 2 * crossed, 0)
@@ -124,29 +125,30 @@ def fast_squared_distances(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> Fl
 def squared_distances_less_rounding(
     x: Float[Array, " d"], ys: Float[Array, "B d"]
 ) -> Float[Array, " B"]:
-    """What |x − yᵢ|² surely is not less than, by one matrix product."""
+    """Compute lower bounds on |x − yᵢ|², rounding included, by one matrix product."""
     squares, crossed = _products(x, ys)
     return jnp.maximum(squares * (1 - rounding(ys.shape[-1], ys.dtype)) - 2 * crossed, 0)
 
 
 def embedding_bound(query: Embedding, patterns: Embedding) -> Float[Array, " B"]:
-    """What |Φ(ξ) − Φ(X)|² surely is not less than, by one matrix product; `query` has one row."""
+    """Compute lower bounds on |Φ(ξ) − Φ(Xᵢ)|², rounding included, by one matrix product; `query`
+    has one row."""
     (x, error), (ys, errors) = query, patterns
     distances = safe_sqrt(squared_distances_less_rounding(x[0], ys)) - (error + errors)
     return jnp.maximum(distances, 0) ** 2
 
 
 def _products(x: Float[Array, " d"], ys: Float[Array, "B d"]) -> tuple[Array, Array]:
-    """|x−c|² + |yᵢ−c|² and ⟨x−c, yᵢ−c⟩, c the centre of the yᵢ."""
+    """Compute |x−c|² + |yᵢ−c|² and ⟨x−c, yᵢ−c⟩, where c is the centre of the yᵢ."""
     centre = jax.lax.stop_gradient(ys.mean(0))
     x, ys = x - centre, ys - centre[None]
     return long_vecdot(x, x) + long_vecdot(ys, ys), long_products(x, ys)
 
 
 def products_err(query: PyTree, patterns: PyTree, beta: Float[Array, ""]) -> Bool[Array, ""] | None:
-    """Whether `fast_squared_distances` may change some logit β|x−yᵢ|² by more than 1 %.
+    """Return whether `fast_squared_distances` may change a logit β|x−yᵢ|² by more than 1 %.
 
-    None, which is always, in float64: it is chosen for its digits.
+    In float64, which is chosen for its digits, return None: exact differences are used.
     """
     eps = float(jnp.finfo(beta.dtype).eps)
     if eps < 1e-10:
@@ -156,6 +158,6 @@ def products_err(query: PyTree, patterns: PyTree, beta: Float[Array, ""]) -> Boo
         centre, dim = ys.mean(0), dim + x.size
         size = size + jnp.sum((x - centre) ** 2)
         sizes = sizes + jnp.sum((ys - centre[None]) ** 2, -1).max()
-    # Measured: of products in pieces, the rounding of one piece is what shows.
+    # Of products in pieces, the rounding of a single piece dominates (measured).
     error = eps * (4 + math.sqrt(min(dim, PIECE)) / 4)
     return beta * error * (size + sizes) > 0.01
