@@ -24,12 +24,13 @@ from jdam.geometry import (
     MixtureWasserstein,
     Sinkhorn,
 )
+from jdam.geometry.euclidean import Landmarks
 
 #: Classes that can be decoded without being passed as `classes`.
 OWN: tuple[type, ...] = (
     *(Gaussian, DiagonalGaussian, PointCloud, GaussianMixture),
     *(Bures, EntropicBures, Sinkhorn, Chamfer, Aligned, MixtureWasserstein),
-    *(Euclidean, DotProduct),
+    *(Euclidean, Landmarks, DotProduct),
 )
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, PyTree
 
-from jdam._core import checks
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.lapack import eigh
 from jdam._core.linalg import (
@@ -21,7 +20,7 @@ from jdam._core.linalg import (
     squared_norm,
 )
 from jdam._entropic.problem import Marginals
-from jdam._measures.base import AnyMeasure, Measure
+from jdam._measures.base import AnyMeasure
 from jdam._measures.mixture import GaussianMixture
 from jdam._measures.point_cloud import PointCloud, unchecked, variance
 from jdam.geometry._clouds import zero_padding
@@ -205,17 +204,6 @@ def displacement(problem: Problem, old: Pose, new: Pose) -> Float[Array, "B W"]:
     shift = jnp.matvec(linear, problem.centres[:, None]) + new.translation - old.translation
     rotated = jnp.square(linear).sum((-2, -1)) * problem.sizes[:, None]
     return jnp.sqrt(rotated + jnp.vecdot(shift, shift))
-
-
-def check_landmarks(name: str, measure: AnyMeasure, batch_ndim: int) -> Float[Array, "*batch n d"]:
-    """Return landmarks, (n, d) or (N, n, d), as an array, or raise `TypeError` or `ValueError`."""
-    if isinstance(measure, Measure):
-        raise TypeError(f"{name} must be an array of landmarks; got {type(measure).__name__}")
-    array = checks.float_array(name, measure)
-    if array.ndim != batch_ndim + 2 or 0 in array.shape[-2:]:
-        expected = "(N, n, d)" if batch_ndim else "(n, d)"
-        raise ValueError(f"{name} must have shape {expected}, n, d ≥ 1; got {array.shape}")
-    return array
 
 
 def landmark_moments(x: Float[Array, "n d"], y: Float[Array, "n d"]) -> Moments:

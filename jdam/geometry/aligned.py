@@ -25,7 +25,6 @@ from jdam.geometry._alignment import (
     alignment_problem,
     atoms_of,
     best_pose,
-    check_landmarks,
     displacement,
     landmark_moments,
     mixture_plan_moments,
@@ -35,7 +34,7 @@ from jdam.geometry._alignment import (
 from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
 from jdam.geometry._poses import Pose, transform_points, where_rows
 from jdam.geometry.chamfer import Chamfer, self_cost_growth
-from jdam.geometry.euclidean import Euclidean
+from jdam.geometry.euclidean import Euclidean, Landmarks
 from jdam.geometry.mixture import MixtureWasserstein, aligned_plan, by_spectra
 from jdam.geometry.protocol import AnyView, BatchSizes, Bound, Comparison, Geometry, Patterns
 from jdam.geometry.sinkhorn import Sinkhorn
@@ -125,7 +124,7 @@ class Aligned(Geometry):
     **Raises:** `TypeError` for another geometry or arguments of other types; `ValueError` for a
     geometry with another cost, for an empty group, and for `reflections` without `rotations`."""
 
-    geometry: Chamfer | Sinkhorn | MixtureWasserstein | Euclidean
+    geometry: Chamfer | Sinkhorn | MixtureWasserstein | Landmarks
     rotations: bool = eqx.field(static=True)
     translations: bool = eqx.field(static=True)
     reflections: bool = eqx.field(static=True)
@@ -142,7 +141,9 @@ class Aligned(Geometry):
         scale: bool = False,
         num_starts: int | None = None,
     ):
-        if not isinstance(geometry, Chamfer | Sinkhorn | MixtureWasserstein | Euclidean):
+        if type(geometry) is Euclidean:
+            geometry = Landmarks()
+        if not isinstance(geometry, Chamfer | Sinkhorn | MixtureWasserstein | Landmarks):
             raise TypeError(
                 "geometry must be a jdam.Chamfer, jdam.Sinkhorn, jdam.MixtureWasserstein or "
                 f"jdam.Euclidean; got {geometry!r}"
@@ -172,9 +173,6 @@ class Aligned(Geometry):
 
     def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
         """Return the plans of the wrapped geometry, for patterns in the poses of the warm start."""
-        if isinstance(self.geometry, Euclidean):
-            order = jnp.eye(len(view), dtype=view.dtype)[None]
-            return jnp.repeat(order, len(patterns.measures), 0)
         patterns = self._with_best_poses(view, patterns) if patterns.guess is None else patterns
         pose = with_derivative(self, view, patterns, patterns.guess.pose)
         return self.geometry.plan(view, self.posed(patterns, pose))
@@ -187,7 +185,7 @@ class Aligned(Geometry):
 
         Prepared arrays are transformed, and computed anew only if scales change."""
         moved, prepared = pose(patterns.measures), patterns.prepared.inner
-        if isinstance(self.geometry, MixtureWasserstein | Euclidean):
+        if isinstance(self.geometry, MixtureWasserstein | Landmarks):
             return Patterns(moved, prepared, patterns.guess.inner)
         if self.scaled:
             return Patterns(moved, self.geometry.prepare(moved), patterns.guess.inner)
@@ -211,7 +209,7 @@ class Aligned(Geometry):
         query, measures = atoms_of(_query(view)), atoms_of(patterns.measures)
         problem = alignment_problem(query, measures, getattr(self.geometry, "feature_scale", None))
         inner, previous = patterns.guess
-        if isinstance(self.geometry, Euclidean):
+        if isinstance(self.geometry, Landmarks):
             moments = jax.vmap(landmark_moments, (None, 0))(query.points, measures.points)
             growth = jnp.zeros_like(problem.sizes)
             return Posed(inner, best_pose(self.group, moments, previous, problem.ratio, growth))
@@ -246,7 +244,7 @@ class Aligned(Geometry):
         geometry = self.geometry
         if isinstance(geometry, MixtureWasserstein):
             return Settings(Marginals(COARSE_EPSILON * problem.size), 0)
-        assert not isinstance(geometry, Euclidean)  # landmarks need no search
+        assert not isinstance(geometry, Landmarks)  # which need no search
         marginals = Marginals(geometry.epsilon, geometry.rho)
         if isinstance(geometry, Sinkhorn):
             return Settings(marginals, 0)
@@ -324,6 +322,7 @@ class Aligned(Geometry):
         return (bound,)
 
     # All else is that of the wrapped geometry.
+    match = _forwarded(Geometry.match)
     view = _forwarded(Geometry.view)
     move = _forwarded(Geometry.move)
     backtrack = _forwarded(Geometry.backtrack)
@@ -338,17 +337,7 @@ class Aligned(Geometry):
     default_steps = property(attrgetter("geometry.default_steps"))
     default_acceleration = property(attrgetter("geometry.default_acceleration"))
 
-    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
-        if isinstance(self.geometry, Euclidean) and query.shape[-2] != patterns.shape[-2]:
-            raise ValueError(
-                f"measures must have n = {patterns.shape[-2]} landmarks as the patterns have; "
-                f"got n = {query.shape[-2]}"
-            )
-        return self.geometry.match(query, patterns)
-
     def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
-        if isinstance(self.geometry, Euclidean):
-            return check_landmarks(name, measure, batch_ndim)
         return self.geometry.check(name, measure, batch_ndim)
 
     def prepare(self, patterns: AnyMeasure) -> PyTree:

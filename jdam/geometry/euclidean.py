@@ -77,6 +77,35 @@ class Euclidean(Vectors):
         return None if errs is None else (_ByProducts(), errs)
 
 
+class Landmarks(Euclidean):
+    """`Euclidean` on arrays (n, d) of n points in a known order, the landmarks of `Aligned`."""
+
+    def check(self, name: str, measure: AnyMeasure, batch_ndim: int) -> AnyMeasure:
+        if isinstance(measure, Measure):
+            raise TypeError(f"{name} must be an array of landmarks; got {type(measure).__name__}")
+        array = checks.float_array(name, measure)
+        if array.ndim != batch_ndim + 2 or 0 in array.shape[-2:]:
+            expected = "(N, n, d)" if batch_ndim else "(n, d)"
+            raise ValueError(f"{name} must have shape {expected}, n, d ≥ 1; got {array.shape}")
+        return array
+
+    def match(self, query: AnyMeasure, patterns: AnyMeasure) -> AnyMeasure:
+        if query.shape[-2] != patterns.shape[-2]:
+            raise ValueError(
+                f"measures must have n = {patterns.shape[-2]} landmarks as the patterns have; "
+                f"got n = {query.shape[-2]}"
+            )
+        return query
+
+    def plan(self, view: AnyView, patterns: Patterns) -> Float[Array, "B n m"]:
+        """Return identity matrices: each landmark is matched with that of the same number."""
+        order = jnp.eye(len(view), dtype=view.dtype)[None]
+        return jnp.repeat(order, len(patterns.measures), 0)
+
+    def __repr__(self) -> str:
+        return "Euclidean()"  # which users wrap
+
+
 class _ByProducts(Euclidean):
     """`Euclidean` with distances by matrix products."""
 
