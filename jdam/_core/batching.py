@@ -142,6 +142,20 @@ def batched_while_loop(
     return final
 
 
+def with_leading_axes(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
+    """Return `function`, whose arguments may have any leading axes, with a batching rule that calls
+    it with one more leading axis."""
+    one = jax.custom_batching.custom_vmap(function)
+
+    @one.def_vmap
+    def batch_rule(size: int, batched: PyTree, *args: Array) -> PyTree:
+        results = one(*_broadcast_batch(size, tuple(batched), args))
+        return results, jax.tree.map(lambda _: True, results)
+
+    batchable: Callable[..., PyTree] = one
+    return batchable
+
+
 def _with_derivative_of(plain: Callable[..., T], function: Callable[..., T]) -> Callable[..., T]:
     """Return `function` with the derivative of `plain`, which computes the same values without
     batching rules."""

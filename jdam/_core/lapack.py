@@ -17,6 +17,8 @@ import jaxlib.version
 from jax import Array
 from jaxtyping import PyTree
 
+from jdam._core.batching import with_leading_axes
+
 #: Whether the installed jaxlib has these calls.
 WAITS = (0, 10) <= jaxlib.version.__version_info__ < (0, 11, 2)
 
@@ -43,20 +45,8 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             results = jax.lax.map(on_piece, flat, batch_size=piece if piece > 1 else None)
             return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
-        @jax.custom_batching.custom_vmap
-        def run(*stacks: Array) -> PyTree:
-            return jax.lax.platform_dependent(*stacks, cpu=on_cpu, default=function)
-
-        @run.def_vmap
-        def run_many(size: int, batched: list[bool], *stacks: Array) -> tuple[PyTree, PyTree]:
-            stacks = tuple(
-                stack if is_batched else jnp.broadcast_to(stack, (size, *stack.shape))
-                for stack, is_batched in zip(stacks, batched, strict=True)
-            )
-            results = run(*stacks)
-            return results, jax.tree.map(lambda _: True, results)
-
-        return wraps(function)(run)
+        by_platform = partial(jax.lax.platform_dependent, cpu=on_cpu, default=function)
+        return wraps(function)(with_leading_axes(by_platform))
 
     return decorate
 
