@@ -62,9 +62,10 @@ def plain_recall(memory: jdam.Memory, query: jdam.Gaussian, beta: jax.Array) -> 
 
 
 def clouds() -> tuple[Any, ...]:
-    """Return a memory of 20 clouds of 32 atoms in the plane, cues near to them, and β."""
+    """Return a memory of 20 clouds of 32 atoms in the plane, cues near to them, and a β at which
+    each has a fixed point of its own, about that of `jdam.suggest_beta`."""
     points, moved = _points()
-    return jdam.store(jdam.PointCloud(points), jdam.Sinkhorn(0.1)), jdam.PointCloud(moved), 20.0
+    return jdam.store(jdam.PointCloud(points), jdam.Sinkhorn(0.1)), jdam.PointCloud(moved), 50.0
 
 
 def _points() -> tuple[np.ndarray, np.ndarray]:

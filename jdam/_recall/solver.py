@@ -248,8 +248,8 @@ class Solver:
         )
 
     def _propose(self, state: State, problem: Problem, ended: Array) -> State:
-        """Return the state with the next candidate. Caution falls by one after a plain step, and
-        rises by one after its rejection.
+        """Return the state with the next candidate. `backtracks` falls by one after a plain step,
+        and rises by one after its rejection.
         """
         change = jnp.where(state.accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
         backtracks = jnp.maximum(state.backtracks + change, 0)
