@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core import checks
 from jdam._core.batching import batch_size, map_in_batches, masked_cond
-from jdam._core.compile import compiled
+from jdam._core.compile import compiled, working_dtype
 from jdam._core.mesh import all_rows
 from jdam._energy.average import compare, view_of
 from jdam._energy.branch_and_bound import bounds_of, rows_of
@@ -82,7 +82,7 @@ class Calibration(eqx.Module):
         **Raises:** as `jdam.divergences`; `ValueError` for an `alpha` outside (0, 1).
         """
         query = fit_query(self.memory, query)
-        level = jnp.asarray(alpha, self.scores.dtype)
+        level = jnp.asarray(alpha, working_dtype(self.scores.dtype))
         if checks.is_concrete(level) and not 0 < float(level) < 1:
             raise ValueError(f"alpha must be in (0, 1); got {alpha}")
         scores = _score(self.memory, query, self.beta, self.classes, search=self.search)
@@ -112,7 +112,8 @@ class Calibration(eqx.Module):
         """
         _, least = nearest(self.memory, query, search=self.search)
         num_farther = (self.distances >= least[0]).sum()
-        return (1 + num_farther.astype(self.distances.dtype)) / (len(self.distances) + 1)
+        num_farther = num_farther.astype(working_dtype(self.distances.dtype))
+        return (1 + num_farther) / (len(self.distances) + 1)
 
 
 def calibrate(

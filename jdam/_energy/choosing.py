@@ -127,7 +127,7 @@ def suggest_beta(
         beta = _most_likely_beta(divergences, log_prior[None], target_indices, classes)
         reason = "is the likeliest for " + ("targets" if classes is None else "labels")
     scale, _ = memory.magnitudes()
-    beta = _within_range(beta, in_one_piece(scale), divergences)
+    beta = _within_range(divergences, beta, in_one_piece(scale))
     if checks.is_concrete(beta):
         wait(beta)
         logger.debug("suggest_beta: %.4g %s", float(beta), reason)
@@ -160,7 +160,7 @@ def neighbour_divergence(memory: Memory) -> Float[Array, ""]:
     _check_divergences(divergences, "patterns")
     scale, _ = memory.magnitudes()
     unit = _neighbour_median(divergences, log_prior)
-    return 1 / _within_range(1 / unit, in_one_piece(scale), divergences)
+    return 1 / _within_range(divergences, 1 / unit, in_one_piece(scale))
 
 
 def _check_divergences(divergences: Float[Array, "Q N"], name: str) -> None:
@@ -171,7 +171,7 @@ def _check_divergences(divergences: Float[Array, "Q N"], name: str) -> None:
             raise ValueError(f"{name} must be at finite divergences from all patterns; got NaN")
 
 
-@compiled()
+@compiled(rounded=False)
 def _neighbour_median(
     divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]
 ) -> Float[Array, ""]:
@@ -258,6 +258,14 @@ def resolve_targets(
     unknown = target_labels[names[position] != target_labels]
     if unknown.size:
         raise ValueError(f"labels must be among those of the patterns; got {unknown[0]}")
+    log_prior = in_one_piece(memory.log_weights)[: len(labels)]
+    if checks.is_concrete(log_prior):
+        active = labels[np.asarray(log_prior) != -np.inf]
+        excluded = target_labels[~np.isin(target_labels, active)]
+        if excluded.size:
+            raise ValueError(
+                f"labels must be of patterns that the prior leaves on; all of {excluded[0]} are off"
+            )
     num_free = memory.capacity - len(memory)
     classes = np.concatenate([classes, np.full(num_free, classes[-1])])
     return jnp.asarray(first_index[position], jnp.int32), jnp.asarray(classes, jnp.int32)
@@ -282,7 +290,7 @@ def _checked_targets(memory: Memory, targets: ArrayLike, num: int) -> Int[Array,
     return memory.from_start(indices)
 
 
-@compiled()
+@compiled(rounded=False)
 def _separating_beta(
     divergences: Float[Array, "Q N"], log_prior: Float[Array, " N"]
 ) -> Float[Array, ""]:
@@ -306,7 +314,7 @@ def _separating_beta(
     return jnp.nanquantile(betas, QUANTILE)
 
 
-@compiled()
+@compiled(rounded=False)
 def _most_likely_beta(
     divergences: Float[Array, "Q N"],
     log_prior: Float[Array, "#Q N"],
@@ -376,9 +384,9 @@ def _gap_tolerance(divergences: Float[Array, "Q N"]) -> Float[Array, "Q 1"]:
     return rounding * divergences.max(1, keepdims=True)
 
 
-@compiled()
+@compiled(rounded=False)
 def _within_range(
-    beta: Float[Array, ""], scale: Float[Array, ""], divergences: Float[Array, "Q N"]
+    divergences: Float[Array, "Q N"], beta: Float[Array, ""], scale: Float[Array, ""]
 ) -> Float[Array, ""]:
     """Return β within the range of its dtype; 1/scale² if it is NaN because all patterns are the
     same; NaN if a divergence is NaN.

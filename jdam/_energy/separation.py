@@ -84,12 +84,11 @@ class LogSumExp(Separation):
         """
         shifted = with_prior(comparison.divergence, block.log_prior, beta)
         # Every reference gives the same energy and average; the lowest D̃ overflows nowhere.
-        fixed = jax.lax.stop_gradient(shifted)
+        fixed, old_low = jax.lax.stop_gradient((shifted, sums.lowest))
         low = fixed.min()
-        lowest = jnp.minimum(sums.lowest, low)
-        reference = jnp.where(lowest == jnp.inf, 0, lowest)  # the prior of a whole block may be 0
+        nearer, reference = low < old_low, _finite(jnp.minimum(old_low, low))
         masses = mass(shifted - reference, beta)
-        decay = mass(sums.lowest - reference, beta)
+        decay = mass(old_low - reference, beta)
         pulls = None if sums.pull is None else comparison.pull
         row = _first(fixed == low)
         prior, _ = relative_prior(masses, block.log_prior, top)
@@ -99,10 +98,10 @@ class LogSumExp(Separation):
         details = () if sums.pull is None else (comparison.inliers, comparison.pose)
         rows = Nearest(block.indices, comparison.divergence, *details)
         return Sums(
-            lowest=lowest,
+            lowest=jnp.where(nearer, shifted[row], sums.lowest),
             least=least,
             nearest=jax.tree.map(
-                lambda new, old: jnp.where(low < sums.lowest, new[row], old), rows, sums.nearest
+                lambda new, old: jnp.where(nearer, new[row], old), rows, sums.nearest
             ),
             mass=decay * sums.mass + masses.sum(),
             prior=sums.prior + prior.sum(),
@@ -119,11 +118,13 @@ class LogSumExp(Separation):
         """Return the sums over all parts of a sharded memory."""
         if layout is None:
             return part
-        lowest = pmin(part.lowest, layout)
-        decay = mass(part.lowest - jnp.where(lowest == jnp.inf, 0, lowest), beta)
+        part_low = jax.lax.stop_gradient(part.lowest)
+        low = pmin(part_low, layout)
+        decay = mass(part_low - _finite(low), beta)
         last = jnp.iinfo(jnp.int32).max
-        pattern = pmin(jnp.where(part.lowest == lowest, part.nearest.pattern, last), layout)
-        nearest = of_one_part(part.nearest, part.nearest.pattern == pattern, layout)
+        pattern = pmin(jnp.where(part_low == low, part.nearest.pattern, last), layout)
+        of_nearest = part.nearest, part.lowest
+        nearest, lowest = of_one_part(of_nearest, part.nearest.pattern == pattern, layout)
         mass_, pull, unsolved = psum(
             jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved)), layout
         )
@@ -141,8 +142,8 @@ class LogSumExp(Separation):
         the sums count with mass 0.
         """
         log_top, prior = total
-        log_mass = jnp.log(sums.mass)
-        energy = sums.lowest - log_mass / beta
+        low = jax.lax.stop_gradient(sums.lowest)
+        energy = low - jnp.log(sums.mass) / beta
         mean_expm1 = (sums.expm1_sum - (prior - sums.prior)) / prior
         small = mean_expm1 > -0.5
         shifted = sums.least - jnp.log1p(jnp.where(small, mean_expm1, 0)) / beta
@@ -153,7 +154,7 @@ class LogSumExp(Separation):
             shifted_energy=jnp.where(small, shifted, energy + offset),
             pull=jax.tree.map(lambda total: total / sums.mass, sums.pull),
             nearest=sums.nearest,
-            weight=1 / sums.mass,
+            weight=mass(sums.lowest - _finite(low), beta) / sums.mass,
             unsolved=jax.lax.stop_gradient(sums.unsolved / sums.mass),
             neglected=jnp.zeros_like(beta),
             guess=guess,
@@ -163,7 +164,7 @@ class LogSumExp(Separation):
 class Sums(NamedTuple):
     """Sums over patterns of exp(−β(D̃ᵢ − lowest)), D̃ᵢ = Dᵢ − β⁻¹ log πᵢ, and of its products."""
 
-    lowest: Float[Array, ""]  # min D̃
+    lowest: Float[Array, ""]  # min D̃, with its derivative; as a reference it is a constant
     least: Float[Array, ""]  # min D over patterns with πᵢ > 0
     nearest: Nearest  # the pattern of `lowest`
     mass: Float[Array, ""]  # Σ exp(−β(D̃ᵢ − lowest))
@@ -205,10 +206,11 @@ class Entmax(Separation):
 
     **Arguments:**
 
-    - `alpha` > 1: the exponent α, finite.
+    - `alpha` ≥ 1.0001: the exponent α, finite. Nearer to 1, weights would lose digits, and those of
+      `LogSumExp` differ from them by less than 1e-4.
 
-    **Raises:** `TypeError` for an `alpha` that is no number, `ValueError` unless it is finite and >
-    1.
+    **Raises:** `TypeError` for an `alpha` that is no number, `ValueError` unless it is finite and ≥
+    1.0001.
     """
 
     alpha: float = 1.5
@@ -216,8 +218,11 @@ class Entmax(Separation):
     def __post_init__(self) -> None:
         if not isinstance(self.alpha, int | float) or isinstance(self.alpha, bool):
             raise TypeError(f"alpha must be a number; got {self.alpha!r}")
-        if not 1 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be finite and > 1; got {self.alpha}")
+        if not 1.0001 <= self.alpha < float("inf"):
+            raise ValueError(
+                f"alpha must be finite and ≥ 1.0001; got {self.alpha}: jdam.LogSumExp() is the "
+                "limit α → 1"
+            )
 
     def energy(self, divergences: Array, log_prior: Array | None, beta: Array) -> Array:
         shifted = with_prior(divergences, log_prior, beta)
@@ -300,6 +305,11 @@ def _logits(shifted: Array, beta: Array) -> Array:
     """Return −βD̃, with derivative 0 where D̃ is infinite."""
     infinite = shifted == jnp.inf
     return jnp.where(infinite, -jnp.inf, -beta * jnp.where(infinite, 0, shifted))
+
+
+def _finite(lowest: Array) -> Array:
+    """Return the lowest D̃, or 0 if it is ∞, as if the prior of all patterns so far is 0."""
+    return jnp.where(lowest == jnp.inf, 0, lowest)
 
 
 def mass(shifted: Array, beta: Array) -> Array:

@@ -20,7 +20,7 @@ from jdam._memory.memory import Memory, store
 from jdam._recall.recall import recall_batch
 from jdam.geometry.protocol import Comparison, Patterns
 
-#: The lowest β of the grid, in units of one over the median divergence, the highest, in units of
+#: The lowest β of the grid, in units of one over the median gap, the highest, in units of
 #: `suggest_beta`, and the number of values for each decade.
 LOWEST, HIGHEST, PER_DECADE = 0.1, 10.0, 3
 #: The number of evaluations of the golden section search about the best value.
@@ -34,7 +34,7 @@ def denoising_beta(memory: Memory, queries: AnyMeasure, truths: AnyMeasure) -> F
     This β is for denoising, where an average of several patterns is closer to the truth than the
     nearest one; use `suggest_beta` to identify a pattern. Queries and truths should be distributed
     like those to come, and not be among the patterns. The best of a grid, three values for each
-    decade from a tenth of one over the median divergence between queries and patterns to ten times
+    decade from a tenth of one over the median gap D(ξⱼ, Xᵢ) − minₖ D(ξⱼ, Xₖ) > 0 to ten times
     `suggest_beta(memory)`, is refined by golden section search to some per cent. Each of the some
     twenty values takes a recall of all queries.
 
@@ -60,9 +60,12 @@ def denoising_beta(memory: Memory, queries: AnyMeasure, truths: AnyMeasure) -> F
         recalled = recall_batch(memory, queries, beta).measure
         return float(_mean_distance(truth_memory, recalled))
 
-    distances = np.asarray(pairwise(memory, queries))
-    low = math.log(LOWEST / np.median(distances[distances < np.inf]))
-    high = max(low, math.log(HIGHEST * float(suggest_beta(memory))))
+    divergences = np.asarray(pairwise(memory, queries), float)
+    gaps = divergences - divergences.min(1, keepdims=True)  # weights depend on these alone
+    gaps = gaps[(gaps > 0) & (gaps < np.inf)]
+    suggested = float(suggest_beta(memory))
+    low = math.log(LOWEST / np.median(gaps) if gaps.size else suggested)
+    high = max(low, math.log(HIGHEST * suggested))
     spacing = math.log(10) / PER_DECADE
     log_betas = [low + spacing * i for i in range(math.ceil((high - low) / spacing) + 1)]
     errors = [error(x) for x in log_betas]

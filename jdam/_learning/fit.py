@@ -17,7 +17,7 @@ from tqdm import trange
 
 from jdam._core import checks
 from jdam._core.batching import batch_size as length_of
-from jdam._core.compile import compiled, working_dtype
+from jdam._core.compile import compiled
 from jdam._core.loops import scan
 from jdam._energy.energy import divergences, energy, fit_query, inverse_temperature
 from jdam._energy.search import Exhaustive
@@ -102,8 +102,8 @@ class Learner:
 
         **Raises:** as `parametrize`; `TypeError` or `ValueError` for a β that is not a number > 0.
         """
-        beta = inverse_temperature(memory, beta).astype(memory.dtype)
-        free = {BETA: jnp.log(beta).astype(working_dtype(memory.dtype))}
+        beta = inverse_temperature(memory, beta)
+        free = {BETA: jnp.log(beta)}
         free = {} if BETA not in self.learn else free
         if names := without_beta(self.learn):
             free |= parametrize(memory, names)[0]
@@ -147,7 +147,7 @@ def _constrained(state: FitState, free: dict[str, Any]) -> tuple[Memory, Array]:
     """Return the memory and β with the parameters `free`, and all else as in `state`."""
     memory, beta = state.memory, state.beta
     if BETA in free:
-        beta = jnp.exp(free[BETA]).astype(memory.dtype)
+        beta = jnp.exp(free[BETA])
     if names := without_beta(tuple(free)):
         memory = Rebuild(memory, names)({name: free[name] for name in names})
     return memory, beta

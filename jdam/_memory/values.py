@@ -84,7 +84,7 @@ def _as_array(path: Any, value: Any) -> Array:
         return array
     on_device: Array = jax.device_put(array)  # `jnp` would compile
     rounded = jnp.issubdtype(array.dtype, jnp.floating) or on_device.dtype == array.dtype
-    if not rounded and (np.asarray(on_device) != array).any():
+    if not rounded and (array.astype(on_device.dtype) != array).any():
         raise ValueError(
             f"{name} must be within the range of {on_device.dtype}, unless JAX has "
             "jax.config.update('jax_enable_x64', True)"

@@ -99,7 +99,7 @@ class Anderson(Acceleration):
         differences = jnp.where(used[:, None], change[None] - old.changes, 0)
         masses = geometry.masses(state.evaluation.view, state.evaluation.pull)
         flat = jnp.ones_like(end) if masses is None else ravel_pytree(masses)[0]
-        roots = jnp.sqrt(jax.lax.stop_gradient(flat))  # to scale coordinates to one unit
+        roots = safe_sqrt(flat)  # to scale coordinates to one unit
         mix = _least_squares(roots[None] * differences, roots * change)
         combined = end - mix @ jnp.where(used[:, None], end[None] - old.ends, 0)
         combined = unravel(jnp.where(roots > 0, combined, end))

@@ -52,10 +52,11 @@ class Implicit(Adjoint):
     GMRES. The derivative is as accurate as the recall is converged; `Status.MAX_STEPS` means that
     it is not.
 
-    Where I − ∂Φ/∂ξ is singular, the part of dξ along the gauge is that of the query's tangent, as
-    with `Unrolled`. The gauge contains rotations of a factor, which leave the measure unchanged,
-    and the weights of a point cloud if κ = 0, which steps leave unchanged. Entries of the trace
-    have derivative zero.
+    Where I − ∂Φ/∂ξ is singular, the part of dξ along the gauge is that of the query's tangent. The
+    gauge contains rotations of a factor, which leave the measure unchanged, the weights of a point
+    cloud if κ = 0, which steps leave unchanged, and under `Aligned` rigid motions of the measure.
+    The pose in which a recall under `Aligned` ends depends on the steps to it: for a loss that
+    depends on this pose, use `Unrolled`. Entries of the trace have derivative zero.
 
     **Arguments:**
 

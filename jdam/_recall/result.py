@@ -123,7 +123,7 @@ class Recall(eqx.Module):
         codes, counts = np.unique(np.asarray(self.status), return_counts=True)
         names = [Status(int(code)).name for code in codes]
         if self.status.ndim == 0:
-            if self.mixture and Status.MIXTURE.name not in names:
+            if self.mixture and self.weight > 0 and Status.MIXTURE.name not in names:
                 names = [f"{names[0]}, {Status.MIXTURE.name}"]
             return (
                 f"Recall({names[0]} after {self.num_steps} steps: nearest={self.nearest}, "

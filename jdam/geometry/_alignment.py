@@ -273,6 +273,8 @@ def _derivative_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -
     atoms = atoms_of(jax.lax.stop_gradient(patterns.measures))
     radius = safe_sqrt(variance(atoms))
     zero = jnp.zeros((len(radius), len(directions(aligned.group, atoms.dim))), radius.dtype)
+    if zero.size == 0:  # a discrete group, as of the reflections of a line
+        return pose, jax.tree.map(jnp.zeros_like, pose)
 
     def pose_at(delta: Array) -> Pose:
         centre = pose.translation
@@ -307,6 +309,39 @@ def _derivative_jvp(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -
 with_derivative.defjvp(full_precision(_derivative_jvp), symbolic_zeros=True)
 
 
+def rigid_part(group: Group, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+    """Project a tangent at a measure on the changes by rigid motions, orthogonally in the metric in
+    which each atom, component or landmark has its weight as mass."""
+    measure = jax.lax.stop_gradient(measure)
+    atoms = atoms_of(measure)
+    zero = jnp.zeros(len(directions(group, atoms.dim)), atoms.dtype)
+    if zero.size == 0:
+        return jax.tree.map(jnp.zeros_like, tangent)
+    ball = atoms.mean[None], safe_sqrt(variance(atoms))[None]
+    identity = jnp.eye(atoms.dim, dtype=atoms.dtype)[None]
+    still = Pose(identity, jnp.zeros_like(ball[0]), jnp.ones_like(ball[1]))
+
+    def moved(delta: Array) -> AnyMeasure:
+        pose = retract(group, still, delta[None], ball)
+        moved = pose(jax.tree.map(lambda leaf: leaf[None], measure))
+        return jax.tree.map(lambda leaf: leaf[0], moved)
+
+    def rows(tangent: AnyMeasure) -> Float[Array, "n z"]:
+        leaves = jax.tree.leaves(tangent)
+        return jnp.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
+
+    units = jnp.eye(zero.size, dtype=zero.dtype)
+    motions = jax.vmap(lambda unit: jax.jvp(moved, (zero,), (unit,))[1])(units)
+    fields = jax.vmap(rows)(motions)
+    weights = getattr(measure, "weights", jnp.ones(len(fields[0]), zero.dtype))
+    momenta = fields * weights[None, :, None]
+    gram = jnp.einsum("kij,lij->kl", momenta, fields)
+    right = jnp.einsum("kij,ij->k", momenta, rows(tangent))
+    # A body of revolution has a motion without displacement.
+    lengths = pseudo_solve(gram, right, float(jnp.finfo(zero.dtype).eps) ** 0.5)
+    return jax.tree.map(lambda leaf: jnp.tensordot(lengths, leaf, 1), motions)
+
+
 def directions(group: Group, dim: int) -> Float[np.ndarray, "k d_and_1 d_and_1"]:
     """Return velocities (A, b) of motions y ↦ Ay + b about a centre, as matrices [A b; 0 0]:
     rotations in each plane, translations along each axis, and scaling.
@@ -323,7 +358,7 @@ def directions(group: Group, dim: int) -> Float[np.ndarray, "k d_and_1 d_and_1"]
         result += [velocity] if group.translations else []
     if group.scale:
         result.append(np.diag([1.0] * dim + [0.0]))
-    return np.stack(result)
+    return np.reshape(result, (-1, dim + 1, dim + 1))
 
 
 def retract(

@@ -29,6 +29,7 @@ from jdam.geometry._alignment import (
     landmark_moments,
     mixture_plan_moments,
     plan_moments,
+    rigid_part,
     with_derivative,
 )
 from jdam.geometry._pose_search import LANES, MAX_REFINEMENTS, Settings, search, starts, tolerance
@@ -304,6 +305,14 @@ class Aligned(Geometry):
         mass = jnp.where(result.mass > 0, result.mass, 1)
         return result, growth / (mass * pose.scale**2)
 
+    def gauge(self, measure: AnyMeasure, tangent: AnyMeasure) -> AnyMeasure:
+        """Project a tangent on the gauge of the wrapped geometry, and on the rigid motions of the
+        group. They do not change D, and no step makes them, because the pulls of patterns in their
+        best poses have no net force and no torque."""
+        rigid = self.group._replace(scale=False)
+        inner = self.geometry.gauge(measure, tangent)
+        return jax.tree.map(jnp.add, inner, rigid_part(rigid, measure, tangent))
+
     @property
     def group(self) -> Group:
         """The group of motions."""
@@ -330,7 +339,6 @@ class Aligned(Geometry):
     residual = _forwarded(Geometry.residual)
     cautious_residual = _forwarded(Geometry.cautious_residual)
     tolerances = _forwarded(Geometry.tolerances)
-    gauge = _forwarded(Geometry.gauge)
     typical_norm = _forwarded(Geometry.typical_norm)
     energy_tolerance = _forwarded(Geometry.energy_tolerance)
     max_backtracks = property(attrgetter("geometry.max_backtracks"))
@@ -341,7 +349,7 @@ class Aligned(Geometry):
         return self.geometry.check(name, measure, batch_ndim)
 
     def prepare(self, patterns: AnyMeasure) -> PyTree:
-        mean = jax.lax.stop_gradient(atoms_of(patterns).mean)
+        mean = atoms_of(jax.lax.stop_gradient(patterns)).mean
         nan = jnp.full_like(mean, jnp.nan)
         rotation = jnp.broadcast_to(nan[..., None], (*nan.shape, nan.shape[-1]))
         return Posed(self.geometry.prepare(patterns), Pose(rotation, nan, nan[:, 0]))

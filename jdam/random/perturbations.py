@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from jdam._core import checks
 from jdam._core.derivatives import full_precision
@@ -15,7 +15,7 @@ from jdam._core.linalg import squared_norm
 from jdam._measures.base import AnyMeasure, Measure, with_leaves
 from jdam._measures.gaussian import DiagonalGaussian, Gaussian
 from jdam._measures.mixture import GaussianMixture
-from jdam._measures.point_cloud import PointCloud, variance
+from jdam._measures.point_cloud import PointCloud
 from jdam.random._uniform import directions, orthogonal
 
 
@@ -96,7 +96,7 @@ def _perturb(key: Array, measure: AnyMeasure, radius: Array, where: str) -> AnyM
     mean_radius, shape_radius = (math.sqrt(s) * radius for s in fractions)
     if isinstance(measure, PointCloud) and where == "both":
         # A cloud that is one point has no covariance to change, and is translated by all of radius.
-        point = variance(measure) == 0
+        point = _is_point(measure)
         mean_radius, shape_radius = (
             jnp.where(point, radius, mean_radius),
             jnp.where(point, 0, shape_radius),
@@ -130,6 +130,8 @@ def _deform(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Me
         assert isinstance(measure, Gaussian)
         factor = measure.factor
     size = jnp.sqrt(squared_norm(values[..., None] * (basis.mT @ factor)))
+    if isinstance(measure, PointCloud):
+        size = jnp.where(_is_point(measure), 0, size)
     values = values * (radius / jnp.where(size > 0, size, 1))[..., None]
     values = jnp.where(values < -1, -values, values)
     if isinstance(measure, PointCloud):
@@ -141,6 +143,14 @@ def _deform(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Me
     flat = (*batch, dim * factor.shape[-1])
     point = radius[..., None, None] * directions(point_key, flat, dtype).reshape(factor.shape)
     return with_leaves(measure, measure.mean, jnp.where((size > 0)[..., None, None], moved, point))
+
+
+def _is_point(cloud: PointCloud) -> Bool[Array, " *batch"]:
+    """Return whether all atoms of positive weight are at one point."""
+    on = (cloud.weights > 0)[..., None]
+    low = jnp.where(on, cloud.points, jnp.inf).min(-2)
+    high = jnp.where(on, cloud.points, -jnp.inf).max(-2)
+    return (low == high).all(-1)
 
 
 def _move_atoms(key: Array, cloud: PointCloud, radius: Float[Array, " *batch"]) -> PointCloud:

@@ -134,7 +134,7 @@ def transition_beta(memory: Memory, level: float = 0.1) -> Float[Array, " N"]:
     return _transition_beta(memory, positive_for(memory, "level", level))
 
 
-@compiled()
+@compiled(rounded=False)
 def _transition_beta(memory: Memory, level: Float[Array, ""]) -> Float[Array, " N"]:
     scale = cost_scale(memory)
 
@@ -310,7 +310,7 @@ def minimum_beta(memory: Memory, error: ArrayLike) -> Float[Array, ""]:
     return _minimum_beta(memory, error)
 
 
-@compiled()
+@compiled(rounded=False)
 def _minimum_beta(memory: Memory, error: Float[Array, ""]) -> Float[Array, ""]:
     scale = cost_scale(memory)
 

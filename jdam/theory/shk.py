@@ -195,6 +195,7 @@ def shk_drift_bound(
     **Raises:** as `shk_constants`.
     """
     constants = shk_constants(memory, index, step_size=step_size)
+    index = checked_index(memory, index)
     logs = interference(memory, inverse_temperature(memory, beta))
     length = jnp.asarray(step_size) * constants.retraction * constants.gradient
     return length * jnp.exp(logs[index])

@@ -1,6 +1,7 @@
 """Prediction sets keep their promise."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -189,3 +190,14 @@ def test_which_search(many, drawn):
     assert plain.search == jdam.Exhaustive()
     with pytest.raises(TypeError, match="search must be .*; got 'all'"):
         jdam.calibrate(small, points, np.arange(12), 1.0, search="all")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_ranks_of_halves(rng, dtype):
+    """⌈301·0.997⌉ = 301 exceeds n = 300, so that the set is everything."""
+    patterns = jnp.asarray(rng.normal(size=(4, 2)), dtype)
+    queries, targets = jnp.tile(patterns, (75, 1)), np.tile(np.arange(4), 75)
+    calibration = jdam.calibrate(jdam.store(patterns), queries, targets, 50.0)
+    assert calibration.prediction_set(patterns[0], 0.003).all()
+    assert calibration.prediction_set(patterns[0], 0.01).sum() == 1
+    np.testing.assert_allclose(calibration.p_value(patterns[0]), 1)

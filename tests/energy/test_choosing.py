@@ -341,3 +341,20 @@ def test_the_divergence_between_neighbours_of_many_is_of_some(rng):
     exact = np.median(second[:, 1])
     np.testing.assert_allclose(jdam.neighbour_divergence(memory), exact, rtol=0.25)
     assert jdam.neighbour_divergence(memory) == jdam.neighbour_divergence(memory)
+
+
+def test_halves_have_a_finite_beta(rng):
+    patterns = (0.01 * rng.normal(size=(8, 3))).astype(np.float16)
+    memory = jdam.store(patterns)
+    beta = jdam.suggest_beta(memory)
+    assert beta.dtype == np.float32
+    assert np.isfinite(beta)
+    assert beta > float(np.finfo(np.float16).max)
+    assert jdam.recall(memory, patterns[2], beta).nearest == 2
+
+
+def test_labels_that_are_off(rng):
+    log_prior = np.array([0.0, 0.0, -np.inf])
+    memory = jdam.store(rng.normal(size=(3, 2)), log_prior=log_prior, values=np.array([0, 1, 2]))
+    with pytest.raises(ValueError, match="labels must be of patterns that the prior leaves on"):
+        jdam.suggest_beta(memory, memory.patterns, labels=[0, 1, 2])

@@ -262,9 +262,9 @@ def alike_leaves(first, second):
     chex.assert_trees_all_close(first, second, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5, float("nan"), float("inf")])
+@pytest.mark.parametrize("alpha", [1.0, 1.00001, 0.5, float("nan"), float("inf")])
 def test_bad_alpha(alpha):
-    with pytest.raises(ValueError, match=r"alpha must be finite and > 1; got"):
+    with pytest.raises(ValueError, match=r"alpha must be finite and ≥ 1.0001; got"):
         jdam.Entmax(alpha)
 
 

@@ -382,3 +382,14 @@ def test_recall_of_landmarks(rng):
         memory.append(patterns[:1, :4])
     with pytest.raises(ValueError, match=r"query must have shape \(n, d\)"):
         jdam.energy(memory, patterns, 1.0)
+
+
+def test_reflections_of_a_line_have_no_derivative(rng):
+    """The group is discrete, and the pose is a constant."""
+    patterns = jdam.PointCloud(rng.normal(size=(2, 4, 1)))
+    memory = jdam.store(patterns, jdam.Aligned(jdam.Chamfer(0.2), translations=False))
+    plain = jdam.store(patterns, jdam.Chamfer(0.2))
+    found, expected = (
+        jax.grad(jdam.energy, argnums=1)(m, patterns[0], 1.0) for m in (memory, plain)
+    )
+    np.testing.assert_allclose(found.points, expected.points, atol=1e-12)

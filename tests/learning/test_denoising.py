@@ -41,3 +41,16 @@ def test_mistakes_are_named(rng):
     memory = jdam.store(rng.normal(size=(4, 2)))
     with pytest.raises(ValueError, match="truths must be as many as queries, at least one"):
         jdam.denoising_beta(memory, rng.normal(size=(3, 2)), rng.normal(size=(2, 2)))
+
+
+@pytest.mark.full
+def test_divergences_of_any_sign(rng):
+    """Inner products have no zero, and a query may be the only pattern."""
+    patterns = rng.normal(size=(3, 4))
+    for memory, num in (
+        (jdam.store(patterns, jdam.DotProduct()), 3),
+        (jdam.store(patterns[:1]), 1),
+    ):
+        beta = jdam.denoising_beta(memory, 1.01 * patterns[:num], patterns[:num])
+        assert np.isfinite(beta)
+        assert beta > 0

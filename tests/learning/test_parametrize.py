@@ -13,7 +13,7 @@ import pytest
 
 import jdam
 from tests.cases import alike, close, every_kind_in_full, problem
-from tests.helpers import check_derivatives, clouds, gaussians, near
+from tests.helpers import check_derivatives, clouds, gaussians, mixtures, near
 
 
 @every_kind_in_full
@@ -172,3 +172,14 @@ def test_bad_memories_and_params(rng):
     sharded = jdam.shard(memory, jax.make_mesh((1,), ("patterns",)), "patterns")
     with pytest.raises(ValueError, match="memory must not be sharded"):
         jdam.parametrize(sharded)
+
+
+@pytest.mark.full
+def test_mixtures_in_any_pose_are_learned(rng):
+    patterns = mixtures(rng, 2, 2)
+    memory = jdam.store(patterns, jdam.Aligned(jdam.MixtureWasserstein(), num_starts=4))
+    params, rebuild = jdam.parametrize(memory)
+    query = near(rng, patterns[0], 0.1)
+    gradient = jax.grad(lambda params: jdam.energy(rebuild(params), query, 1.0))(params)
+    chex.assert_tree_all_finite(gradient)
+    assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(gradient))

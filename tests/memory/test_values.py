@@ -234,3 +234,13 @@ def test_what_does_not_fit(problem):
             change(more, values=others)
     with jax.enable_x64(False), pytest.raises(ValueError, match="within the range of int32"):
         jdam.store(patterns.astype("f4"), values=np.arange(5) + 2**40)
+
+
+def test_integers_inside_jit_in_single_precision(rng):
+    with jax.enable_x64(False):
+        patterns = rng.normal(size=(3, 2)).astype(np.float32)
+        memory = jdam.store(patterns, values=np.arange(3), capacity=4)
+        grown = jax.jit(lambda memory, new: memory.append(new, values=7))(memory, patterns[0])
+        assert np.asarray(grown.values).tolist() == [0, 1, 2, 7]
+        with pytest.raises(ValueError, match="values must be within the range of int32"):
+            jax.jit(lambda memory, new: memory.append(new, values=2**40))(memory, patterns[0])

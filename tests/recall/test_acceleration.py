@@ -8,7 +8,7 @@ import pytest
 import jdam
 from jdam._recall.acceleration import ENOUGH, minimise
 from tests.cases import KINDS, alike, every_kind_in_full, problem
-from tests.helpers import gaussians
+from tests.helpers import check_derivatives, gaussians
 
 
 @pytest.mark.full
@@ -243,3 +243,21 @@ def test_massless_coordinates_stay_and_a_zero_slope_takes_no_step(rng):
     flat = minimise(jnp.zeros(6), curvature, masses, jnp.array(1.0), 6)
     assert (flat.step == 0).all()
     assert flat.decrease == flat.length == 0
+
+
+@pytest.mark.full
+def test_derivatives_of_clouds_whose_weights_change(rng):
+    """The masses in which steps are combined depend on the weights and on κ."""
+    points = rng.normal(size=(3, 4, 2))
+    cue = jdam.PointCloud(points[0] + 0.1 * rng.normal(size=(4, 2)), np.array([0.1, 0.2, 0.3, 0.4]))
+    change = np.array([0.1, -0.1, 0.05, -0.05])
+
+    def energy(amount, kappa):
+        memory = jdam.store(
+            jdam.PointCloud(points), jdam.Chamfer(0.3, rho=2.0, hellinger_scale=kappa)
+        )
+        query = jdam.PointCloud(cue.points, cue.weights + amount * change)
+        result = jdam.recall(memory, query, 2.0, max_steps=3, acceleration=jdam.Anderson(3))
+        return result.energy
+
+    check_derivatives(energy, (jnp.zeros(()), jnp.asarray(0.2)))

@@ -206,3 +206,36 @@ def test_implicit_where_a_step_leaves_a_leaf_as_it_is(rng):
     slope = jax.jit(jax.grad(recalled), static_argnums=1)
     found = [slope(points, adjoint) for adjoint in ADJOINTS[:2]]
     np.testing.assert_allclose(found[1], found[0], atol=1e-9)
+
+
+@pytest.mark.full
+def test_implicit_in_any_pose(rng):
+    """Distances between atoms have the derivative of the steps; motions that are free have none."""
+    points = rng.normal(size=(3, 4, 2))
+    cue = jdam.PointCloud(points[0] + 0.1 * rng.normal(size=(4, 2)))
+    geometry = jdam.Aligned(jdam.Chamfer(0.03, rho=0.5))
+    change = rng.normal(size=points.shape)
+
+    def recalled(amount, adjoint):
+        memory = jdam.store(jdam.PointCloud(points + amount * change), geometry)
+        settings = {"max_steps": 64, "tol": 1e-12, "adjoint": adjoint}
+        return jdam.recall(memory, cue, 20.0, **settings).measure.points
+
+    def apart(points):
+        return jnp.square(points[:, None] - points[None]).sum(-1)
+
+    ends, tangents = zip(
+        *(
+            jax.jvp(partial(recalled, adjoint=adjoint), (0.0,), (1.0,))
+            for adjoint in (jdam.Unrolled(), jdam.Implicit())
+        ),
+        strict=True,
+    )
+    found, expected = (
+        jax.jvp(apart, (end,), (tangent,))[1] for end, tangent in zip(ends, tangents, strict=True)
+    )
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(tangents[1].sum(0), 0, atol=1e-8)
+    centred = np.asarray(ends[1]) - np.asarray(ends[1]).mean(0)
+    torque = centred[:, 0] @ tangents[1][:, 1] - centred[:, 1] @ tangents[1][:, 0]
+    np.testing.assert_allclose(torque, 0, atol=1e-8)

@@ -260,3 +260,22 @@ def test_gradient_in_high_precision(name):
         h = mpmath.mpf(10) ** -20
         expected = float((exact_energy(h) - exact_energy(-h)) / (2 * h))
     np.testing.assert_allclose(inner(slope, direction), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("prior", [None, np.log([1.0, 4.0, 2.0, 1.0])])
+def test_the_weight_is_that_of_the_gibbs_weights(rng, prior):
+    """Its derivatives too: the reference of the masses is a constant, and the weight is not."""
+    memory = jdam.store(vectors(rng, 4, 3), log_prior=prior)
+    query = near(rng, memory[0], 0.4)
+
+    def recalled(query, beta):
+        return jdam.recall(memory, query, beta, max_steps=1).weight
+
+    def stepped(query, beta):
+        return jdam.gibbs_weights(memory, jdam.step(memory, query, beta), beta).max()
+
+    found, expected = (
+        jax.value_and_grad(function, argnums=(0, 1))(query, 0.4) for function in (recalled, stepped)
+    )
+    chex.assert_trees_all_close(found, expected, rtol=1e-10)
+    assert np.abs(expected[1][0]).max() > 1e-3

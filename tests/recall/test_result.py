@@ -40,3 +40,9 @@ def test_how_far_what_was_recalled_is_from_the_pattern(rng):
         found = jdam.recall(memory, query, beta)
         wanted = jdam.divergences(memory, found.measure)[found.nearest]
         np.testing.assert_allclose(found.divergence, wanted, atol=1e-12)
+
+
+def test_out_of_reach_is_no_mixture(rng):
+    memory = jdam.store(rng.normal(size=(3, 2)))
+    found = jdam.recall(memory, np.full(2, 50.0), 1.0, separation=jdam.Epanechnikov())
+    assert repr(found).startswith("Recall(OUT_OF_REACH after")

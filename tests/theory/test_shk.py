@@ -82,6 +82,10 @@ def test_patterns_drift_no_farther(memory):
         fisher = 4 / KAPPA * jnp.arccos(jnp.clip(jnp.sum(jnp.sqrt(p * q)), 0, 1)) ** 2
         length = jnp.sqrt(jnp.sum(jnp.minimum(p, q) * jnp.sum(shift**2, -1)) + fisher)
         assert length <= bound
+    roomy = jdam.store(memory.patterns, memory.geometry, capacity=8)
+    bounds = [theory.shk_drift_bound(m, i, beta) for m, i in ((memory, 2), (roomy, 2), (roomy, -1))]
+    np.testing.assert_allclose(bounds, bounds[0], rtol=1e-9)
+    assert bounds[0] > 0
 
 
 @pytest.mark.full
