@@ -84,11 +84,11 @@ class LogSumExp(Separation):
         """
         shifted = with_prior(comparison.divergence, block.log_prior, beta)
         # Every reference gives the same energy and average; the lowest D̃ overflows nowhere.
-        fixed, old_low = jax.lax.stop_gradient((shifted, sums.lowest))
-        low = fixed.min()
-        nearer, reference = low < old_low, _finite(jnp.minimum(old_low, low))
+        lowest = jnp.minimum(sums.lowest, shifted.min())
+        fixed, old, new = jax.lax.stop_gradient((shifted, sums.lowest, lowest))
+        low, reference = fixed.min(), _finite(new)
         masses = mass(shifted - reference, beta)
-        decay = mass(old_low - reference, beta)
+        decay = mass(old - reference, beta)
         pulls = None if sums.pull is None else comparison.pull
         row = _first(fixed == low)
         prior, _ = relative_prior(masses, block.log_prior, top)
@@ -98,10 +98,10 @@ class LogSumExp(Separation):
         details = () if sums.pull is None else (comparison.inliers, comparison.pose)
         rows = Nearest(block.indices, comparison.divergence, *details)
         return Sums(
-            lowest=jnp.where(nearer, shifted[row], sums.lowest),
+            lowest=lowest,
             least=least,
             nearest=jax.tree.map(
-                lambda new, old: jnp.where(nearer, new[row], old), rows, sums.nearest
+                lambda new, old: jnp.where(low < sums.lowest, new[row], old), rows, sums.nearest
             ),
             mass=decay * sums.mass + masses.sum(),
             prior=sums.prior + prior.sum(),
@@ -154,7 +154,7 @@ class LogSumExp(Separation):
             shifted_energy=jnp.where(small, shifted, energy + offset),
             pull=jax.tree.map(lambda total: total / sums.mass, sums.pull),
             nearest=sums.nearest,
-            weight=mass(sums.lowest - _finite(low), beta) / sums.mass,
+            weight=_mass_of_the_lowest(sums.lowest, beta) / sums.mass,
             unsolved=jax.lax.stop_gradient(sums.unsolved / sums.mass),
             neglected=jnp.zeros_like(beta),
             guess=guess,
@@ -310,6 +310,22 @@ def _logits(shifted: Array, beta: Array) -> Array:
 def _finite(lowest: Array) -> Array:
     """Return the lowest D̃, or 0 if it is ∞, as if the prior of all patterns so far is 0."""
     return jnp.where(lowest == jnp.inf, 0, lowest)
+
+
+@jax.custom_jvp
+def _mass_of_the_lowest(lowest: Array, beta: Array) -> Array:
+    """Return exp(−β(D̃ − lowest)) = 1 for the lowest D̃, where the reference `lowest` is constant
+    but D̃ is not; programs without derivatives need not compute it."""
+    return jnp.ones_like(lowest)
+
+
+@_mass_of_the_lowest.defjvp
+def _mass_of_the_lowest_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    (lowest, beta), (dlowest, dbeta) = primals, tangents
+    one, zero = _mass_of_the_lowest(*primals), lowest - jax.lax.stop_gradient(lowest)
+    return one, -one * (beta * dlowest + zero * dbeta)
 
 
 def mass(shifted: Array, beta: Array) -> Array:
