@@ -36,7 +36,8 @@ MANY = 512
 #: Bounds pay only while the mass of the candidates, in units of the heaviest, is at most this.
 FEW = 8
 #: After a fraction 1/SHARE of the patterns has been compared, all are compared at once. With 8 in
-#: place of 2, queries to 2000 Gaussians and to 3000 words took up to twenty times as long.
+#: place of 2, queries to 2000 Gaussians and to 3000 words took up to twenty times as long; queries
+#: for which all patterns have to be compared took three quarters of the time.
 SHARE = 2
 #: Comparing all patterns is tried after so many comparisons at most.
 MOST = 2**18
