@@ -344,7 +344,7 @@ def test_the_divergence_between_neighbours_of_many_is_of_some(rng):
 
 
 def test_halves_have_a_finite_beta(rng):
-    patterns = (0.01 * rng.normal(size=(8, 3))).astype(np.float16)
+    patterns = (0.002 * rng.normal(size=(8, 3))).astype(np.float16)
     memory = jdam.store(patterns)
     beta = jdam.suggest_beta(memory)
     assert beta.dtype == np.float32
