@@ -130,13 +130,11 @@ def _deform(key: Array, measure: Measure, radius: Float[Array, " *batch"]) -> Me
         assert isinstance(measure, Gaussian)
         factor = measure.factor
     size = jnp.sqrt(squared_norm(values[..., None] * (basis.mT @ factor)))
-    if isinstance(measure, PointCloud):
-        size = jnp.where(_is_point(measure), 0, size)
     values = values * (radius / jnp.where(size > 0, size, 1))[..., None]
     values = jnp.where(values < -1, -values, values)
     if isinstance(measure, PointCloud):
         moved = measure.points + ((centred @ basis) * values[..., None, :]) @ basis.mT
-        impossible = (size == 0) & (radius > 0)
+        impossible = _is_point(measure) & (radius > 0)
         moved = jnp.where(impossible[..., None, None], jnp.nan, moved)
         return measure.with_atoms(moved, measure.weights)
     moved = factor + basis @ (values[..., None] * (basis.mT @ factor))

@@ -57,13 +57,20 @@ def test_clouds_move_by_exactly_the_radius(rng, where):
 
 
 def test_a_point_moves_as_a_whole(rng):
-    for num in (1, 5):  # of five atoms the mean is rounded
-        point = jdam.PointCloud(np.full((2, num, 3), 0.1, np.float32))
-        moved = jdam.random.perturb(KEY, point, np.float32(2.0))
-        shifts = np.linalg.norm(moved.points - np.float32(0.1), axis=-1)
-        np.testing.assert_allclose(shifts, 2, rtol=1e-6)
-        with pytest.raises(ValueError, match="0 for a cloud that is one point"):
-            jdam.random.perturb(KEY, point, np.float32(2.0), where="covariance")
+    point = jdam.PointCloud(np.ones((2, 1, 3)))
+    moved = jdam.random.perturb(KEY, point, 2.0)
+    np.testing.assert_allclose(np.linalg.norm(moved.points - 1, axis=-1), 2, rtol=1e-12)
+    with pytest.raises(ValueError, match="0 for a cloud that is one point"):
+        jdam.random.perturb(KEY, point, 2.0, where="covariance")
+
+
+def test_a_point_of_several_atoms_whose_mean_is_rounded():
+    point = jdam.PointCloud(np.full((2, 5, 3), 0.1, np.float32))
+    moved = jdam.random.perturb(KEY, point, np.float32(2.0))
+    shifts = np.linalg.norm(moved.points - np.float32(0.1), axis=-1)
+    np.testing.assert_allclose(shifts, 2, rtol=1e-6)
+    with pytest.raises(ValueError, match="0 for a cloud that is one point"):
+        jdam.random.perturb(KEY, point, np.float32(2.0), where="covariance")
 
 
 def test_vectors_and_batches(rng):
