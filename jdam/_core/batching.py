@@ -317,9 +317,9 @@ def _broadcast_batch(size: int, batched: PyTree, tree: PyTree) -> PyTree:
     return jax.tree.map(lead, tree, batched)
 
 
-def by_platform(cpu: int, accelerator: int) -> int:
-    """Return the number of elements to compute at once on the default backend: `cpu`, chosen to fit
-    the cache, or `accelerator`, chosen to outlast the launch of kernels."""
+def by_platform(cpu: T, accelerator: T) -> T:
+    """Return what suits the default backend. Numbers of elements to compute at once fit the cache
+    on a CPU, and outlast the launch of kernels on an accelerator."""
     return cpu if jax.default_backend() == "cpu" else accelerator
 
 

@@ -17,7 +17,7 @@ import jaxlib.version
 from jax import Array
 from jaxtyping import PyTree
 
-from jdam._core.batching import with_leading_axes
+from jdam._core.batching import map_in_batches, with_leading_axes
 
 #: Whether the installed jaxlib has these calls.
 WAITS = (0, 10) <= jaxlib.version.__version_info__ < (0, 11, 2)
@@ -34,19 +34,22 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if not WAITS:
             return function
 
-        def on_cpu(*stacks: Array) -> PyTree:
+        @wraps(function)
+        def in_pieces(*stacks: Array) -> PyTree:
             *batch, rows, columns = stacks[-1].shape
             count = math.prod(batch)
             piece = max(1, int(work / (rows * columns * max(rows, columns))))
             if count <= piece:
                 return function(*stacks)
-            flat = [stack.reshape(count, *stack.shape[-2:]) for stack in stacks]
-            on_piece = lambda matrices: function(*matrices)  # noqa: E731
-            results = jax.lax.map(on_piece, flat, batch_size=piece if piece > 1 else None)
-            return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
 
-        by_platform = partial(jax.lax.platform_dependent, cpu=on_cpu, default=function)
-        return wraps(function)(with_leading_axes(by_platform))
+            def on_cpu(*stacks: Array) -> PyTree:
+                flat = [stack.reshape(count, *stack.shape[-2:]) for stack in stacks]
+                results = map_in_batches(lambda matrices: function(*matrices), piece, flat)
+                return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), results)
+
+            return jax.lax.platform_dependent(*stacks, cpu=on_cpu, default=function)
+
+        return with_leading_axes(in_pieces)
 
     return decorate
 

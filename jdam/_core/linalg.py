@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, PyTree
 
+from jdam._core.batching import by_platform
 from jdam._core.derivatives import full_precision
 from jdam._core.jacobi import SMALL, small_polar
 from jdam._core.lapack import determinant, eigh, full_svd, svd
@@ -47,18 +48,9 @@ def _small_polar_jvp(
 @jax.custom_jvp
 def _polar(matrix: Array) -> tuple[Array, Array, Array]:
     """Compute R, and U and s of K = U diag(s) Vᵀ, which count as constants."""
-    result: tuple[Array, Array, Array] = jax.lax.platform_dependent(
-        matrix, cpu=_polar_by_svd, default=_polar_by_newton
-    )
-    return result
-
-
-def _polar_by_svd(matrix: Array) -> tuple[Array, Array, Array]:
-    left, values, right = svd(matrix)
-    return left @ right, left, values
-
-
-def _polar_by_newton(matrix: Array) -> tuple[Array, Array, Array]:
+    if by_platform(cpu=True, accelerator=False):
+        left, values, right = svd(matrix)
+        return left @ right, left, values
     factor = newton_polar(matrix)
     values, left = eigh(_symmetric(matrix @ factor.mT))  # XLA drops this unless differentiated
     return factor, left, jnp.maximum(values, 0)
