@@ -34,7 +34,6 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         if not WAITS:
             return function
 
-        @wraps(function)
         def in_pieces(*stacks: Array) -> PyTree:
             *batch, rows, columns = stacks[-1].shape
             count = math.prod(batch)
@@ -49,7 +48,7 @@ def _unsplit(work: float) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
             return jax.lax.platform_dependent(*stacks, cpu=on_cpu, default=function)
 
-        return with_leading_axes(in_pieces)
+        return wraps(function)(with_leading_axes(in_pieces))
 
     return decorate
 

@@ -200,6 +200,11 @@ def first_index(size: int, layout: Layout | None) -> Int[Array, ""] | int:
     return 0 if layout is None else jax.lax.axis_index(layout.axis).astype(jnp.int32) * size
 
 
+def all_parts(tree: PyTree, layout: Layout) -> PyTree:
+    """Gather the trees of all shards; leaves lead with (P,)."""
+    return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, layout.axis), tree)
+
+
 def all_rows(x: Array | None, layout: Layout | None) -> PyTree:
     """Gather the rows of all shards in order, (N,), without padding."""
     if layout is None or x is None:

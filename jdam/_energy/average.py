@@ -87,20 +87,20 @@ def _evaluate_jvp(
 def _in_one_sweep(
     settings: Settings, memory: Memory, query: AnyMeasure, beta: Float[Array, ""], guess: PyTree
 ) -> Evaluation:
-    """Return the evaluation in one pass: log-sum-exp accumulators are updated block by block."""
+    """Return the evaluation in one pass over the patterns, whose sums are added block by block."""
     separation, view = LogSumExp(), view_of(memory.geometry, query)
     total = total_prior(memory)
 
-    def accumulate(sums: PyTree, comparison: Comparison, block: Block) -> tuple[PyTree, PyTree]:
-        return separation.accumulate(sums, comparison, block, beta, total[0]), comparison.guess
+    def sums(comparison: Comparison, block: Block) -> tuple[PyTree, PyTree]:
+        added = separation.sums(comparison, block, beta, total[0], settings.with_pull)
+        return added, comparison.guess
 
     blocks = cut_into_blocks(memory, settings.block_size, guess)
-    first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
-    empty_sums = separation.empty(zero_comparison(memory, view, first), settings.with_pull)
-    sums, guesses = sweep(accumulate, memory, view, blocks, empty_sums, beta, total[0])
-    sums = separation.merge(sums, beta, memory.layout)
+    add = partial(separation.total, beta=beta)
+    total_sums, guesses = sweep(sums, memory, view, blocks, beta, total[0], add=add)
+    total_sums = separation.over_shards(total_sums, beta, memory.layout)
     guesses = _join_blocks(guesses, memory.capacity)
-    return separation.finish(sums, total, beta, view, guesses)
+    return separation.finish(total_sums, total, beta, view, guesses)
 
 
 def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -121,28 +121,26 @@ def _in_two_sweeps(
     """
     view, layout, num = view_of(memory.geometry, query), memory.layout, memory.capacity
     blocks = cut_into_blocks(memory, settings.block_size, guess)
-    first = jax.tree.map(lambda leaf: leaf[0], blocks.patterns)
-    zero = zero_comparison(memory, view, first)
     one_block = settings.with_pull and batch_size(blocks) == 1  # all pulls fit in memory
 
-    def collect(_: None, comparison: Comparison, block: Block) -> tuple[None, Comparison]:
+    def collect(comparison: Comparison, block: Block) -> tuple[None, Comparison]:
         return None, comparison if one_block else comparison._replace(pull=None)
 
-    def add(total: AnyMeasure, comparison: Comparison, block: PyTree) -> tuple[AnyMeasure, None]:
-        return jax.tree.map(partial(_add, block.weights), total, comparison.pull), None
+    def pulled(comparison: Comparison, block: Block) -> tuple[AnyMeasure, None]:
+        return _weighted(block.weights, comparison.pull), None
 
-    comparisons = _join_blocks(sweep(collect, memory, view, blocks, None)[1], num)
+    comparisons = _join_blocks(sweep(collect, memory, view, blocks)[1], num)
     terms = all_rows(comparisons.divergence, layout), all_rows(memory.log_prior, layout)
     all_weights = settings.separation.weights(*terms, beta)
     weights = local_rows(all_weights, num, layout)
     pull = None
     if one_block:
-        pull = jax.tree.map(partial(_add, weights), zero.pull, comparisons.pull)
+        pull = _weighted(weights, comparisons.pull)
     elif settings.with_pull:
         blocks = cut_into_blocks(memory, settings.block_size, comparisons.guess)
         count, size = blocks.indices.shape
         padded = jnp.pad(weights, (0, count * size - num)).reshape(count, size)
-        pull, _ = sweep(add, memory, view, blocks._replace(weights=padded), zero.pull)
+        pull, _ = sweep(pulled, memory, view, blocks._replace(weights=padded))
     unsolved = psum(unsolved_mass(comparisons, weights), layout)
     pattern = heaviest(all_weights, *terms)
     row = pattern - first_index(num, layout)
@@ -163,25 +161,19 @@ def _in_two_sweeps(
     )
 
 
-def _add(weights: Float[Array, " B"], total: Array, pulls: Array) -> Array:
-    return total + jnp.tensordot(weights, pulls, 1)
-
-
-def zero_comparison(memory: Memory, view: AnyView, patterns: Patterns) -> Comparison:
-    """Return zeros in the shapes of a comparison with one pattern."""
-    shapes = jax.eval_shape(compare, memory.geometry, view, patterns)
-    zero: Comparison = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), shapes)
-    return zero
+def _weighted(weights: Array | None, pulls: AnyMeasure) -> AnyMeasure:
+    """Return Σ wᵢ·pullᵢ."""
+    return jax.tree.map(partial(jnp.tensordot, weights, axes=1), pulls)
 
 
 def compare_all(memory: Memory, query: AnyMeasure) -> Float[Array, " N"]:
     """Return D(ξ, Xᵢ) for every pattern, (N,)."""
 
-    def collect(_: None, comparison: Comparison, block: Block) -> tuple[None, Array]:
+    def collect(comparison: Comparison, block: Block) -> tuple[None, Array]:
         return None, comparison.divergence
 
     blocks, view = cut_into_blocks(memory, None, None), view_of(memory.geometry, query)
-    divergences = sweep(collect, memory, view, blocks, None)[1]
+    divergences = sweep(collect, memory, view, blocks)[1]
     result: Array = all_rows(_join_blocks(divergences, memory.capacity), memory.layout)
     return result
 
@@ -198,33 +190,45 @@ def view_of(geometry: Geometry, query: AnyMeasure) -> AnyView:
     return geometry.view(query)
 
 
+def total_of(parts: PyTree) -> PyTree:
+    """Return the sum over the leading axis."""
+    return jax.tree.map(lambda leaf: leaf.sum(0), parts)
+
+
 def sweep(
-    accumulate: Callable[[PyTree, Comparison, PyTree], tuple[PyTree, PyTree]],
+    function: Callable[[Comparison, Block], tuple[PyTree, PyTree]],
     memory: Memory,
     view: AnyView,
-    blocks: PyTree,
-    start: Any,
+    blocks: Block,
     *others: Any,
+    add: Callable[[PyTree], PyTree] = total_of,
 ) -> PyTree:
-    """Compare a query with one block of patterns after another, and return the last carry and the
-    stacked outputs.
+    """Compare a query with one block of patterns after another, and return a sum over all blocks
+    and the stacked outputs.
 
-    `accumulate(carry, comparison, block)` returns the next carry and an output of the block;
-    `others` are the arrays that it closes over. The derivative recomputes the comparisons; only
-    results of iterative solvers, named `ITERATED`, are stored.
+    `function(comparison, block)` returns the summand and the output of a block; `add` returns the
+    sum of several summands, stacked, of which zeros are neutral. `others` are the arrays that these
+    functions close over. The derivative recomputes the comparisons; only results of iterative
+    solvers, named `ITERATED`, are stored.
     """
 
-    def body_fun(carry: PyTree, block: PyTree) -> tuple[PyTree, PyTree]:
+    def of_block(block: Block) -> tuple[PyTree, PyTree]:
         comparison = compare(memory.geometry, view, block.patterns)
         _check_comparison(memory, comparison, block)
-        return accumulate(carry, comparison, block)
+        return function(comparison, block)
 
+    def body_fun(carry: PyTree, block: Block) -> tuple[PyTree, PyTree]:
+        summand, output = of_block(block)
+        return add(jax.tree.map(lambda *pair: jnp.stack(pair), carry, summand)), output
+
+    first: Block = jax.tree.map(lambda leaf: leaf[0], blocks)
     if batch_size(blocks) == 1:
-        carry, output = body_fun(start, jax.tree.map(lambda leaf: leaf[0], blocks))
-        return carry, jax.tree.map(lambda leaf: leaf[None], output)
+        total, output = of_block(first)
+        return total, jax.tree.map(lambda leaf: leaf[None], output)
+    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_block, first)[0])
     policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
     remat_body_fun = jax.checkpoint(body_fun, prevent_cse=False, policy=policy)
-    return scan(remat_body_fun, start, blocks, view, memory.geometry, *others)
+    return scan(remat_body_fun, zero, blocks, view, memory.geometry, *others)
 
 
 def _check_comparison(memory: Memory, comparison: Comparison, block: Block) -> None:

@@ -44,8 +44,8 @@ class Goal(eqx.Module):
     leave out."""
 
     @abstractmethod
-    def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> PyTree:
-        """Return the result for no patterns; `patterns` has the shapes of those of a round."""
+    def start(self, memory: Memory, view: AnyView, block: Block) -> PyTree:
+        """Return the result for no patterns; `block` has the shapes of that of a round."""
 
     @abstractmethod
     def add(self, result: PyTree, comparison: Comparison, block: Block) -> PyTree:
@@ -135,7 +135,7 @@ def branch_and_bound(
         opened=nothing,
         compared=nothing,
         rest=goal.least(bounds),
-        result=goal.start(memory, view, some.patterns),
+        result=goal.start(memory, view, some),
         picked=jnp.full((rounds, size), -1, jnp.int32),
         rounds=jnp.array(0, jnp.int32),
         windows=jnp.array(0, jnp.int32),

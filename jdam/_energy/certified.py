@@ -15,7 +15,7 @@ from jdam._core import checks
 from jdam._core.batching import by_platform, masked_cond
 from jdam._core.derivatives import full_precision, jvp
 from jdam._core.mesh import psum
-from jdam._energy.average import Settings, evaluate, total_prior, view_of, zero_comparison
+from jdam._energy.average import Settings, compare, evaluate, total_prior, view_of
 from jdam._energy.branch_and_bound import (
     Explored,
     Goal,
@@ -29,7 +29,7 @@ from jdam._energy.search import Exhaustive, Search
 from jdam._energy.separation import LogSumExp, Separation, Sums, with_prior
 from jdam._measures.base import AnyMeasure
 from jdam._memory.memory import Memory
-from jdam.geometry.protocol import AnyView, Comparison, Patterns
+from jdam.geometry.protocol import AnyView, Comparison
 
 #: Memories of fewer patterns are searched exhaustively by default: the program is smaller.
 MANY = 512
@@ -180,11 +180,19 @@ class Mass(Goal):
     #: Sharded memory: the sums over the first candidates of all devices.
     others: Sums | None = None
 
-    def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> Sums:
-        return LogSumExp().empty(zero_comparison(memory, view, patterns), self.with_pull)
+    def sums(self, comparison: Comparison, block: Block) -> Sums:
+        """Return the sums over a block of patterns."""
+        top, _ = self.total_prior
+        return LogSumExp().sums(comparison, block, self.beta, top, self.with_pull)
+
+    def start(self, memory: Memory, view: AnyView, block: Block) -> Sums:
+        comparison = jax.eval_shape(compare, memory.geometry, view, block.patterns)
+        zero: Sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.sums, comparison, block))
+        return zero
 
     def add(self, result: Sums, comparison: Comparison, block: Block) -> Sums:
-        return LogSumExp().accumulate(result, comparison, block, self.beta, self.total_prior[0])
+        pair = result, self.sums(comparison, block)
+        return LogSumExp().total(jax.tree.map(lambda *pair: jnp.stack(pair), *pair), self.beta)
 
     def shifted(self, bounds: Array, log_prior: Array | None) -> Array:
         return with_prior(bounds, log_prior, self.beta)
@@ -225,7 +233,7 @@ def _evaluate(
     indices."""
     view = view_of(memory.geometry, query)
     goal, state = _search(certified, memory, query, view, beta, guess=guess)
-    total = LogSumExp().merge(state.result, beta, memory.layout)
+    total = LogSumExp().over_shards(state.result, beta, memory.layout)
     here = replace(goal, others=None).relative_mass(goal.least(state.left), total)
     out = psum(here, memory.layout)
     neglected = jnp.where(out == jnp.inf, 1, out / (1 + out))
@@ -257,7 +265,7 @@ def _search(
     goal = Mass(beta, total_prior(memory), certified.tol / parts, with_pull, gives_up)
     if layout is not None:  # the search has no communication
         first = explore(goal, 1).result
-        sums = LogSumExp().merge(first._replace(pull=None), beta, layout)
+        sums = LogSumExp().over_shards(first._replace(pull=None), beta, layout)
         goal = replace(goal, others=sums)
     return goal, explore(goal, rounds)
 

@@ -24,7 +24,7 @@ from jdam._energy.separation import LogSumExp
 from jdam._measures.base import AnyMeasure
 from jdam._memory.mapped import MappedMemory
 from jdam._memory.memory import Memory
-from jdam.geometry.protocol import AnyView, Comparison, Patterns
+from jdam.geometry.protocol import AnyView, Comparison
 
 
 def nearest(
@@ -80,7 +80,7 @@ class Closest(Goal):
 
     k: int = eqx.field(static=True)
 
-    def start(self, memory: Memory, view: AnyView, patterns: Patterns) -> tuple[Array, Array]:
+    def start(self, memory: Memory, view: AnyView, block: Block) -> tuple[Array, Array]:
         return jnp.full(self.k, jnp.nan, memory.dtype), jnp.full(self.k, -1, jnp.int32)
 
     def add(self, result: PyTree, comparison: Comparison, block: Block) -> tuple[Array, Array]:

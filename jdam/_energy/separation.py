@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.derivatives import full_precision
 from jdam._core.loops import bisect
-from jdam._core.mesh import Layout, of_one_part, pmin, psum
+from jdam._core.mesh import Layout, all_parts
 from jdam._energy.evaluation import Block, Evaluation, Nearest
 from jdam._measures.base import AnyMeasure
 from jdam.geometry.protocol import AnyView, Comparison
@@ -68,70 +68,54 @@ class LogSumExp(Separation):
         masses = mass(shifted - jax.lax.stop_gradient(shifted.min()), beta)
         return masses / masses.sum()
 
-    def empty(self, zero: Comparison, with_pull: bool) -> "Sums":
-        """Return the sums over no pattern, in the shapes of a comparison with one."""
-        zero_sum, lowest = zero.divergence, jnp.full_like(zero.divergence, jnp.inf)
-        details = (zero.inliers, zero.pose) if with_pull else ()
-        nearest = Nearest(jnp.zeros((), jnp.int32), zero_sum, *details)
-        pull = zero.pull if with_pull else None
-        return Sums(lowest, lowest, nearest, zero_sum, zero_sum, zero_sum, pull, zero_sum)
-
-    def accumulate(
-        self, sums: "Sums", comparison: Comparison, block: Block, beta: Array, top: Array
+    def sums(
+        self, comparison: Comparison, block: Block, beta: Array, top: Array, with_pull: bool = True
     ) -> "Sums":
-        """Return the sums with a block of patterns added, relative to the lowest D̃ so far
-        (online softmax). `top` is log max πᵢ of all patterns.
-        """
-        shifted = with_prior(comparison.divergence, block.log_prior, beta)
+        """Return the sums over a block of patterns. `top` is log max πᵢ of all patterns."""
+        if not with_pull:
+            comparison = Comparison(
+                comparison.divergence, None, not_converged=comparison.not_converged
+            )
+        divergences, indices = comparison.divergence, block.indices
+        shifted = with_prior(divergences, block.log_prior, beta)
         # Every reference gives the same energy and average; the lowest D̃ overflows nowhere.
-        lowest = jnp.minimum(sums.lowest, shifted.min())
-        fixed, old, new = jax.lax.stop_gradient((shifted, sums.lowest, lowest))
-        low, reference = fixed.min(), _finite(new)
-        masses = mass(shifted - reference, beta)
-        decay = mass(old - reference, beta)
-        pulls = None if sums.pull is None else comparison.pull
-        row = _first(fixed == low)
+        low = jax.lax.stop_gradient(shifted).min()
+        masses = mass(shifted - _finite(low), beta)
         prior, _ = relative_prior(masses, block.log_prior, top)
-        least, expm1_sum = _expm1_sums(
-            sums, jnp.where(prior > 0, comparison.divergence, jnp.inf), prior, beta
-        )
-        details = () if sums.pull is None else (comparison.inliers, comparison.pose)
-        rows = Nearest(block.indices, comparison.divergence, *details)
+        on = jnp.where(prior > 0, divergences, jnp.inf)
+        least = jax.lax.stop_gradient(on).min()
+        row = _first(jax.lax.stop_gradient(shifted) == low)
+        rows = Nearest(indices, divergences, comparison.inliers, comparison.pose)
         return Sums(
-            lowest=lowest,
+            lowest=shifted.min(),
             least=least,
-            nearest=jax.tree.map(
-                lambda new, old: jnp.where(low < sums.lowest, new[row], old), rows, sums.nearest
-            ),
-            mass=decay * sums.mass + masses.sum(),
-            prior=sums.prior + prior.sum(),
-            expm1_sum=expm1_sum,
-            pull=jax.tree.map(
-                lambda total, pull: decay * total + jnp.tensordot(masses, pull, 1),
-                sums.pull,
-                pulls,
-            ),
-            unsolved=decay * sums.unsolved + unsolved_mass(comparison, masses),
+            nearest=jax.tree.map(lambda leaf: leaf[row], rows),
+            mass=masses.sum(),
+            prior=prior.sum(),
+            expm1_sum=(prior * jnp.expm1(_logits(on - _finite(least), beta))).sum(),
+            pull=jax.tree.map(partial(jnp.tensordot, masses, axes=1), comparison.pull),
+            unsolved=unsolved_mass(comparison, masses),
         )
 
-    def merge(self, part: "Sums", beta: Array, layout: Layout | None) -> "Sums":
-        """Return the sums over all parts of a sharded memory."""
-        if layout is None:
-            return part
-        part_low = jax.lax.stop_gradient(part.lowest)
-        low = pmin(part_low, layout)
-        decay = mass(part_low - _finite(low), beta)
-        last = jnp.iinfo(jnp.int32).max
-        pattern = pmin(jnp.where(part_low == low, part.nearest.pattern, last), layout)
-        of_nearest = part.nearest, part.lowest
-        nearest, lowest = of_one_part(of_nearest, part.nearest.pattern == pattern, layout)
-        mass_, pull, unsolved = psum(
-            jax.tree.map(lambda leaf: decay * leaf, (part.mass, part.pull, part.unsolved)), layout
-        )
-        least = pmin(part.least, layout)
-        expm1_sum = _shift_reference(part.expm1_sum, part.prior, part.least, least, beta)
-        prior, expm1_sum = psum((part.prior, expm1_sum), layout)
-        return Sums(lowest, least, nearest, mass_, prior, expm1_sum, pull, unsolved)
+    def total(self, parts: "Sums", beta: Array) -> "Sums":
+        """Return the sums over several parts of the patterns, whose leaves lead with (P,). Sums
+        that are all 0 are those of no patterns.
+        """
+        low = jnp.where(parts.mass == 0, jnp.inf, jax.lax.stop_gradient(parts.lowest))
+        decay = mass(low - _finite(low.min()), beta)
+        part = _first(low == low.min())
+        lowest, nearest = jax.tree.map(lambda leaf: leaf[part], (parts.lowest, parts.nearest))
+        summed = parts.mass, parts.pull, parts.unsolved
+        mass_, pull, unsolved = jax.tree.map(partial(jnp.tensordot, decay, axes=1), summed)
+        least = jnp.where(parts.prior == 0, jnp.inf, parts.least)
+        shift = _logits(least - _finite(least.min()), beta)
+        expm1_sum = jnp.exp(shift) * parts.expm1_sum + parts.prior * jnp.expm1(shift)
+        prior, expm1_sum = parts.prior.sum(), expm1_sum.sum()
+        return Sums(lowest, least.min(), nearest, mass_, prior, expm1_sum, pull, unsolved)
+
+    def over_shards(self, sums: "Sums", beta: Array, layout: Layout | None) -> "Sums":
+        """Return the sums over all shards of a memory."""
+        return sums if layout is None else self.total(all_parts(sums, layout), beta)
 
     def finish(
         self, sums: "Sums", total: tuple[Array, Array], beta: Array, view: AnyView, guess: PyTree
@@ -172,23 +156,6 @@ class Sums(NamedTuple):
     expm1_sum: Float[Array, ""]  # Σ πᵢ expm1(−β(Dᵢ − least)) / max π: accurate as β → 0
     pull: AnyMeasure  # Σ exp(−β(D̃ᵢ − lowest))·pullᵢ
     unsolved: Float[Array, ""]  # mass of the comparisons that missed their tolerance
-
-
-def _expm1_sums(
-    sums: Sums, divergences: Float[Array, " B"], prior: Float[Array, " B"], beta: Array
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Return the least D and Σ πᵢ expm1(−β(Dᵢ − least)) after a block is added."""
-    least = jnp.minimum(sums.least, jax.lax.stop_gradient(divergences).min())
-    new = prior * jnp.expm1(_logits(divergences - jnp.where(least == jnp.inf, 0, least), beta))
-    return least, _shift_reference(sums.expm1_sum, sums.prior, sums.least, least, beta) + new.sum()
-
-
-def _shift_reference(
-    expm1_sum: Array, prior: Array, old: Array, least: Array, beta: Array
-) -> Array:
-    """Return Σ πᵢ expm1(−β(Dᵢ − least)), given `expm1_sum`, the same sum with `old` for least."""
-    step = _logits(old - jnp.where(least == jnp.inf, 0, least), beta)
-    return jnp.exp(step) * expm1_sum + prior * jnp.expm1(step)
 
 
 @dataclass(frozen=True)

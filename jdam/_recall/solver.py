@@ -109,6 +109,8 @@ class Solver:
         beta, guess = problem.beta, self.search.first_guess(problem.memory)
         shapes = jax.eval_shape(self.evaluate, query, problem, guess)
         evaluation = jax.tree.map(jnp.zeros_like, shapes)
+        if self._accepts_all(problem):
+            evaluation = evaluation._replace(view=None, pull=None)
         infinite, zero, false = jnp.full_like(beta, jnp.inf), jnp.int32(0), jnp.array(False)
         rows = partial(
             jax.tree.map, lambda leaf: jnp.zeros((self.max_steps + 1, *leaf.shape), leaf.dtype)
@@ -171,9 +173,9 @@ class Solver:
         evaluation = self.evaluate(state.candidate, problem, state.evaluation.guess)
         residual = _residual(evaluation, problem, state.backtracks)
         if self._accepts_all(problem):
-            true = jnp.array(True)
-            state = self._update(state, evaluation, residual, problem)
-            state = state._replace(candidate=self.move(state.measure, evaluation, problem))
+            true, moved = jnp.array(True), self.move(state.candidate, evaluation, problem)
+            kept = evaluation._replace(view=None, pull=None)  # no step is repeated
+            state = self._update(state, kept, residual, problem)._replace(candidate=moved)
             return self._with_row(before, state, evaluation, true, true)
         gain = state.evaluation.shifted_energy - evaluation.shifted_energy
         resolution = _resolution(state, problem)
