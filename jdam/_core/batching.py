@@ -95,24 +95,24 @@ def masked_cond(
     `lax.cond` under `jax.vmap` computes both branches for every element. Here, elements whose
     condition holds are gathered and computed `at_once` at a time. If `at_once` is None, all
     elements are computed as soon as one condition holds."""
-    one: Callable[..., Any] = partial(_once, function)
-    if at_once is not None:
 
-        def over_rows(states: PyTree, rows: PyTree, join: Callable[[PyTree], PyTree]) -> PyTree:
-            condition, default, operand = states
-            compute = lambda row: function(row[0], join(row[1]))  # noqa: E731
-            return _map_active(compute, at_once, condition, (operand, rows), default)
+    def body_fun(state: tuple[Array, T, PyTree], args: PyTree) -> tuple[Array, T, PyTree]:
+        condition, _, operand = state
+        # XLA would hoist the call out of the loop if the operand were loop-invariant.
+        consumed = jax.tree.map(jnp.zeros_like, operand)
+        return jnp.zeros_like(condition), function(operand, args), consumed
 
-        one = _with_batch_rule(one, over_rows)
+    def computed(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
+        state = condition, default, operand
+        return batched_while_loop(lambda s, _: s[0], body_fun, state, args, at_once=at_once)[1]
 
     def selected(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
-        # The while loop of `_once` has no reverse mode.
+        # A while loop has no reverse mode.
         compute = function if at_once is None else jax.checkpoint(function)
-        computed = compute(operand, args)
-        chosen: T = jax.tree.map(partial(jnp.where, condition), computed, default)
+        chosen: T = jax.tree.map(partial(jnp.where, condition), compute(operand, args), default)
         return chosen
 
-    result: T = _with_derivative_of(selected, one)(condition, default, operand, args)
+    result: T = _with_derivative_of(selected, computed)(condition, default, operand, args)
     return result
 
 
@@ -122,23 +122,41 @@ def batched_while_loop(
     state: T,
     args: PyTree,
     *,
-    at_once: int,
+    at_once: int | None,
     flat: bool = False,
 ) -> T:
     """Return the last state of `while cond_fun(state, args): state = body_fun(state, args)`.
 
     Under `jax.vmap` the active elements form a work queue, of which `at_once` are advanced at a
-    time, so that no element waits for the slowest. The loop has no derivative. `flat` as in
-    `in_batches`."""
+    time, so that no element waits for the slowest; if `at_once` is None, all are advanced until the
+    slowest ends. The loop has no derivative. `flat` as in `in_batches`."""
 
     def one(state: T, args: PyTree) -> T:
         return while_loop(lambda s: cond_fun(s, args), lambda s: body_fun(s, args), state, args)
 
-    def over_rows(states: PyTree, rows: PyTree, join: Callable[[PyTree], PyTree]) -> PyTree:
-        row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
-        return _work_queue(row_cond, row_body, at_once, states[0], rows)
+    if at_once is None:
+        return one(state, args)
 
-    final: T = _with_batch_rule(one, over_rows, flat)(state, args)
+    def over_rows(states: T, rows: PyTree, join: Callable[[PyTree], PyTree]) -> T:
+        row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
+        return _work_queue(row_cond, row_body, at_once, states, rows)
+
+    batchable = jax.custom_batching.custom_vmap(one)
+
+    @batchable.def_vmap
+    @full_precision
+    def batch_rule(size: int, batched: PyTree, *values: Any) -> PyTree:
+        if export.is_symbolic_dim(size):
+            states = _in_chunks(batchable, None, batched, *values)
+        elif flat:
+            merged = lambda rows: over_rows(*rows, lambda row: row)  # noqa: E731
+            states = _as_one_batch(merged, _broadcast_batch(size, tuple(batched), values))
+        else:
+            states = _broadcast_batch(size, batched[0], values[0])
+            states = over_rows(states, *_split(batched[1], values[1]))
+        return states, jax.tree.map(lambda _: True, states)
+
+    final: T = batchable(state, args)
     return final
 
 
@@ -164,56 +182,10 @@ def _with_derivative_of(plain: Callable[..., T], function: Callable[..., T]) -> 
     return differentiable
 
 
-def _with_batch_rule(
-    function: Callable[..., T],
-    over_rows: Callable[[PyTree, PyTree, Callable[[PyTree], PyTree]], PyTree],
-    flat: bool = False,
-) -> Callable[..., T]:
-    """Return `function(*states, args)` with the batching rule `over_rows(states, rows, join)`.
-
-    `join(row)` are the args of one element: its own and those that all elements share."""
-    one = jax.custom_batching.custom_vmap(function)
-
-    @one.def_vmap
-    @full_precision
-    def batch_rule(size: int, batched: PyTree, *values: Any) -> PyTree:
-        if export.is_symbolic_dim(size):
-            results = _in_chunks(one, None, batched, *values)
-        elif flat:
-            merged = lambda rows: over_rows(rows[:-1], rows[-1], lambda row: row)  # noqa: E731
-            results = _as_one_batch(merged, _broadcast_batch(size, tuple(batched), values))
-        else:
-            states = _broadcast_batch(size, tuple(batched[:-1]), values[:-1])
-            results = over_rows(states, *_split(batched[-1], values[-1]))
-        return results, jax.tree.map(lambda _: True, results)
-
-    batchable: Callable[..., T] = one
-    return batchable
-
-
 def _in_chunks(function: Callable[..., T], at_once: int | None, batched: PyTree, *values: Any) -> T:
     """Call `function(*values)` for each element of a batch, `at_once` elements at a time."""
     rows, join = _split(tuple(batched), values)
     return map_in_batches(lambda row: function(*join(row)), at_once, rows)
-
-
-def _once(
-    function: Callable[[PyTree, PyTree], T],
-    condition: Array,
-    default: T,
-    operand: PyTree,
-    args: PyTree,
-) -> T:
-    """Return `function(operand, args)` if `condition` holds, else `default`, by a loop of at most
-    one iteration."""
-
-    def body_fun(carry: tuple[Array, T, PyTree]) -> tuple[Array, T, PyTree]:
-        # XLA would hoist the call out of the loop if the operand were loop-invariant.
-        consumed = jax.tree.map(jnp.zeros_like, carry[2])
-        return jnp.zeros_like(condition), function(carry[2], args), consumed
-
-    result: T = while_loop(lambda carry: carry[0], body_fun, (condition, default, operand), args)[1]
-    return result
 
 
 def _as_one_batch(function: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
@@ -236,59 +208,38 @@ def _as_one_batch(function: Callable[[PyTree], PyTree], rows: PyTree) -> PyTree:
     return many(rows)
 
 
-def _map_active(
-    function: Callable[[PyTree], T], at_once: int, condition: Array, rows: PyTree, default: T
-) -> T:
-    """Map `function` over the rows whose condition holds, gathered `at_once` at a time; the other
-    rows of the result are those of `default`."""
-    size = condition.shape[0]
-    if size == 0:
-        return default
-    if size == 1:
-        return _once(lambda rows, _: jax.vmap(function)(rows), condition[0], default, rows, ())
-    width = min(at_once, size)
-    order = jnp.argsort(~condition).astype(jnp.int32)  # active rows first
-    # One entry more than needed: if a single slice took all rows, it would not depend on the
-    # iteration, and XLA would hoist the computation out of the loop.
-    order = jnp.pad(order, (0, -size % width + 1))
-    count = condition.sum(dtype=jnp.int32)
-
-    def body_fun(carry: tuple[Array, T]) -> tuple[Array, T]:
-        done, results = carry
-        indices = jax.lax.dynamic_slice(order, (done,), (width,))
-        computed = jax.vmap(function)(jax.tree.map(lambda leaf: leaf[indices], rows))
-        indices = jnp.where(jnp.arange(width, dtype=jnp.int32) + done < count, indices, size)
-        written = jax.tree.map(lambda x, y: x.at[indices].set(y, mode="drop"), results, computed)
-        return done + width, written
-
-    start = (jnp.array(0, jnp.int32), default)
-    return while_loop(lambda carry: carry[0] < count, body_fun, start, rows)[1]
-
-
 def _work_queue(
     cond_fun: Callable[[T, PyTree], Array],
     body_fun: Callable[[T, PyTree], T],
     at_once: int,
-    state: T,
+    states: T,
     rows: PyTree,
 ) -> T:
-    """Run rounds in each of which every active state is advanced once, `at_once` states at a
-    time."""
-    size = batch_size(state)
+    """Advance `at_once` of the active states at a time, until none is active.
+
+    Those that had the fewest turns come first: what takes long is then done for states of the same
+    age together."""
+    size = batch_size(states)
     if size == 0:
-        return state
+        return states
 
-    def active(state: T) -> Bool[Array, " Q"]:
-        return jax.vmap(cond_fun)(state, rows)
+    def active(states: T) -> Bool[Array, " Q"]:
+        return jax.vmap(cond_fun)(states, rows)
 
-    def round_fun(state: T) -> T:
-        if size <= at_once:
-            advanced = jax.vmap(body_fun)(state, rows)
-            updated: T = jax.tree.map(partial(jax.vmap(jnp.where), active(state)), advanced, state)
-            return updated
-        return _map_active(lambda row: body_fun(*row), at_once, active(state), (state, rows), state)
+    def body(carry: tuple[T, Array]) -> tuple[T, Array]:
+        states, turns = carry
+        first = jnp.where(active(states), -turns, -jnp.inf)
+        order, index = jax.lax.top_k(first, min(at_once, size))
+        some = jax.tree.map(lambda leaf: leaf[index], (states, rows))
+        advanced = jax.vmap(body_fun)(*some), 1 - order
+        index = jnp.where(order == -jnp.inf, size, index)  # out of range
+        written: tuple[T, Array] = jax.tree.map(
+            lambda x, y: x.at[index].set(y, mode="drop"), carry, advanced
+        )
+        return written
 
-    return while_loop(lambda state: active(state).any(), round_fun, state, rows)
+    start = states, jnp.zeros(size, jnp.float32)
+    return while_loop(lambda carry: active(carry[0]).any(), body, start, rows)[0]
 
 
 def _split(batched: PyTree, args: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
