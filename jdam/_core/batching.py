@@ -160,6 +160,18 @@ def batched_while_loop(
     return final
 
 
+@jax.custom_batching.custom_vmap
+def any_of_batch(condition: Bool[Array, " n"]) -> Bool[Array, " n"]:
+    """Return the condition; under `jax.vmap`, whether it holds for any element, without the batch
+    axis, so that `lax.cond` computes one branch."""
+    return condition
+
+
+@any_of_batch.def_vmap
+def _any_of_batch_rule(size: int, batched: PyTree, condition: Array) -> tuple[Array, bool]:
+    return any_of_batch(condition.any(0)), False
+
+
 def with_leading_axes(function: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """Return `function`, whose arguments may have any leading axes, with a batching rule that calls
     it with one more leading axis."""

@@ -48,6 +48,20 @@ def jvp(
     return jax.jvp(of_moving, tuple(leaves[i] for i in moving), tuple(dleaves[i] for i in moving))
 
 
+@jax.custom_jvp
+def with_value(value: PyTree, variable: PyTree) -> PyTree:
+    """Return `value`, with the derivative of `variable`, whose value is the same but need not be
+    computed then."""
+    return value
+
+
+@with_value.defjvp
+def _with_value_jvp(
+    primals: tuple[PyTree, PyTree], tangents: tuple[PyTree, PyTree]
+) -> tuple[PyTree, PyTree]:
+    return primals[0], tangents[1]
+
+
 def moves(tangent: PyTree) -> bool:
     """Return whether the tangent is no symbolic zero."""
     return not isinstance(tangent, SymbolicZero)

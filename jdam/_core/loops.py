@@ -44,6 +44,16 @@ def scan(
     return end, stacked
 
 
+def cond(
+    condition: Array, function: Callable[[T], T], other: Callable[[T], T], start: T, *others: Any
+) -> T:
+    """Run `jax.lax.cond`; `others` are the values that the functions close over."""
+    start = varying(start, *others)
+    branches = [lambda carry, f=f: varying(f(carry), start) for f in (function, other)]
+    end: T = jax.lax.cond(condition, *branches, start)
+    return end
+
+
 def repeat(count: int, body_fun: Callable[[T], T], start: T, *others: Any) -> T:
     """Apply `body_fun` to the carry `count` times."""
     return scan(lambda carry, _: (body_fun(carry), None), start, None, *others, length=count)[0]

@@ -202,7 +202,13 @@ def first_index(size: int, layout: Layout | None) -> Int[Array, ""] | int:
 
 def all_parts(tree: PyTree, layout: Layout) -> PyTree:
     """Gather the trees of all shards; leaves lead with (P,)."""
-    return jax.tree.map(lambda leaf: jax.lax.all_gather(leaf, layout.axis), tree)
+    index = jax.lax.axis_index(layout.axis)
+
+    def own(leaf: Array) -> Array:
+        return jnp.zeros((layout.parts, *leaf.shape), leaf.dtype).at[index].set(leaf)
+
+    # `psum` sums all leaves in one communication.
+    return psum(jax.tree.map(own, tree), layout)
 
 
 def all_rows(x: Array | None, layout: Layout | None) -> PyTree:

@@ -155,7 +155,7 @@ def _at_fixed_point_jvp(
     dmeasure = solve(contraction, gauge, direct, dquery)
 
     def settle(measure: AnyMeasure, problem: Problem) -> State:
-        evaluation = evaluate(measure, problem)._replace(guess=end.evaluation.guess)
+        evaluation = evaluate(measure, problem)._replace(view=None, pull=None, guess=guess)
         return end._replace(measure=measure, evaluation=evaluation)
 
     return end, jax.jvp(settle, (measure, problem), (dmeasure, dproblem))[1]

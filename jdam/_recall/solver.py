@@ -15,9 +15,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
-from jdam._core.batching import batched_while_loop
-from jdam._core.derivatives import full_precision, jvp
-from jdam._core.loops import scan
+from jdam._core.batching import any_of_batch, batched_while_loop
+from jdam._core.derivatives import full_precision, jvp, with_value
+from jdam._core.loops import cond, scan
 from jdam._energy.evaluation import Evaluation
 from jdam._energy.search import Search
 from jdam._energy.separation import Separation, is_mixture
@@ -48,12 +48,14 @@ class Problem(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The decisions of the loop at each step, for the derivative; leaves lead with (T + 1,)."""
+    """The steps of the loop, for the derivative; leaves lead with (T + 1,)."""
 
-    backtracks: Int[Array, " T"]  # `backtracks` and `accelerated` of the state before the step
+    candidate: AnyMeasure  # the measure that was evaluated
+    backtracks: Int[Array, " T"]  # of the candidate, as in `State`
     accelerated: Bool[Array, " T"]
     moved: Bool[Array, " T"]  # whether the measure became the candidate
-    guess: PyTree  # warm start of the same evaluation in `retrace`
+    plain: AnyMeasure  # the plain step from the candidate, to which the acceleration was applied
+    guess: PyTree  # warm start of the same evaluation
 
 
 class State(NamedTuple):
@@ -126,7 +128,7 @@ class Solver:
             accelerated=false,
             history=None if self.acceleration is None else self.acceleration.start(query, beta),
             trace=rows(Trace(beta, beta, query)) if self.save_trace else None,
-            record=rows(Record(zero, false, false, guess)) if record else None,
+            record=rows(Record(query, zero, false, false, query, guess)) if record else None,
         )
 
     @partial(jax.jit, static_argnums=0)
@@ -149,11 +151,12 @@ class Solver:
         return _where(evaluation.weight == 0, measure, moved)  # no pattern has any weight
 
     def descend(self, state: State, problem: Problem) -> State:
-        """Return the last state. It has no derivative."""
+        """Return the last state, without the arrays for another step. It has no derivative."""
         at_once = self.search.query_batch_size(problem.memory)
         end: State = batched_while_loop(
             self.cond_fun, self.body_fun, state, problem, at_once=at_once
         )
+        end = end._replace(evaluation=end.evaluation._replace(view=None, pull=None))
         if end.trace is None:
             return end
         taken = jnp.minimum(jnp.arange(1, self.max_steps + 1, dtype=jnp.int32), end.num_steps)
@@ -176,7 +179,7 @@ class Solver:
             true, moved = jnp.array(True), self.move(state.candidate, evaluation, problem)
             kept = evaluation._replace(view=None, pull=None)  # no step is repeated
             state = self._update(state, kept, residual, problem)._replace(candidate=moved)
-            return self._with_row(before, state, evaluation, true, true)
+            return self._with_row(before, state, evaluation, true, true, moved)
         gain = state.evaluation.shifted_energy - evaluation.shifted_energy
         resolution = _resolution(state, problem)
         first, level = state.num_steps < 0, gain >= -resolution
@@ -189,8 +192,9 @@ class Solver:
         ended = accepted | given_up
         state = self._update_history(state, gain + resolution, accelerated & accepted)
         state = _where(ended, self._update(state, evaluation, residual, problem, moved), state)
-        proposed = self._propose(state, problem, ended)
-        return self._with_row(before, proposed, evaluation, ended, moved)
+        state = self._backtrack(state, problem, ended)
+        proposed = _where(ended, self._accelerate(state, problem), state)
+        return self._with_row(before, proposed, evaluation, ended, moved, state.candidate)
 
     def _accepts_all(self, problem: Problem) -> bool:
         """Return whether all candidates are accepted, because no plain step raises the energy."""
@@ -230,14 +234,21 @@ class Solver:
         return after._replace(stagnated=jnp.where(still, state.stagnated + 1, 0))
 
     def _with_row(
-        self, before: State, state: State, evaluation: Evaluation, ended: Array, moved: Array
+        self,
+        before: State,
+        state: State,
+        evaluation: Evaluation,
+        ended: Array,
+        moved: Array,
+        plain: AnyMeasure,
     ) -> State:
         """Return `state` with the trace and the record of `before`, to which this iteration is
         added if it `ended` a step.
         """
         row = jnp.where(ended, state.num_steps, self.max_steps + 1)  # rows out of range are dropped
         trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
-        record_row = Record(before.backtracks, before.accelerated, moved, evaluation.guess)
+        decisions = before.backtracks, before.accelerated, moved
+        record_row = Record(before.candidate, *decisions, plain, evaluation.guess)
 
         def add(table: PyTree, new: PyTree) -> PyTree:
             if table is None:
@@ -249,62 +260,66 @@ class Solver:
             trace=add(before.trace, trace_row), record=add(before.record, record_row)
         )
 
-    def _propose(self, state: State, problem: Problem, ended: Array) -> State:
-        """Return the state with the next candidate. `backtracks` falls by one after a plain step,
-        and rises by one after its rejection.
+    def _backtrack(self, state: State, problem: Problem, ended: Array) -> State:
+        """Return the state with the plain step as the candidate. `backtracks` falls by one after a
+        plain step, and rises by one after its rejection.
         """
         change = jnp.where(state.accelerated, 0, jnp.where(ended, -1, 1)).astype(jnp.int32)
         backtracks = jnp.maximum(state.backtracks + change, 0)
-        false = jnp.zeros_like(state.accelerated)
         plain = self.move(state.measure, state.evaluation, problem, backtracks)
-        state = state._replace(candidate=plain, backtracks=backtracks, accelerated=false)
+        false = jnp.zeros_like(state.accelerated)
+        return state._replace(candidate=plain, backtracks=backtracks, accelerated=false)
+
+    def _accelerate(self, state: State, problem: Problem) -> State:
+        """Return the state with the proposal of the acceleration in place of the plain step."""
         if self.acceleration is None:
             return state
         candidate, history = self.acceleration.propose(self, state, problem)
-        faster = state._replace(candidate=candidate, accelerated=~false, history=history)
-        return _where(ended, faster, state)
+        true = jnp.ones_like(state.accelerated)
+        return state._replace(candidate=candidate, accelerated=true, history=history)
 
-    def retrace(self, record: Record | None, query: AnyMeasure, problem: Problem) -> State:
+    def retrace(self, record: Record, query: AnyMeasure, problem: Problem) -> State:
         """Return the last state from a repetition of the recorded steps, in a form that has a
-        derivative. Without a record all steps are full ones.
+        derivative.
+
+        Its values are not used. Measures have those of the record, so that one step can be
+        differentiated without those before it.
         """
 
-        def step(state: State, current: Record | None, following: PyTree) -> State:
-            guess = None if current is None else current.guess
-            evaluation = self.evaluate(state.candidate, problem, guess)
-            residual = _residual(evaluation, problem, state.backtracks)
-            if current is not None:
-                gain = state.evaluation.shifted_energy - evaluation.shifted_energy
-                gain = gain + _resolution(state, problem)
-                state = self._update_history(state, gain, current.accelerated)
-            state = self._update(state, evaluation, residual, problem)
-            if following is None:
-                state = state._replace(candidate=self.move(state.measure, evaluation, problem))
-            else:
-                state = self._propose(state, problem, jnp.array(True))
-                backtracks, accelerated = following
-                plain = self.move(state.measure, evaluation, problem, backtracks)
-                state = state._replace(
-                    candidate=_where(accelerated, state.candidate, plain),
-                    backtracks=backtracks,
-                    accelerated=accelerated,
-                )
-            return _stripped(state)
+        def step(state: State, current: Record, following: Record) -> State:
+            measure = with_value(current.candidate, state.candidate)
+            evaluation = self.evaluate(measure, problem, current.guess)
+            state = self._update_history(state, state.residual, current.accelerated)
+            state = state._replace(
+                measure=measure, evaluation=evaluation, num_steps=state.num_steps + 1
+            )
+            first = self._backtrack(state, problem, jnp.array(True))
+            first = first._replace(candidate=with_value(current.plain, first.candidate))
+            proposed = self._accelerate(first, problem)
+            plain = self.move(measure, evaluation, problem, following.backtracks)
+            candidate = _where(following.accelerated, proposed.candidate, plain)
+            decisions = {name: getattr(following, name) for name in ("backtracks", "accelerated")}
+            return _stripped(proposed._replace(candidate=candidate, **decisions))
 
         def body_fun(state: State, rows: PyTree) -> tuple[State, Trace | None]:
-            on = self.cond_fun(state, problem) if rows[0] is None else rows[0].moved
-            state = _where(on, step(state, *rows), state)
+            (current, following), needed = rows
+            on, same = current.moved, lambda state: state
+            take = lambda state: _where(on, step(state, current, following), state)  # noqa: E731
+            state = cond(needed, take, same, state, rows, problem)
             trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
             return state, trace_row if self.save_trace else None
 
+        # Steps in which the measure did not move are left out; the last other fills their place.
+        place = jnp.arange(self.max_steps + 1, dtype=jnp.int32)
+        moves = jnp.cumsum(record.moved, dtype=jnp.int32)
+        order = jnp.argsort(~record.moved)[jnp.minimum(place, moves[-1] - 1)]
+        current = jax.tree.map(lambda leaf: leaf[order], record)._replace(moved=place < moves[-1])
+        following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, 0), current)
+        rows = (current, following), any_of_batch(current.moved)
         start = _stripped(self.start(query, problem))._replace(trace=None)
-        following = None
-        if record is not None:
-            following = jnp.roll(record.backtracks, -1), jnp.roll(record.accelerated, -1)
         remat_body_fun: Any = jax.checkpoint(body_fun, prevent_cse=False)
-        rows, length = (record, following), self.max_steps + 1
-        end, trace = scan(remat_body_fun, start, rows, problem, length=length)
-        last: State = end._replace(trace=jax.tree.map(lambda leaf: leaf[1:], trace))
+        end, trace = scan(remat_body_fun, start, rows, problem)
+        last: State = end._replace(trace=jax.tree.map(lambda leaf: leaf[moves[1:] - 1], trace))
         return last
 
     def report(self, state: State, problem: Problem) -> Recall:
@@ -355,9 +370,6 @@ def _run_jvp(
     solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
 ) -> tuple[State, State]:
     query, problem = primals
-    if solver._accepts_all(problem) and solver.search.first_guess(problem.memory) is None:
-        result: tuple[State, State] = jvp(partial(solver.retrace, None), primals, tangents)
-        return result
     # Which candidates are accepted is a piecewise constant function of the arguments.
     end = solver.descend(solver.start(query, problem, record=True), problem)
     _, tangent = jvp(partial(solver.retrace, end.record), primals, tangents)
