@@ -239,3 +239,42 @@ def test_implicit_in_any_pose(rng):
     centred = np.asarray(ends[1]) - np.asarray(ends[1]).mean(0)
     torque = centred[:, 0] @ tangents[1][:, 1] - centred[:, 1] @ tangents[1][:, 0]
     np.testing.assert_allclose(torque, 0, atol=1e-8)
+
+
+CALLS: list[int] = []
+
+
+def counted(x):
+    CALLS.append(1)
+    return np.zeros_like(x)
+
+
+class Counted(jdam.Euclidean):
+    """Vectors whose comparisons are counted, if their results are used."""
+
+    def compare(self, view, patterns):
+        fixed = jax.lax.stop_gradient(view)
+        shape = jax.ShapeDtypeStruct(fixed.shape, fixed.dtype)
+        zero = jax.pure_callback(counted, shape, fixed, vmap_method="broadcast_all")
+        return super().compare(view + zero, patterns)
+
+
+def calls(function, *args):
+    compiled = jax.jit(function).lower(*args).compile()
+    CALLS.clear()
+    jax.block_until_ready(compiled(*args))
+    return len(CALLS)
+
+
+def test_a_derivative_repeats_each_step_once(rng):
+    """However many steps are allowed: those that were not taken cost nothing, in batches too."""
+    memory = jdam.store(jnp.asarray(vectors(rng, 4, 3)), Counted())
+    queries = jnp.asarray(near(rng, memory.patterns, 0.5))
+    recall = partial(jdam.recall, memory, beta=3.0, max_steps=64)
+    slope = jax.grad(lambda query: recall(query).measure.sum())
+    taken = jax.vmap(recall)(queries).num_steps
+    one, most = int(taken[0]), int(taken.max())
+    assert 1 < one and most < 32
+    assert calls(recall, queries[0]) == one + 1
+    assert calls(slope, queries[0]) == 2 * (one + 1)
+    assert calls(jax.vmap(slope), queries) == 2 * (most + 1)
