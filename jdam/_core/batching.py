@@ -15,7 +15,7 @@ from jax import Array, export
 from jaxtyping import Bool, PyTree
 
 from jdam._core.derivatives import full_precision, jvp
-from jdam._core.loops import while_loop
+from jdam._core.loops import cond, while_loop
 from jdam._core.mesh import on_local_shards
 
 T = TypeVar("T")
@@ -94,7 +94,19 @@ def masked_cond(
 
     `lax.cond` under `jax.vmap` computes both branches for every element. Here, elements whose
     condition holds are gathered and computed `at_once` at a time. If `at_once` is None, all
-    elements are computed as soon as one condition holds."""
+    elements are computed if one condition holds, and so they are for derivatives."""
+
+    def selected(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
+        def compute(default: T) -> T:
+            computed = function(operand, args)
+            chosen: T = jax.tree.map(partial(jnp.where, condition), computed, default)
+            return chosen
+
+        values = condition, operand, args
+        return cond(any_of_batch(condition), compute, lambda default: default, default, values)
+
+    if at_once is None:
+        return selected(condition, default, operand, args)
 
     def body_fun(state: tuple[Array, T, PyTree], args: PyTree) -> tuple[Array, T, PyTree]:
         condition, _, operand = state
@@ -106,12 +118,6 @@ def masked_cond(
         state = condition, default, operand
         return batched_while_loop(lambda s, _: s[0], body_fun, state, args, at_once=at_once)[1]
 
-    def selected(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
-        # A while loop has no reverse mode.
-        compute = function if at_once is None else jax.checkpoint(function)
-        chosen: T = jax.tree.map(partial(jnp.where, condition), compute(operand, args), default)
-        return chosen
-
     result: T = _with_derivative_of(selected, computed)(condition, default, operand, args)
     return result
 
@@ -122,20 +128,17 @@ def batched_while_loop(
     state: T,
     args: PyTree,
     *,
-    at_once: int | None,
+    at_once: int,
     flat: bool = False,
 ) -> T:
     """Return the last state of `while cond_fun(state, args): state = body_fun(state, args)`.
 
     Under `jax.vmap` the active elements form a work queue, of which `at_once` are advanced at a
-    time, so that no element waits for the slowest; if `at_once` is None, all are advanced until the
-    slowest ends. The loop has no derivative. `flat` as in `in_batches`."""
+    time, so that no element waits for the slowest. The loop has no derivative. `flat` as in
+    `in_batches`."""
 
     def one(state: T, args: PyTree) -> T:
         return while_loop(lambda s: cond_fun(s, args), lambda s: body_fun(s, args), state, args)
-
-    if at_once is None:
-        return one(state, args)
 
     def over_rows(states: T, rows: PyTree, join: Callable[[PyTree], PyTree]) -> T:
         row_cond, row_body = (lambda s, row, f=f: f(s, join(row)) for f in (cond_fun, body_fun))
@@ -149,7 +152,7 @@ def batched_while_loop(
         if export.is_symbolic_dim(size):
             states = _in_chunks(batchable, None, batched, *values)
         elif flat:
-            merged = lambda rows: over_rows(*rows, lambda row: row)  # noqa: E731
+            merged = lambda rows: over_rows(rows[0], rows[1], lambda row: row)  # noqa: E731
             states = _as_one_batch(merged, _broadcast_batch(size, tuple(batched), values))
         else:
             states = _broadcast_batch(size, batched[0], values[0])
@@ -161,7 +164,7 @@ def batched_while_loop(
 
 
 @jax.custom_batching.custom_vmap
-def any_of_batch(condition: Bool[Array, " n"]) -> Bool[Array, " n"]:
+def any_of_batch(condition: Bool[Array, ""]) -> Bool[Array, ""]:
     """Return the condition; under `jax.vmap`, whether it holds for any element, without the batch
     axis, so that `lax.cond` computes one branch."""
     return condition

@@ -161,7 +161,7 @@ def _in_two_sweeps(
     )
 
 
-def _weighted(weights: Array | None, pulls: AnyMeasure) -> AnyMeasure:
+def _weighted(weights: Any, pulls: AnyMeasure) -> AnyMeasure:
     """Return Σ wᵢ·pullᵢ."""
     return jax.tree.map(partial(jnp.tensordot, weights, axes=1), pulls)
 

@@ -15,9 +15,9 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
-from jdam._core.batching import any_of_batch, batched_while_loop
+from jdam._core.batching import batched_while_loop, masked_cond
 from jdam._core.derivatives import full_precision, jvp, with_value
-from jdam._core.loops import cond, scan
+from jdam._core.loops import scan
 from jdam._energy.evaluation import Evaluation
 from jdam._energy.search import Search
 from jdam._energy.separation import Separation, is_mixture
@@ -286,7 +286,8 @@ class Solver:
         differentiated without those before it.
         """
 
-        def step(state: State, current: Record, following: Record) -> State:
+        def step(state: State, rows: tuple[Record, Record]) -> State:
+            current, following = rows
             measure = with_value(current.candidate, state.candidate)
             evaluation = self.evaluate(measure, problem, current.guess)
             state = self._update_history(state, state.residual, current.accelerated)
@@ -302,10 +303,7 @@ class Solver:
             return _stripped(proposed._replace(candidate=candidate, **decisions))
 
         def body_fun(state: State, rows: PyTree) -> tuple[State, Trace | None]:
-            (current, following), needed = rows
-            on, same = current.moved, lambda state: state
-            take = lambda state: _where(on, step(state, current, following), state)  # noqa: E731
-            state = cond(needed, take, same, state, rows, problem)
+            state = masked_cond(rows[0].moved, step, state, state, rows)
             trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
             return state, trace_row if self.save_trace else None
 
@@ -315,10 +313,9 @@ class Solver:
         order = jnp.argsort(~record.moved)[jnp.minimum(place, moves[-1] - 1)]
         current = jax.tree.map(lambda leaf: leaf[order], record)._replace(moved=place < moves[-1])
         following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, 0), current)
-        rows = (current, following), any_of_batch(current.moved)
         start = _stripped(self.start(query, problem))._replace(trace=None)
         remat_body_fun: Any = jax.checkpoint(body_fun, prevent_cse=False)
-        end, trace = scan(remat_body_fun, start, rows, problem)
+        end, trace = scan(remat_body_fun, start, (current, following), problem)
         last: State = end._replace(trace=jax.tree.map(lambda leaf: leaf[moves[1:] - 1], trace))
         return last
 
@@ -372,6 +369,7 @@ def _run_jvp(
     query, problem = primals
     # Which candidates are accepted is a piecewise constant function of the arguments.
     end = solver.descend(solver.start(query, problem, record=True), problem)
+    assert end.record is not None
     _, tangent = jvp(partial(solver.retrace, end.record), primals, tangents)
     return _stripped(end), tangent
 

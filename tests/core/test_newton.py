@@ -76,11 +76,13 @@ def test_what_is_not_finite_stays_so(rng):
 
 
 @pytest.mark.full
-def test_accelerators_take_it_and_decompose_nothing_else():
+def test_accelerators_take_it_and_decompose_nothing_else(monkeypatch):
     """In the program of polar factors the decomposition is left where orthogonality is not."""
     shape = jax.ShapeDtypeStruct((100, 16, 16), jnp.float32)
-    text = jax.export.export(jax.jit(polar), platforms=["cuda"])(shape).mlir_module()
-    calls = set(re.findall(r"custom_call @(\w+)", text))
-    assert any("getrf" in call or "lu" in call.lower() for call in calls), calls
     on_cpu = jax.jit(polar).lower(shape).as_text()
     assert "getrf" not in on_cpu
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    again = lambda matrix: polar(matrix)  # noqa: E731 (not the program of before)
+    text = jax.export.export(jax.jit(again), platforms=["cuda"])(shape).mlir_module()
+    calls = set(re.findall(r"custom_call @(\w+)", text))
+    assert any("getrf" in call or "lu" in call.lower() for call in calls), calls
