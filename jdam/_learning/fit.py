@@ -34,9 +34,10 @@ from jdam._learning.parametrize import (
 )
 from jdam._measures.base import AnyMeasure, constrained, unconstrained
 from jdam._memory.memory import Memory, store
+from jdam._recall.adjoint import Unrolled
 from jdam._recall.recall import check_tolerance, recall
 from jdam._recall.result import Recall
-from jdam._recall.solver import Solver, run
+from jdam._recall.solver import Solver
 
 #: A loss (memory, β, query, target) ↦ scalar for one query and its target.
 Loss: TypeAlias = Callable[[Memory, Array, PyTree, PyTree], Float[Array, ""]]
@@ -303,6 +304,6 @@ def _descend(
     measure = constrained(query, free)
     solver = Solver(Exhaustive(), separation)
     problem = solver.problem(memory, query, beta, jnp.ones_like(beta), tol=tol)
-    state = run(solver, measure, problem)  # of no steps: it evaluates
+    state = Unrolled().run(solver, measure, problem)  # of no steps: it evaluates
     state = state._replace(num_steps=jnp.array(num_steps, jnp.int32))
     return solver.report(state, problem)

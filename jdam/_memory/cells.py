@@ -178,12 +178,12 @@ def index_of(memory: "Memory", num_cells: int | None) -> "Memory":
 
 def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Cells:
     """Return cells of each shard's patterns, as many on each device."""
-    rows = jax.tree.map(lambda leaf: on_host(leaf)[: layout.length], embedding)
+    rows = [on_host(leaf)[: layout.length] for leaf in embedding]
     size, each = -(-layout.length // layout.parts), max(1, num_cells // layout.parts)
     shards = []
     for first in range(0, size * layout.parts, size):
-        local = jax.tree.map(lambda leaf, first=first: leaf[first : first + size], rows)
-        shards.append(cells_of(local, min(each, max(1, len(local[1])))))
+        local = [jnp.asarray(leaf[first : first + size]) for leaf in rows]
+        shards.append(cells_of((local[0], local[1]), min(each, max(1, len(local[1])))))
     count = max(len(cells.members) for cells in shards)
 
     def put(leaf: np.ndarray) -> Array:

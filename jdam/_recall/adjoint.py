@@ -12,11 +12,14 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
-from jdam._core.derivatives import full_precision
+from jdam._core.batching import masked_cond
+from jdam._core.derivatives import full_precision, jvp, with_value
 from jdam._core.gmres import gmres
+from jdam._core.loops import scan
 from jdam._energy.evaluation import Evaluation
 from jdam._measures.base import AnyMeasure
-from jdam._recall.solver import Problem, Solver, State, run
+from jdam._recall.result import Trace
+from jdam._recall.solver import Problem, Record, Solver, State, where
 
 #: A linear map of tangents of a measure.
 LinearMap: TypeAlias = Callable[[AnyMeasure], AnyMeasure]
@@ -40,7 +43,7 @@ class Unrolled(Adjoint):
     """
 
     def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:
-        return run(solver, query, problem)
+        return _unrolled(solver, query, problem)
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,74 @@ def _directly(
 ) -> AnyMeasure:
     """Return `direct`: the derivative of `OneStep`."""
     return direct
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _unrolled(solver: Solver, query: AnyMeasure, problem: Problem) -> State:
+    """Return the last state of a recall, with the derivative of the steps taken."""
+    return _stripped(solver.descend(solver.start(query, problem), problem))
+
+
+@partial(_unrolled.defjvp, symbolic_zeros=True)
+@full_precision
+def _unrolled_jvp(
+    solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
+) -> tuple[State, State]:
+    # Which candidates are accepted is a piecewise constant function of the arguments.
+    end = solver.descend(solver.start(*primals, record=True), primals[1])
+    assert end.record is not None
+    _, tangent = jvp(partial(_retraced, solver, end.record), primals, tangents)
+    return _stripped(end), tangent
+
+
+def _retraced(solver: Solver, record: Record, query: AnyMeasure, problem: Problem) -> State:
+    """Return the last state from a repetition of the recorded steps, in a form that has a
+    derivative.
+
+    Its values are not used. Measures have those of the record, so that one step can be
+    differentiated without those before it.
+    """
+
+    def step(state: State, rows: tuple[Record, Record]) -> State:
+        current, following = rows
+        measure = with_value(current.candidate, state.candidate)
+        evaluation = solver.evaluate(measure, problem, current.guess)
+        state = solver.update_history(state, state.residual, current.accelerated)
+        state = state._replace(
+            measure=measure, evaluation=evaluation, num_steps=state.num_steps + 1
+        )
+        state = solver.backtrack(state, problem, jnp.array(True))
+        state = state._replace(candidate=with_value(current.plain, state.candidate))
+        proposed = solver.accelerate(state, problem)
+        plain = solver.move(measure, evaluation, problem, following.backtracks)
+        candidate = where(following.accelerated, proposed.candidate, plain)
+        backtracks, accelerated = following.backtracks, following.accelerated
+        return _stripped(
+            proposed._replace(candidate=candidate, backtracks=backtracks, accelerated=accelerated)
+        )
+
+    def body_fun(state: State, rows: tuple[Record, Record]) -> tuple[State, Trace | None]:
+        state = masked_cond(rows[0].moved, step, state, state, rows)
+        trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
+        return state, trace_row if solver.save_trace else None
+
+    # Steps in which the measure did not move are left out; the last other one fills their place.
+    place = jnp.arange(solver.max_steps + 1, dtype=jnp.int32)
+    moves = jnp.cumsum(record.moved, dtype=jnp.int32)
+    order = jnp.argsort(~record.moved)[jnp.minimum(place, moves[-1] - 1)]
+    current = jax.tree.map(lambda leaf: leaf[order], record)._replace(moved=place < moves[-1])
+    following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, 0), current)
+    start = _stripped(solver.start(query, problem))._replace(trace=None)
+    remat_body_fun: Any = jax.checkpoint(body_fun, prevent_cse=False)
+    end, trace = scan(remat_body_fun, start, (current, following), problem)
+    last: State = end._replace(trace=jax.tree.map(lambda leaf: leaf[moves[1:] - 1], trace))
+    return last
+
+
+def _stripped(state: State) -> State:
+    """Return the state without arrays that only the next iteration needs."""
+    evaluation = state.evaluation._replace(view=None, pull=None, guess=None)
+    return state._replace(evaluation=evaluation, record=None)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -31,7 +31,7 @@ from jdam._recall.acceleration import Acceleration, Anderson, TrustRegion
 from jdam._recall.adjoint import Adjoint, Unrolled
 from jdam._recall.mapped import recall_from_file
 from jdam._recall.result import Recall
-from jdam._recall.solver import DEFAULT, Solver, run
+from jdam._recall.solver import DEFAULT, Solver
 from jdam.geometry.protocol import Geometry
 
 #: Delay of the default acceleration: short recalls are then sequences of `step`.
@@ -85,7 +85,7 @@ def _step(
 ) -> AnyMeasure:
     problem = solver.problem(memory, query, beta, step_size)
     if solver.max_steps:
-        return run(solver, query, problem).measure
+        return Unrolled().run(solver, query, problem).measure
     evaluation = solver.evaluate(query, problem, solver.search.first_guess(memory))
     return solver.move(query, evaluation, problem)
 

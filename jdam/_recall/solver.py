@@ -1,4 +1,4 @@
-"""The descent of a recall: evaluations of candidates, steps, and their derivative.
+"""The descent of a recall: evaluations of candidates, and steps.
 
 One loop serves all recalls. An iteration evaluates a candidate, accepts it or keeps the measure,
 and proposes the next candidate: a more cautious step after a rejection, a full or an accelerated
@@ -15,9 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
-from jdam._core.batching import batched_while_loop, masked_cond
-from jdam._core.derivatives import full_precision, jvp, with_value
-from jdam._core.loops import scan
+from jdam._core.batching import batched_while_loop
 from jdam._energy.evaluation import Evaluation
 from jdam._energy.search import Search
 from jdam._energy.separation import Separation, is_mixture
@@ -71,7 +69,7 @@ class State(NamedTuple):
     accelerated: Bool[Array, ""]  # whether the acceleration proposed the candidate
     history: PyTree = None  # of the acceleration
     trace: Trace | None = None
-    record: Record | None = None  # if `_run_jvp` needs it
+    record: Record | None = None  # for a derivative
 
 
 @dataclass(frozen=True)
@@ -148,7 +146,7 @@ class Solver:
             moved = geometry.move(view, pull, problem.step_size)
         else:
             moved = geometry.backtrack(view, pull, problem.step_size, backtracks)
-        return _where(evaluation.weight == 0, measure, moved)  # no pattern has any weight
+        return where(evaluation.weight == 0, measure, moved)  # no pattern has any weight
 
     def descend(self, state: State, problem: Problem) -> State:
         """Return the last state, without the arrays for another step. It has no derivative."""
@@ -179,7 +177,7 @@ class Solver:
             true, moved = jnp.array(True), self.move(state.candidate, evaluation, problem)
             kept = evaluation._replace(view=None, pull=None)  # no step is repeated
             state = self._update(state, kept, residual, problem)._replace(candidate=moved)
-            return self._with_row(before, state, evaluation, true, true, moved)
+            return self._with_row(before, state, true, (true, moved, evaluation.guess))
         gain = state.evaluation.shifted_energy - evaluation.shifted_energy
         resolution = _resolution(state, problem)
         first, level = state.num_steps < 0, gain >= -resolution
@@ -190,22 +188,22 @@ class Solver:
         most = problem.memory.geometry.max_backtracks
         given_up = ~accelerated & (state.backtracks >= most)
         ended = accepted | given_up
-        state = self._update_history(state, gain + resolution, accelerated & accepted)
-        state = _where(ended, self._update(state, evaluation, residual, problem, moved), state)
-        state = self._backtrack(state, problem, ended)
-        proposed = _where(ended, self._accelerate(state, problem), state)
-        return self._with_row(before, proposed, evaluation, ended, moved, state.candidate)
+        state = self.update_history(state, gain + resolution, accelerated & accepted)
+        state = where(ended, self._update(state, evaluation, residual, problem, moved), state)
+        state = self.backtrack(state, problem, ended)
+        proposed = where(ended, self.accelerate(state, problem), state)
+        return self._with_row(before, proposed, ended, (moved, state.candidate, evaluation.guess))
 
     def _accepts_all(self, problem: Problem) -> bool:
         """Return whether all candidates are accepted, because no plain step raises the energy."""
         return self.acceleration is None and problem.memory.geometry.max_backtracks == 0
 
-    def _update_history(self, state: State, gain: Array, accepted: Array) -> State:
+    def update_history(self, state: State, gain: Array, accepted: Array) -> State:
         """Return the state with the history of the acceleration after its proposal was tried."""
         if self.acceleration is None:
             return state
         history = self.acceleration.update(state.history, gain, accepted)
-        return state._replace(history=_where(state.num_steps >= 0, history, state.history))
+        return state._replace(history=where(state.num_steps >= 0, history, state.history))
 
     def _update(
         self,
@@ -229,26 +227,17 @@ class Solver:
         if moved is None:
             return after
         gains = old.shifted_energy - evaluation.shifted_energy > _resolution(state, problem)
-        after = _where(moved, after, state._replace(num_steps=step))
+        after = where(moved, after, state._replace(num_steps=step))
         still = (step > 0) & ~gains & (after.residual >= state.residual)
         return after._replace(stagnated=jnp.where(still, state.stagnated + 1, 0))
 
-    def _with_row(
-        self,
-        before: State,
-        state: State,
-        evaluation: Evaluation,
-        ended: Array,
-        moved: Array,
-        plain: AnyMeasure,
-    ) -> State:
+    def _with_row(self, before: State, state: State, ended: Array, results: PyTree) -> State:
         """Return `state` with the trace and the record of `before`, to which this iteration is
-        added if it `ended` a step.
+        added if it `ended` a step. `results` are the last fields of `Record`.
         """
         row = jnp.where(ended, state.num_steps, self.max_steps + 1)  # rows out of range are dropped
         trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
-        decisions = before.backtracks, before.accelerated, moved
-        record_row = Record(before.candidate, *decisions, plain, evaluation.guess)
+        record_row = Record(before.candidate, before.backtracks, before.accelerated, *results)
 
         def add(table: PyTree, new: PyTree) -> PyTree:
             if table is None:
@@ -260,7 +249,7 @@ class Solver:
             trace=add(before.trace, trace_row), record=add(before.record, record_row)
         )
 
-    def _backtrack(self, state: State, problem: Problem, ended: Array) -> State:
+    def backtrack(self, state: State, problem: Problem, ended: Array) -> State:
         """Return the state with the plain step as the candidate. `backtracks` falls by one after a
         plain step, and rises by one after its rejection.
         """
@@ -270,54 +259,13 @@ class Solver:
         false = jnp.zeros_like(state.accelerated)
         return state._replace(candidate=plain, backtracks=backtracks, accelerated=false)
 
-    def _accelerate(self, state: State, problem: Problem) -> State:
+    def accelerate(self, state: State, problem: Problem) -> State:
         """Return the state with the proposal of the acceleration in place of the plain step."""
         if self.acceleration is None:
             return state
         candidate, history = self.acceleration.propose(self, state, problem)
         true = jnp.ones_like(state.accelerated)
         return state._replace(candidate=candidate, accelerated=true, history=history)
-
-    def retrace(self, record: Record, query: AnyMeasure, problem: Problem) -> State:
-        """Return the last state from a repetition of the recorded steps, in a form that has a
-        derivative.
-
-        Its values are not used. Measures have those of the record, so that one step can be
-        differentiated without those before it.
-        """
-
-        def step(state: State, rows: tuple[Record, Record]) -> State:
-            current, following = rows
-            measure = with_value(current.candidate, state.candidate)
-            evaluation = self.evaluate(measure, problem, current.guess)
-            state = self._update_history(state, state.residual, current.accelerated)
-            state = state._replace(
-                measure=measure, evaluation=evaluation, num_steps=state.num_steps + 1
-            )
-            first = self._backtrack(state, problem, jnp.array(True))
-            first = first._replace(candidate=with_value(current.plain, first.candidate))
-            proposed = self._accelerate(first, problem)
-            plain = self.move(measure, evaluation, problem, following.backtracks)
-            candidate = _where(following.accelerated, proposed.candidate, plain)
-            decisions = {name: getattr(following, name) for name in ("backtracks", "accelerated")}
-            return _stripped(proposed._replace(candidate=candidate, **decisions))
-
-        def body_fun(state: State, rows: PyTree) -> tuple[State, Trace | None]:
-            state = masked_cond(rows[0].moved, step, state, state, rows)
-            trace_row = Trace(state.evaluation.energy, state.residual, state.measure)
-            return state, trace_row if self.save_trace else None
-
-        # Steps in which the measure did not move are left out; the last other fills their place.
-        place = jnp.arange(self.max_steps + 1, dtype=jnp.int32)
-        moves = jnp.cumsum(record.moved, dtype=jnp.int32)
-        order = jnp.argsort(~record.moved)[jnp.minimum(place, moves[-1] - 1)]
-        current = jax.tree.map(lambda leaf: leaf[order], record)._replace(moved=place < moves[-1])
-        following = jax.tree.map(lambda leaf: jnp.roll(leaf, -1, 0), current)
-        start = _stripped(self.start(query, problem))._replace(trace=None)
-        remat_body_fun: Any = jax.checkpoint(body_fun, prevent_cse=False)
-        end, trace = scan(remat_body_fun, start, (current, following), problem)
-        last: State = end._replace(trace=jax.tree.map(lambda leaf: leaf[moves[1:] - 1], trace))
-        return last
 
     def report(self, state: State, problem: Problem) -> Recall:
         """Return the `Recall` of the last state, with its status."""
@@ -352,34 +300,6 @@ class Solver:
         )
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def run(solver: Solver, query: AnyMeasure, problem: Problem) -> State:
-    """Return the last state, with the derivative of the steps taken, and without arrays that only
-    the loop needs.
-    """
-    end = solver.descend(solver.start(query, problem), problem)
-    return _stripped(end)
-
-
-@partial(run.defjvp, symbolic_zeros=True)
-@full_precision
-def _run_jvp(
-    solver: Solver, primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]
-) -> tuple[State, State]:
-    query, problem = primals
-    # Which candidates are accepted is a piecewise constant function of the arguments.
-    end = solver.descend(solver.start(query, problem, record=True), problem)
-    assert end.record is not None
-    _, tangent = jvp(partial(solver.retrace, end.record), primals, tangents)
-    return _stripped(end), tangent
-
-
-def _stripped(state: State) -> State:
-    """Return the state without arrays that only the next iteration needs."""
-    evaluation = state.evaluation._replace(view=None, pull=None, guess=None)
-    return state._replace(evaluation=evaluation, record=None)
-
-
 def _resolution(state: State, problem: Problem) -> Float[Array, ""]:
     """Return the change of energy above which it is more than rounding."""
     energy = jax.lax.stop_gradient(state.evaluation.shifted_energy)
@@ -396,7 +316,8 @@ def _residual(
     return jax.lax.stop_gradient(jnp.where(evaluation.weight == 0, 0, residual))
 
 
-def _where(condition: Array, new: T, old: T) -> T:
+def where(condition: Array, new: T, old: T) -> T:
+    """Return `new` where the condition holds, else `old`."""
     chosen: T = jax.tree.map(partial(jnp.where, condition), new, old)
     return chosen
 
