@@ -9,16 +9,16 @@ pytestmark = pytest.mark.full
 
 #: As `python -m tests.hlo_lines` prints them, with jaxlib 0.10.2.
 LINES = {
-    "recall of vectors": 3004,
-    "step of vectors": 1835,
-    "recall of Gaussians": 5560,
-    "step of Gaussians": 4280,
-    "recall of clouds": 13173,
-    "step of clouds": 11060,
-    "recalls of a batch": 6840,
-    "recall with Certified": 13300,
-    "gradient of a recall": 6829,
-    "suggest_beta": 4468,
+    "recall of vectors": 2027,
+    "step of vectors": 1217,
+    "recall of Gaussians": 4180,
+    "step of Gaussians": 3328,
+    "recall of clouds": 11491,
+    "step of clouds": 9734,
+    "recalls of a batch": 4864,
+    "recall with Certified": 10951,
+    "gradient of a recall": 6792,
+    "suggest_beta": 3635,
 }
 
 
