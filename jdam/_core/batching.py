@@ -238,23 +238,22 @@ def _work_queue(
     if size == 0:
         return states
 
-    def active(states: T) -> Bool[Array, " Q"]:
-        return jax.vmap(cond_fun)(states, rows)
+    def priority(states: T, rows: PyTree, turns: Array) -> Array:
+        return jnp.where(jax.vmap(cond_fun)(states, rows), -turns, -jnp.inf)
 
-    def body(carry: tuple[T, Array]) -> tuple[T, Array]:
-        states, turns = carry
-        first = jnp.where(active(states), -turns, -jnp.inf)
-        order, index = jax.lax.top_k(first, min(at_once, size))
-        some = jax.tree.map(lambda leaf: leaf[index], (states, rows))
-        advanced = jax.vmap(body_fun)(*some), 1 - order
-        index = jnp.where(order == -jnp.inf, size, index)  # out of range
+    def advance(carry: tuple[T, Array]) -> tuple[T, Array]:
+        first, index = jax.lax.top_k(carry[1], min(at_once, size))
+        some, some_rows = jax.tree.map(lambda leaf: leaf[index], (carry[0], rows))
+        advanced = jax.vmap(body_fun)(some, some_rows)
+        after = advanced, priority(advanced, some_rows, 1 - first)
+        index = jnp.where(first == -jnp.inf, size, index)  # out of range
         written: tuple[T, Array] = jax.tree.map(
-            lambda x, y: x.at[index].set(y, mode="drop"), carry, advanced
+            lambda x, y: x.at[index].set(y, mode="drop"), carry, after
         )
         return written
 
-    start = states, jnp.zeros(size, jnp.float32)
-    return while_loop(lambda carry: active(carry[0]).any(), body, start, rows)[0]
+    start = states, priority(states, rows, jnp.zeros(size, jnp.float32))
+    return while_loop(lambda carry: (carry[1] > -jnp.inf).any(), advance, start, rows)[0]
 
 
 def _split(batched: PyTree, args: PyTree) -> tuple[list[Array], Callable[[list[Array]], PyTree]]:
