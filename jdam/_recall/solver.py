@@ -98,6 +98,7 @@ class Solver:
         scale, resolution = memory.magnitudes()
         # Energies have errors from rounding and from the mass that the search may neglect.
         resolution = jnp.maximum(resolution, self.search.tolerance / beta)
+        scale = jnp.maximum(scale, float(jnp.finfo(scale.dtype).tiny) ** 0.5)  # tol = 0 never stops
         defaults = memory.geometry.tolerances(query, scale)
         defaults, resolution = jax.lax.stop_gradient((defaults, resolution))
         stagnation_tol, tol = (jnp.where(tol == DEFAULT, default, tol) for default in defaults)

@@ -298,6 +298,12 @@ def test_a_mixture_is_told_whatever_the_status():
     assert not bool(jdam.recall(memory, np.array([0.9]), 10.0).mixture)
 
 
+def test_patterns_that_are_all_zero_have_a_tolerance():
+    result = jdam.recall(jdam.store(np.zeros((2, 3))), np.ones(3), 1.0)
+    assert result.num_steps < 3
+    assert result.status == jdam.Status.MIXTURE
+
+
 def test_tolerance_zero_takes_all_steps(rng):
     memory = jdam.store(vectors(rng, 4, 2))
     for query in (memory[0], memory[0] + 0.1):
