@@ -1,4 +1,4 @@
-"""Cost of first calls: CPU seconds to trace, compile and run, and lines of optimized HLO.
+"""Cost of first calls: CPU seconds to trace, compile and run, and instructions of optimized HLO.
 
     python benchmarks/first_calls.py [--repeat N]
 
@@ -156,9 +156,9 @@ ROWS: dict[str, tuple[Callable[[], tuple[Any, tuple[Any, ...]]], str | None]] = 
 
 
 def measure(name: str) -> tuple[float, int]:
-    """Return the CPU seconds of the first call of a row, and the lines of its optimized HLO.
+    """Return the CPU seconds of the first call of a row, and the instructions of its optimized HLO.
 
-    `suggest_beta` reads values, so that it is no single program: it has 0 lines.
+    `suggest_beta` reads values, so that it is no single program: it has 0.
     """
     function, args = ROWS[name][0]()
     jax.block_until_ready(args)
@@ -168,7 +168,8 @@ def measure(name: str) -> tuple[float, int]:
         compiled = function = jax.jit(function).lower(*args).compile()
     jax.block_until_ready(function(*args))
     seconds = time.process_time() - start
-    return seconds, 0 if compiled is None else len(compiled.as_text().splitlines())
+    text = "" if compiled is None else compiled.as_text()
+    return seconds, sum(" = " in line for line in text.splitlines())
 
 
 def main() -> None:
@@ -179,7 +180,7 @@ def main() -> None:
     if options.row:
         print(*measure(options.row))
         return
-    print("| first call | CPU, s | × | lines of HLO |")
+    print("| first call | CPU, s | × | HLO instructions |")
     print("|---|---|---|---|")
     seconds: dict[str, float] = {}
     for name, (_, unit) in ROWS.items():

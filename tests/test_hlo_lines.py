@@ -9,16 +9,16 @@ pytestmark = pytest.mark.full
 
 #: As `python -m tests.hlo_lines` prints them, with jaxlib 0.10.2.
 LINES = {
-    "recall of vectors": 2027,
-    "step of vectors": 1217,
-    "recall of Gaussians": 4180,
-    "step of Gaussians": 3328,
-    "recall of clouds": 11491,
-    "step of clouds": 9734,
-    "recalls of a batch": 4864,
-    "recall with Certified": 10951,
-    "gradient of a recall": 6792,
-    "suggest_beta": 3635,
+    "recall of vectors": 561,
+    "step of vectors": 248,
+    "recall of Gaussians": 1657,
+    "step of Gaussians": 1415,
+    "recall of clouds": 5182,
+    "step of clouds": 4131,
+    "recalls of a batch": 2394,
+    "recall with Certified": 4876,
+    "gradient of a recall": 3874,
+    "suggest_beta": 1722,
 }
 
 
