@@ -97,8 +97,11 @@ def masked_cond(
     elements are computed if one condition holds, and so they are for derivatives."""
 
     def selected(condition: Array, default: T, operand: PyTree, args: PyTree) -> T:
+        # What few elements at a time have memory for is not stored for reverse mode.
+        of_one = function if at_once is None else jax.checkpoint(function)
+
         def compute(default: T) -> T:
-            computed = function(operand, args)
+            computed = of_one(operand, args)
             chosen: T = jax.tree.map(partial(jnp.where, condition), computed, default)
             return chosen
 

@@ -74,6 +74,16 @@ def bisect(
     return repeat(count, halve, (low, high), *others)
 
 
+def zeros_of(function: Callable[..., Any], *args: Any) -> PyTree:
+    """Return zeros in the shapes of `function(*args)`, which is not computed."""
+    return jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *args))
+
+
+def stacked(*trees: PyTree) -> PyTree:
+    """Return the trees along a new leading axis."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
 def varying(tree: T, *others: Any) -> T:
     """Cast each leaf of the tree to vary along the union of the axes of all leaves and `others`."""
     axes = frozenset().union(*map(_axes, jax.tree.leaves((tree, others))))

@@ -12,7 +12,7 @@ from jaxtyping import Float, PyTree
 
 from jdam._core.batching import batch_size, equal_parts, masked_cond
 from jdam._core.derivatives import ITERATED, full_precision, jvp
-from jdam._core.loops import scan
+from jdam._core.loops import scan, stacked, zeros_of
 from jdam._core.mesh import all_rows, first_index, local_rows, of_one_part, pmin, psum
 from jdam._energy.evaluation import Block, Evaluation, Nearest
 from jdam._energy.separation import (
@@ -89,18 +89,18 @@ def _in_one_sweep(
 ) -> Evaluation:
     """Return the evaluation in one pass over the patterns, whose sums are added block by block."""
     separation, view = LogSumExp(), view_of(memory.geometry, query)
-    total = total_prior(memory)
+    prior = total_prior(memory)
 
-    def sums(comparison: Comparison, block: Block) -> tuple[PyTree, PyTree]:
-        added = separation.sums(comparison, block, beta, total[0], settings.with_pull)
-        return added, comparison.guess
+    def of_block(comparison: Comparison, block: Block) -> tuple[PyTree, PyTree]:
+        sums = separation.sums(comparison, block, beta, prior[0], settings.with_pull)
+        return sums, comparison.guess
 
     blocks = cut_into_blocks(memory, settings.block_size, guess)
     add = partial(separation.total, beta=beta)
-    total_sums, guesses = sweep(sums, memory, view, blocks, beta, total[0], add=add)
-    total_sums = separation.over_shards(total_sums, beta, memory.layout)
+    sums, guesses = sweep(of_block, memory, view, blocks, beta, prior[0], add=add)
+    sums = separation.over_shards(sums, beta, memory.layout)
     guesses = _join_blocks(guesses, memory.capacity)
-    return separation.finish(total_sums, total, beta, view, guesses)
+    return separation.finish(sums, prior, beta, view, guesses)
 
 
 def total_prior(memory: Memory) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -219,13 +219,13 @@ def sweep(
 
     def body_fun(carry: PyTree, block: Block) -> tuple[PyTree, PyTree]:
         summand, output = of_block(block)
-        return add(jax.tree.map(lambda *pair: jnp.stack(pair), carry, summand)), output
+        return add(stacked(carry, summand)), output
 
     first: Block = jax.tree.map(lambda leaf: leaf[0], blocks)
     if batch_size(blocks) == 1:
         total, output = of_block(first)
         return total, jax.tree.map(lambda leaf: leaf[None], output)
-    zero = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_block, first)[0])
+    zero, _ = zeros_of(of_block, first)
     policy = jax.checkpoint_policies.save_only_these_names(ITERATED)
     remat_body_fun = jax.checkpoint(body_fun, prevent_cse=False, policy=policy)
     return scan(remat_body_fun, zero, blocks, view, memory.geometry, *others)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int, PyTree
 from jdam._core import checks
 from jdam._core.batching import by_platform, masked_cond
 from jdam._core.derivatives import full_precision, jvp
+from jdam._core.loops import stacked, zeros_of
 from jdam._core.mesh import psum
 from jdam._energy.average import Settings, compare, evaluate, total_prior, view_of
 from jdam._energy.branch_and_bound import (
@@ -186,13 +187,12 @@ class Mass(Goal):
         return LogSumExp().sums(comparison, block, self.beta, top, self.with_pull)
 
     def start(self, memory: Memory, view: AnyView, block: Block) -> Sums:
-        comparison = jax.eval_shape(compare, memory.geometry, view, block.patterns)
-        zero: Sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(self.sums, comparison, block))
+        comparison = zeros_of(compare, memory.geometry, view, block.patterns)
+        zero: Sums = zeros_of(self.sums, comparison, block)
         return zero
 
     def add(self, result: Sums, comparison: Comparison, block: Block) -> Sums:
-        pair = result, self.sums(comparison, block)
-        return LogSumExp().total(jax.tree.map(lambda *pair: jnp.stack(pair), *pair), self.beta)
+        return LogSumExp().total(stacked(result, self.sums(comparison, block)), self.beta)
 
     def shifted(self, bounds: Array, log_prior: Array | None) -> Array:
         return with_prior(bounds, log_prior, self.beta)

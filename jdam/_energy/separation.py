@@ -69,14 +69,14 @@ class LogSumExp(Separation):
         return masses / masses.sum()
 
     def sums(
-        self, comparison: Comparison, block: Block, beta: Array, top: Array, with_pull: bool = True
+        self, comparison: Comparison, block: Block, beta: Array, top: Array, with_pull: bool
     ) -> "Sums":
         """Return the sums over a block of patterns. `top` is log max πᵢ of all patterns."""
         if not with_pull:
             comparison = Comparison(
                 comparison.divergence, None, not_converged=comparison.not_converged
             )
-        divergences, indices = comparison.divergence, block.indices
+        divergences = comparison.divergence
         shifted = with_prior(divergences, block.log_prior, beta)
         # Every reference gives the same energy and average; the lowest D̃ overflows nowhere.
         low = jax.lax.stop_gradient(shifted).min()
@@ -85,7 +85,7 @@ class LogSumExp(Separation):
         on = jnp.where(prior > 0, divergences, jnp.inf)
         least = jax.lax.stop_gradient(on).min()
         row = _first(jax.lax.stop_gradient(shifted) == low)
-        rows = Nearest(indices, divergences, comparison.inliers, comparison.pose)
+        rows = Nearest(block.indices, divergences, comparison.inliers, comparison.pose)
         return Sums(
             lowest=shifted.min(),
             least=least,
@@ -101,17 +101,19 @@ class LogSumExp(Separation):
         """Return the sums over several parts of the patterns, whose leaves lead with (P,). Sums
         that are all 0 are those of no patterns.
         """
-        low = jnp.where(parts.mass == 0, jnp.inf, jax.lax.stop_gradient(parts.lowest))
-        decay = mass(low - _finite(low.min()), beta)
-        part = _first(low == low.min())
+        lows = jnp.where(parts.mass == 0, jnp.inf, jax.lax.stop_gradient(parts.lowest))
+        low = lows.min()
+        decay = mass(lows - _finite(low), beta)
+        part = _first(lows == low)
         lowest, nearest = jax.tree.map(lambda leaf: leaf[part], (parts.lowest, parts.nearest))
         summed = parts.mass, parts.pull, parts.unsolved
         mass_, pull, unsolved = jax.tree.map(partial(jnp.tensordot, decay, axes=1), summed)
-        least = jnp.where(parts.prior == 0, jnp.inf, parts.least)
-        shift = _logits(least - _finite(least.min()), beta)
+        leasts = jnp.where(parts.prior == 0, jnp.inf, parts.least)
+        least = leasts.min()
+        shift = _logits(leasts - _finite(least), beta)
         expm1_sum = jnp.exp(shift) * parts.expm1_sum + parts.prior * jnp.expm1(shift)
         prior, expm1_sum = parts.prior.sum(), expm1_sum.sum()
-        return Sums(lowest, least.min(), nearest, mass_, prior, expm1_sum, pull, unsolved)
+        return Sums(lowest, least, nearest, mass_, prior, expm1_sum, pull, unsolved)
 
     def over_shards(self, sums: "Sums", beta: Array, layout: Layout | None) -> "Sums":
         """Return the sums over all shards of a memory."""

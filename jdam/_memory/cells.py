@@ -182,8 +182,8 @@ def _cells_of_shards(layout: Layout, embedding: Embedding, num_cells: int) -> Ce
     size, each = -(-layout.length // layout.parts), max(1, num_cells // layout.parts)
     shards = []
     for first in range(0, size * layout.parts, size):
-        local = [jnp.asarray(leaf[first : first + size]) for leaf in rows]
-        shards.append(cells_of((local[0], local[1]), min(each, max(1, len(local[1])))))
+        vectors, errors = (jnp.asarray(leaf[first : first + size]) for leaf in rows)
+        shards.append(cells_of((vectors, errors), min(each, max(1, len(errors)))))
     count = max(len(cells.members) for cells in shards)
 
     def put(leaf: np.ndarray) -> Array:

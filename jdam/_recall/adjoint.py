@@ -37,9 +37,9 @@ class Adjoint(ABC):
 class Unrolled(Adjoint):
     """Derivative of the steps that were taken, in forward or reverse mode.
 
-    Each step that was taken is evaluated once more; steps that were allowed but not taken cost
-    nothing. Reverse mode stores the measure and the warm start of each step. The derivative is
-    exactly that of the result of `recall`, converged or not.
+    Each step that was taken is evaluated once more. A step that was allowed but not taken costs one
+    iteration of an idle loop. Reverse mode stores the measure, the plain step and the warm start of
+    each step. The derivative is exactly that of the result of `recall`, converged or not.
     """
 
     def run(self, solver: Solver, query: AnyMeasure, problem: Problem) -> State:

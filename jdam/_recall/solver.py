@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Bool, Float, Int, PyTree
 
 from jdam._core.batching import batched_while_loop
+from jdam._core.loops import zeros_of
 from jdam._energy.evaluation import Evaluation
 from jdam._energy.search import Search
 from jdam._energy.separation import Separation, is_mixture
@@ -108,8 +109,7 @@ class Solver:
     def start(self, query: AnyMeasure, problem: Problem, *, record: bool = False) -> State:
         """Return the state before the query is evaluated, with infinite energy."""
         beta, guess = problem.beta, self.search.first_guess(problem.memory)
-        shapes = jax.eval_shape(self.evaluate, query, problem, guess)
-        evaluation = jax.tree.map(jnp.zeros_like, shapes)
+        evaluation = zeros_of(self.evaluate, query, problem, guess)
         if self._accepts_all(problem):
             evaluation = evaluation._replace(view=None, pull=None)
         infinite, zero, false = jnp.full_like(beta, jnp.inf), jnp.int32(0), jnp.array(False)
